@@ -1,0 +1,48 @@
+# Needs Python 3.11 or newer and make. The first run creates .venv; later runs start at once.
+PYTHON ?= python3
+# Asked only where the default package index has no CPU build of torch.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+INSTALL := $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt
+
+unexport PYTHONPATH PYTHONHOME
+.NOTPARALLEL:
+.PHONY: test demo lint format pytest wheel clean
+
+test: lint pytest wheel
+
+demo: $(INSTALLED)
+	$(BIN)/python -m sparse_compile demo
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict sparse_compile tests $(if $(wildcard bench/*.py),bench)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# One thread per worker: two workers fill two cores, and threads that wait for each other spin.
+pytest: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal --durations 10
+
+# The wheel, built from the sdist, in a virtual environment outside the checkout that borrows only its dependencies from .venv.
+wheel: $(INSTALLED)
+	tests/wheel/run
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# torch goes first: any other package that asks for it would take the build with CUDA.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; \
+	  sys.exit(sys.version_info < (3, 11) and "sparse_compile needs Python 3.11 or newer, got %s: make PYTHON=..." % v)'
+	@echo "Installing into .venv (a few minutes the first time)"
+	$(PYTHON) -m venv .venv
+	$(INSTALL) torch setuptools || $(INSTALL) --extra-index-url $(TORCH_CPU_INDEX) torch setuptools
+	$(INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@

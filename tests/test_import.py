@@ -1,0 +1,38 @@
+"""Importing sparse_compile costs little beyond torch and brings no optional dependency with it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+OPTIONAL = {"flash_attn", "huggingface_hub", "matplotlib", "scipy", "tokenizers", "torch_tensorrt", "torchao", "transformers"}
+SCRIPT = """
+import json, sys, time
+import torch
+before = set(sys.modules)
+start = time.process_time()  # processor time: the tests beside this one do not count
+import sparse_compile
+seconds = time.process_time() - start
+print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
+"""
+
+
+def import_once() -> tuple[float, set[str]]:
+    """Seconds and modules that ``import sparse_compile`` adds to ``import torch``, in a process of its own."""
+    out = subprocess.run([sys.executable, "-W", "error", "-c", SCRIPT], check=True, capture_output=True, text=True).stdout
+    seconds, modules = json.loads(out)
+    return seconds, {module.split(".")[0] for module in modules}
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[tuple[float, set[str]]]:
+    return [import_once() for _ in range(3)]
+
+
+def test_import_takes_under_a_second(runs: list[tuple[float, set[str]]]) -> None:
+    assert min(seconds for seconds, _ in runs) < 1
+
+
+def test_import_brings_torch_alone(runs: list[tuple[float, set[str]]]) -> None:
+    assert not OPTIONAL & runs[0][1]

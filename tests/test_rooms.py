@@ -1,0 +1,67 @@
+"""The rooms of the repository import downwards only: masks, then passes, then sparse_compile; tests and bench see all."""
+
+import ast
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "masks": {"sparse_compile.masks", "torch", "matplotlib", *sys.stdlib_module_names},
+    "passes": {"sparse_compile.masks", "sparse_compile.passes", "torch", "sympy", *sys.stdlib_module_names},
+}
+PRIVATE = {"torch._higher_order_ops", "torch._inductor"}
+MAY_TOUCH_PRIVATE = {
+    "passes/attention.py",
+    "passes/inner.py",  # list_mode_options
+}
+ROOMS = (*MAY_IMPORT, "sparse_compile")
+FILES = sorted(path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+
+each_file = pytest.mark.parametrize("path", FILES, ids=str)
+
+
+def nodes(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse((ROOT / path).read_text("utf-8")))
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in nodes(path):
+        match node:
+            case ast.Import(aliases):
+                yield from (alias.name for alias in aliases)
+            case ast.ImportFrom(module, aliases, level):
+                yield from (f"{'.' * level}{module or ''}.{alias.name}" for alias in aliases)
+
+
+def is_within(name: str, packages: set[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+@each_file
+def test_imports_are_absolute(path: Path) -> None:
+    assert not [name for name in imports(path) if name.startswith(".")]
+
+
+@each_file
+def test_no_room_imports_upwards(path: Path) -> None:
+    if allowed := MAY_IMPORT.get(path.parts[0]):
+        assert not [name for name in imports(path) if not is_within(name, allowed)]
+    else:
+        assert not [name for name in imports(path) if is_within(name, {"bench", "tests", "masks", "passes"})]
+
+
+@each_file
+def test_private_torch_stays_in_its_files(path: Path) -> None:
+    spelled_out = {ast.unparse(node) for node in nodes(path) if isinstance(node, ast.Attribute)}
+    touched = [name for name in {*imports(path), *spelled_out} if is_within(name, PRIVATE)]
+    assert not touched or path.as_posix() in MAY_TOUCH_PRIVATE
+
+
+def test_every_package_is_installed() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    folders = {name: setuptools["package-dir"].get(name, name.replace(".", "/")) for name in setuptools["packages"]}
+    assert set(folders.values()) == {path.parent.as_posix() for path in FILES}
