@@ -1,0 +1,34 @@
+"""The language of attention patterns: masks, score mods, and their algebra. Imports torch and nothing else."""
+
+from sparse_compile.masks.algebra import full
+from sparse_compile.masks.captured import Captured
+from sparse_compile.masks.given import document, explicit, padding, prefix
+from sparse_compile.masks.heads import per_head
+from sparse_compile.masks.mask import Mask
+from sparse_compile.masks.neighborhood import neighborhood
+from sparse_compile.masks.patterns import causal, chunked, dilated, sink, sliding_window, strided
+from sparse_compile.masks.scores import ScoreMod, alibi, bias, log_weight, sink_logits, softcap
+
+__all__ = [
+    "Captured",
+    "Mask",
+    "ScoreMod",
+    "alibi",
+    "bias",
+    "causal",
+    "chunked",
+    "dilated",
+    "document",
+    "explicit",
+    "full",
+    "log_weight",
+    "neighborhood",
+    "padding",
+    "per_head",
+    "prefix",
+    "sink",
+    "sink_logits",
+    "sliding_window",
+    "softcap",
+    "strided",
+]

@@ -1,0 +1,190 @@
+"""The algebra of masks: ``&``, ``|`` and ``~`` as nodes, so that structure survives, and their simplification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sparse_compile.masks.captured import Captured
+from sparse_compile.masks.intervals import Bounds, Intervals
+from sparse_compile.masks.mask import Index, Mask
+
+
+@dataclass(frozen=True, repr=False)
+class Full(Mask):
+    """Every query sees every key."""
+
+    name: ClassVar[str] = "full"
+
+    def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        return kv_idx == kv_idx
+
+    def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
+        return Bounds(Intervals.everything(lo), Intervals.everything(lo))
+
+    def implied_by(self, other: Mask) -> bool:
+        return True
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class And(Mask):
+    """What every one of ``masks`` shows. Written ``a & b``; the order does not matter for equality."""
+
+    masks: tuple[Mask, ...]
+    name: ClassVar[str] = "and"
+    tightness: ClassVar[int] = 2
+
+    def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        visible = self.masks[0].__call__(b, h, q_idx, kv_idx)
+        for mask in self.masks[1:]:
+            visible = visible & mask.__call__(b, h, q_idx, kv_idx)
+        return visible
+
+    def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
+        found = self.masks[0].bounds(lo, hi)
+        for mask in self.masks[1:]:
+            found = found & mask.bounds(lo, hi)
+        return found
+
+    def children(self) -> tuple[Mask, ...]:
+        return self.masks
+
+    def rebuild(self, children: Sequence[Mask]) -> Mask:
+        return both(*children)
+
+    def implies(self, other: Mask) -> bool:
+        return super().implies(other) or any(m.implies(other) for m in self.masks)
+
+    def implied_by(self, other: Mask) -> bool:
+        return all(other.implies(m) for m in self.masks)
+
+    def text(self, tensor: Callable[[Captured], str]) -> str:
+        return " & ".join(_inside(self, m, tensor) for m in self.masks)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, And) and frozenset(self.masks) == frozenset(other.masks)
+
+    def __hash__(self) -> int:
+        return hash((And, frozenset(self.masks)))
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Or(Mask):
+    """What at least one of ``masks`` shows. Written ``a | b``; the order does not matter for equality."""
+
+    masks: tuple[Mask, ...]
+    name: ClassVar[str] = "or"
+    tightness: ClassVar[int] = 1
+
+    def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        visible = self.masks[0].__call__(b, h, q_idx, kv_idx)
+        for mask in self.masks[1:]:
+            visible = visible | mask.__call__(b, h, q_idx, kv_idx)
+        return visible
+
+    def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
+        found = self.masks[0].bounds(lo, hi)
+        for mask in self.masks[1:]:
+            found = found | mask.bounds(lo, hi)
+        return found
+
+    def children(self) -> tuple[Mask, ...]:
+        return self.masks
+
+    def rebuild(self, children: Sequence[Mask]) -> Mask:
+        return either(*children)
+
+    def implies(self, other: Mask) -> bool:
+        return super().implies(other) or all(m.implies(other) for m in self.masks)
+
+    def implied_by(self, other: Mask) -> bool:
+        return any(other.implies(m) for m in self.masks)
+
+    def text(self, tensor: Callable[[Captured], str]) -> str:
+        return " | ".join(_inside(self, m, tensor) for m in self.masks)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Or) and frozenset(self.masks) == frozenset(other.masks)
+
+    def __hash__(self) -> int:
+        return hash((Or, frozenset(self.masks)))
+
+
+@dataclass(frozen=True, repr=False)
+class Not(Mask):
+    """What ``mask`` hides. Written ``~a``."""
+
+    mask: Mask
+    name: ClassVar[str] = "not"
+    tightness: ClassVar[int] = 3
+
+    def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        visible = self.mask.__call__(b, h, q_idx, kv_idx)
+        return not visible if isinstance(visible, bool) else ~visible
+
+    def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
+        return ~self.mask.bounds(lo, hi)
+
+    def children(self) -> tuple[Mask, ...]:
+        return (self.mask,)
+
+    def rebuild(self, children: Sequence[Mask]) -> Mask:
+        return ~children[0]
+
+    def implies(self, other: Mask) -> bool:
+        if isinstance(self.mask, Full):
+            return True
+        return super().implies(other) or (isinstance(other, Not) and other.mask.implies(self.mask))
+
+    def __invert__(self) -> Mask:
+        return self.mask
+
+    def text(self, tensor: Callable[[Captured], str]) -> str:
+        return f"~{_inside(self, self.mask, tensor)}"
+
+
+full = Full()
+nothing = ~full
+
+
+def both(*masks: Mask) -> Mask:
+    """The conjunction, simplified: a mask that another one implies is dropped, so printed masks stay readable."""
+    return _combine(And, masks, dropped_by=lambda a, b: b.implies(a), absorbing=nothing)
+
+
+def either(*masks: Mask) -> Mask:
+    """The disjunction, simplified: a mask that implies another one is dropped."""
+    return _combine(Or, masks, dropped_by=lambda a, b: a.implies(b), absorbing=full)
+
+
+def _combine(
+    node: type[And] | type[Or],
+    masks: Sequence[Mask],
+    *,
+    dropped_by: Callable[[Mask, Mask], bool],
+    absorbing: Mask,
+) -> Mask:
+    def joined(parts: Sequence[Mask]) -> Mask:
+        return parts[0] if len(parts) == 1 else node(tuple(parts))
+
+    flat = [part for mask in masks for part in (mask.masks if isinstance(mask, node) else (mask,))]
+    if absorbing in flat:
+        return absorbing
+    kept = [part for part in flat if part != ~absorbing] or [~absorbing]
+    for at in reversed(range(len(kept))):
+        others = kept[:at] + kept[at + 1 :]
+        if others and dropped_by(kept[at], joined(others)):
+            kept = others
+    whole = joined(kept)
+    if any(isinstance(part, Not) and dropped_by(part.mask, whole) for part in kept):
+        return absorbing  # a & ~a, a | ~a
+    return whole
+
+
+def _inside(node: Mask, child: Mask, tensor: Callable[[Captured], str]) -> str:
+    """A child as it is written inside an operator: in brackets where it binds no stronger."""
+    written = child.text(tensor)
+    return f"({written})" if child.tightness <= node.tightness else written

@@ -1,0 +1,97 @@
+"""A tensor that a mask or a score mod reads, as a value: it compares, hashes, prints and may stand for one not yet there."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Captured:
+    """A tensor by content, or a symbol: the name of a tensor that is given when the compiled model runs.
+
+    What has a name compares and hashes by name alone, also once its tensor is there: while a graph is traced, and on an
+    accelerator, contents must not be asked for.
+
+    >>> Captured.of([[True, False]])
+    [[True, False]]
+    >>> Captured.symbol("attention_mask")
+    attention_mask
+    """
+
+    def __init__(self, tensor: Tensor | None, name: str = "") -> None:
+        self._tensor = tensor
+        self.name = name
+
+    @staticmethod
+    def of(value: Captured | Tensor | list[Any], dtype: str | None = None) -> Captured:
+        """From a tensor, nested lists, or what is one already. ``dtype`` is the name of one, for lists."""
+        if isinstance(value, Captured):
+            return value
+        if isinstance(value, Tensor):
+            return Captured(value.detach())
+        return Captured(torch.tensor(value, dtype=getattr(torch, dtype) if dtype else None))
+
+    @staticmethod
+    def symbol(name: str) -> Captured:
+        """A name for a tensor given later; ``Mask.bind`` puts the tensor in its place."""
+        return Captured(None, name)
+
+    def filled(self, tensor: Tensor) -> Captured:
+        """This symbol with its tensor."""
+        return Captured(tensor, self.name)
+
+    @property
+    def is_symbol(self) -> bool:
+        """Whether only the name is known."""
+        return self._tensor is None
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor itself. Raises ``ValueError`` for a symbol."""
+        if self._tensor is None:
+            raise ValueError(f"{self.name} stands for a tensor of the compiled graph: bind the mask to a tensor first")
+        return self._tensor
+
+    def to(self, device: torch.device | str | None) -> Captured:
+        """The same tensor on ``device``."""
+        return self if device is None else Captured(self.tensor.to(device))
+
+    def tolist(self) -> list[Any]:
+        """The content as nested lists."""
+        content: list[Any] = self.tensor.tolist()
+        return content
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Captured):
+            return False
+        if self.name or other.name:
+            return self.name == other.name
+        a, b = self.tensor, other.tensor
+        return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b))
+
+    def __hash__(self) -> int:
+        return hash(self.name or self.digest())
+
+    def digest(self) -> str:
+        """A name for the content, the same in every process."""
+        content = self.tensor.cpu().contiguous()
+        # Not by way of numpy, which torch does not install.
+        digest = hashlib.sha1(ctypes.string_at(content.data_ptr(), content.nbytes))
+        digest.update(f"{tuple(content.shape)} {content.dtype}".encode())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        if self.is_symbol:
+            return self.name
+        text = repr(self.tolist()).replace("inf", "float('inf')")
+        dtype = str(self.tensor.dtype).removeprefix("torch.")
+        return text if dtype in ("bool", "int64", "float32") else f"Captured.of({text}, {dtype!r})"
+
+    def __str__(self) -> str:
+        if self.name or self.tensor.numel() <= 16:
+            return repr(self)
+        return f"<{str(self.tensor.dtype).removeprefix('torch.')} {list(self.tensor.shape)}>"

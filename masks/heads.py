@@ -1,0 +1,141 @@
+"""One mask per head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sparse_compile.masks.intervals import INF, Bounds, Intervals
+from sparse_compile.masks.mask import Index, Mask
+
+
+@dataclass(frozen=True, repr=False)
+class PerHead(Mask):
+    """Each head its own mask: one per query head, or one per KV head (then for its whole query group).
+
+    Called as a ``mask_mod``, the list is taken as one mask per query head; ``dense``, ``block_mask`` and the compiler
+    spread a shorter list over the query heads they are given. Lists do not nest.
+
+        >>> print(per_head([causal, causal & sliding_window(1)]).draw(2, 2))
+        head 0
+        █·
+        ██
+        head 1
+        █·
+        ·█
+    """
+
+    masks: Sequence[Mask]  # kept as a tuple
+    name: ClassVar[str] = "per_head"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.masks, Mask):
+            raise TypeError(f"per_head needs a list of masks, got {self.masks!r}: write per_head([...])")
+        masks = tuple(self.masks)
+        if not masks:
+            raise ValueError("per_head needs at least one mask, got none")
+        for mask in masks:
+            if not isinstance(mask, Mask):
+                raise TypeError(f"per_head needs a list of masks, got {mask!r} in it")
+            if any(isinstance(node, PerHead) for node in mask.walk()):
+                raise ValueError("per_head does not nest: give each head one mask, got a per_head inside per_head")
+        object.__setattr__(self, "masks", masks)
+        assert self._shared  # filled in here, as Dynamo traces what is first asked for in __call__
+
+    @cached_property
+    def _shared(self) -> tuple[tuple[Mask, tuple[int, ...]], ...]:
+        """The masks, each with the heads that share it."""
+        # Tensors are told apart by identity: reading them would wait for the device.
+        heads: dict[str, list[int]] = {}
+        for head, mask in enumerate(self.masks):
+            heads.setdefault(mask.text(lambda c: c.name if c.is_symbol else f"<{id(c.tensor)}>"), []).append(head)
+        return tuple((self.masks[members[0]], tuple(members)) for members in heads.values())
+
+    def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        if len(self._shared) == 1:
+            return self.masks[0].__call__(b, h, q_idx, kv_idx)
+        visible: Any = None
+        for mask, heads in self._shared:
+            here: Any = None
+            for start, stop in _runs(heads):
+                run = (h >= start) & (h < stop)
+                here = run if here is None else here | run
+            part = here & mask.__call__(b, h, q_idx, kv_idx)
+            visible = part if visible is None else visible | part
+        return visible
+
+    def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
+        found: dict[int, Bounds] = {}
+        for mask, heads in self._shared:
+            found |= dict.fromkeys(heads, mask.bounds(lo, hi))
+        bounds = [found[head] for head in range(len(self.masks))]
+        return Bounds(maybe=_stack([x.maybe for x in bounds]), surely=_stack([x.surely for x in bounds]))
+
+    def children(self) -> tuple[Mask, ...]:
+        return tuple(self.masks)
+
+    def rebuild(self, children: Sequence[Mask]) -> Mask:
+        return PerHead(tuple(children))
+
+    def sizes(self) -> tuple[int, int]:
+        batch, heads = super().sizes()
+        return batch, max(heads, len(self.masks))
+
+    def for_head(self, head: int, heads: int) -> Mask:
+        if not 0 <= head < heads:
+            raise ValueError(f"there is no head {head} among {heads} heads")
+        return self.masks[head // self._group(heads)].for_head(head, heads)
+
+    def for_heads(self, heads: int) -> Mask:
+        return PerHead(tuple(self.for_head(head, heads) for head in range(heads)))
+
+    def check(self, batch: int, heads: int, q_len: int, kv_len: int, q_offset: int = 0) -> None:
+        self._group(heads)
+        super().check(batch, heads, q_len, kv_len, q_offset)
+
+    def implies(self, other: Mask) -> bool:
+        if isinstance(other, PerHead):
+            same = len(self.masks) == len(other.masks)
+            return same and all(a.implies(b) for a, b in zip(self.masks, other.masks, strict=True))
+        return super().implies(other) or all(mask.implies(other) for mask in self.masks)
+
+    def _group(self, heads: int) -> int:
+        if heads % len(self.masks):
+            raise ValueError(
+                f"per_head has {len(self.masks)} masks, but the attention has {heads} query heads: "
+                "give one mask per query head or one per KV head"
+            )
+        return heads // len(self.masks)
+
+
+def _runs(heads: Sequence[int]) -> list[tuple[int, int]]:
+    """Consecutive heads as half-open ranges."""
+    runs: list[tuple[int, int]] = []
+    for head in heads:
+        if runs and runs[-1][1] == head:
+            runs[-1] = (runs[-1][0], head + 1)
+        else:
+            runs.append((head, head + 1))
+    return runs
+
+
+def _stack(sets: Sequence[Intervals]) -> Intervals:
+    """Sets of single heads ``[B|1, 1, rows, n]`` side by side: ``[B, H, rows, n]``."""
+    widest = max(s.start.shape[-1] for s in sets)
+    lead = torch.broadcast_shapes(*(s.start.shape[:-1] for s in sets))
+
+    def fit(x: Tensor) -> Tensor:
+        x = x.expand(*lead, -1)
+        if x.dim() == 2:  # [rows, n]: the same for all batches
+            x = x[None, None]
+        return torch.nn.functional.pad(x, (0, widest - x.shape[-1]), value=INF)
+
+    return Intervals(torch.cat([fit(s.start) for s in sets], dim=1), torch.cat([fit(s.stop) for s in sets], dim=1))
+
+
+per_head = PerHead

@@ -1,0 +1,206 @@
+"""The patterns that depend on positions alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sparse_compile.masks.intervals import INF, Bounds, Intervals
+from sparse_compile.masks.mask import Index, Mask
+
+
+def at_least(rule: str, value: int, least: int = 1) -> None:
+    """Raise unless ``value`` is an integer of at least ``least``; ``rule`` names whose value it is."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{rule} needs an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{rule} needs to be at least {least}, got {value}")
+
+
+def before(stop: Tensor) -> Intervals:
+    """Keys before ``stop`` (exclusive), one interval per row."""
+    return Intervals.of(torch.full_like(stop, -INF), stop)
+
+
+def since(start: Tensor) -> Intervals:
+    """Keys from ``start`` on, one interval per row."""
+    return Intervals.of(start, torch.full_like(start, INF))
+
+
+@dataclass(frozen=True, repr=False)
+class Causal(Mask):
+    """Each query sees itself and what came before: ``j <= i``.
+
+    >>> print(causal.draw(3, 3))
+    █··
+    ██·
+    ███
+    """
+
+    name: ClassVar[str] = "causal"
+
+    def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        return kv_idx <= q_idx
+
+    def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
+        return Bounds(maybe=before(hi + 1), surely=before(lo + 1))
+
+
+@dataclass(frozen=True, repr=False)
+class Sink(Mask):
+    """Each query sees the first ``size`` keys (StreamingLLM's attention sinks, https://arxiv.org/abs/2309.17453).
+
+    >>> print((causal & sink(1)).draw(3, 3))
+    █··
+    █··
+    █··
+    """
+
+    size: int
+    name: ClassVar[str] = "sink"
+
+    def __post_init__(self) -> None:
+        at_least("sink size", self.size)
+
+    def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        return kv_idx < self.size
+
+    def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
+        seen = before(torch.full_like(lo, self.size))
+        return Bounds(maybe=seen, surely=seen)
+
+    def implies(self, other: Mask) -> bool:
+        return super().implies(other) or (isinstance(other, Sink) and self.size <= other.size)
+
+
+@dataclass(frozen=True, repr=False)
+class SlidingWindow(Mask):
+    """Each query sees the last ``size`` keys, its own included, and with nothing else all later ones: ``j > i - size``.
+
+    Combined with ``causal`` it is ``config.sliding_window`` of transformers.
+
+        >>> print((causal & sliding_window(2)).draw(3, 3))
+        █··
+        ██·
+        ·██
+    """
+
+    size: int
+    name: ClassVar[str] = "sliding_window"
+
+    def __post_init__(self) -> None:
+        at_least("sliding_window size", self.size)
+
+    def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        return kv_idx > q_idx - self.size
+
+    def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
+        return Bounds(maybe=since(lo - self.size + 1), surely=since(hi - self.size + 1))
+
+    def implies(self, other: Mask) -> bool:
+        return super().implies(other) or (isinstance(other, SlidingWindow) and self.size <= other.size)
+
+
+@dataclass(frozen=True, repr=False)
+class Chunked(Mask):
+    """Queries and keys see each other within chunks of ``size`` positions: ``i // size == j // size`` (Llama 4).
+
+    >>> print(chunked(2).draw(4, 4))
+    ██··
+    ██··
+    ··██
+    ··██
+    """
+
+    size: int
+    name: ClassVar[str] = "chunked"
+
+    def __post_init__(self) -> None:
+        at_least("chunked size", self.size)
+
+    def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        return q_idx // self.size == kv_idx // self.size
+
+    def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
+        first, last = lo // self.size, hi // self.size
+        start, stop = first * self.size, (last + 1) * self.size
+        return Bounds(maybe=Intervals.of(start, stop), surely=Intervals.of(start, torch.where(first == last, stop, start)))
+
+    def implies(self, other: Mask) -> bool:
+        return super().implies(other) or (isinstance(other, Chunked) and other.size % self.size == 0)
+
+
+@dataclass(frozen=True, repr=False)
+class Strided(Mask):
+    """Every query sees each ``step``-th key, counted from ``offset``: ``(j - offset) % step == 0``.
+
+    Positions are absolute, so a cache holds ``1/step`` of the keys (S2-Attention, https://arxiv.org/abs/2407.17678).
+    Block tables list every block, which is exact for steps up to the block size and too many beyond.
+
+        >>> print((causal & strided(2)).draw(4, 4))
+        █···
+        █···
+        █·█·
+        █·█·
+    """
+
+    step: int
+    offset: int = 0
+    name: ClassVar[str] = "strided"
+
+    def __post_init__(self) -> None:
+        at_least("strided step", self.step)
+        at_least("strided offset", self.offset, least=0)
+
+    def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        return (kv_idx - self.offset) % self.step == 0
+
+    def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
+        everything = Intervals.everything(lo)
+        return Bounds(maybe=everything, surely=everything if self.step == 1 else Intervals.nothing(lo))
+
+
+@dataclass(frozen=True, repr=False)
+class Dilated(Mask):
+    """Each query sees ``size`` keys at distances 0, ``step``, 2 ``step``, ... on either side (Longformer's dilated window).
+
+    ``(i - j) % step == 0 and abs(i - j) < size * step``. With ``step`` 1 it is a window around the query.
+
+        >>> print(dilated(2, 2).draw(4, 4))
+        █·█·
+        ·█·█
+        █·█·
+        ·█·█
+    """
+
+    size: int
+    step: int
+    name: ClassVar[str] = "dilated"
+
+    def __post_init__(self) -> None:
+        at_least("dilated size", self.size)
+        at_least("dilated step", self.step)
+
+    def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        distance = q_idx - kv_idx
+        reach = self.size * self.step
+        near = (distance < reach) & (distance > -reach)
+        return near if self.step == 1 else near & (distance % self.step == 0)
+
+    def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
+        reach = (self.size - 1) * self.step
+        maybe = Intervals.of(lo - reach, hi + reach + 1)
+        if self.step == 1:
+            return Bounds(maybe=maybe, surely=Intervals.of(hi - reach, lo + reach + 1))
+        return Bounds(maybe=maybe, surely=Intervals.nothing(lo))
+
+
+causal = Causal()
+sink = Sink
+sliding_window = SlidingWindow
+chunked = Chunked
+strided = Strided
+dilated = Dilated

@@ -1,0 +1,206 @@
+"""Score mods: what is done to a score between ``q @ k`` and the softmax."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+from sparse_compile.masks.captured import Captured
+from sparse_compile.masks.given import Given, look_up
+from sparse_compile.masks.mask import Index
+
+
+@dataclass(frozen=True, repr=False)
+class ScoreMod(ABC):
+    """A change of attention scores: a FlexAttention ``score_mod`` that is also a plain value.
+
+    ``a >> b`` applies ``a`` first. Scores come in already scaled by ``1/sqrt(head_dim)`` or what the model uses.
+
+        >>> from sparse_compile.masks import alibi, softcap
+        >>> softcap(50.0) >> alibi([0.5, 0.25])
+        softcap(50.0) >> alibi([0.5, 0.25])
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def __call__(self, score: Any, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        """The changed score."""
+
+    def parts(self) -> tuple[ScoreMod, ...]:
+        """The changes in the order they are applied."""
+        return (self,)
+
+    def __rshift__(self, other: ScoreMod) -> ScoreMod:
+        if not isinstance(other, ScoreMod):
+            return NotImplemented
+        return in_order((*self.parts(), *other.parts()))
+
+    def captures(self) -> tuple[Captured, ...]:
+        """The tensors that are read, each once, in the order they are written."""
+        found: dict[Captured, None] = {}
+        for part in self.parts():
+            for field in fields(part):
+                value = getattr(part, field.name)
+                if isinstance(value, Captured):
+                    found[value] = None
+        return tuple(found)
+
+    def bind(self, tensors: Mapping[Captured, Captured]) -> ScoreMod:
+        """The same change with captured tensors exchanged."""
+        bound = []
+        for part in self.parts():
+            values = {field.name: getattr(part, field.name) for field in fields(part)}
+            bound.append(replace(part, **{k: tensors.get(v, v) if isinstance(v, Captured) else v for k, v in values.items()}))
+        return in_order(tuple(bound))
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(repr(getattr(self, field.name)) for field in fields(self))})"
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(str(getattr(self, field.name)) for field in fields(self))})"
+
+
+@dataclass(frozen=True, repr=False)
+class Sequence(ScoreMod):
+    """Several changes, one after the other. Written ``a >> b``."""
+
+    mods: tuple[ScoreMod, ...]
+    name: ClassVar[str] = ">>"
+
+    def __call__(self, score: Any, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        for mod in self.mods:
+            score = mod(score, b, h, q_idx, kv_idx)
+        return score
+
+    def parts(self) -> tuple[ScoreMod, ...]:
+        return self.mods
+
+    def __repr__(self) -> str:
+        return " >> ".join(repr(mod) for mod in self.mods)
+
+    def __str__(self) -> str:
+        return " >> ".join(str(mod) for mod in self.mods)
+
+
+def in_order(mods: tuple[ScoreMod, ...]) -> ScoreMod:
+    """The changes one after the other. Raises ``ValueError`` if ``sink_logits`` is not the last, and only once there."""
+    if any(isinstance(mod, SinkLogits) for mod in mods[:-1]):
+        raise ValueError("sink_logits acts in the softmax and comes last: write the other score mods before it")
+    return mods[0] if len(mods) == 1 else Sequence(mods)
+
+
+def _capture(mod: ScoreMod, field: str, rank: int, shape: str) -> None:
+    captured = Captured.of(getattr(mod, field))
+    if not captured.is_symbol and captured.tensor.dim() != rank:
+        raise ValueError(f"{mod.name} needs {field} of shape {shape}, got {list(captured.tensor.shape)}")
+    object.__setattr__(mod, field, captured)
+
+
+@dataclass(frozen=True, repr=False)
+class Alibi(ScoreMod):
+    """A penalty that grows with distance: ``score + slopes[h] * (j - i)`` (ALiBi, https://arxiv.org/abs/2108.12409).
+
+    ``slopes`` is a float tensor ``[heads]``, one per query head.
+    """
+
+    slopes: Given
+    name: ClassVar[str] = "alibi"
+
+    def __post_init__(self) -> None:
+        _capture(self, "slopes", 1, "[heads]")
+
+    def __call__(self, score: Any, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        return score + Captured.of(self.slopes).tensor[h] * (kv_idx - q_idx)
+
+
+@dataclass(frozen=True, repr=False)
+class Softcap(ScoreMod):
+    """Scores kept within ``(-cap, cap)``: ``cap * tanh(score / cap)`` (Gemma 2).
+
+    Raises ``ValueError`` unless ``0 < cap < inf``.
+    """
+
+    cap: float
+    name: ClassVar[str] = "softcap"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.cap < float("inf"):
+            raise ValueError(f"softcap needs a finite cap above 0, got {self.cap}")
+
+    def __call__(self, score: Any, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        return (score / self.cap).tanh() * self.cap
+
+
+@dataclass(frozen=True, repr=False)
+class LogWeight(ScoreMod):
+    """Keys that count more than once: ``score + log(weight[b, j])``, for entries that stand for several tokens.
+
+    ``weight`` is a positive float tensor ``[B, N]`` over key positions; ``B`` of 1 serves every batch. A weight of 0 hides
+    the key.
+    """
+
+    weight: Given
+    name: ClassVar[str] = "log_weight"
+
+    def __post_init__(self) -> None:
+        _capture(self, "weight", 2, "[batch, positions]")
+
+    def __call__(self, score: Any, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        weight = Captured.of(self.weight).tensor
+        return score + look_up(weight, b, kv_idx).log()
+
+
+@dataclass(frozen=True, repr=False)
+class Bias(ScoreMod):
+    """Anything that is added to the scores: ``score + bias[b, h, i - q_start, j - kv_start]`` (T5's relative positions).
+
+    ``bias`` is ``[B, H, Q, KV]``; a size of 1 serves all of that axis.
+    """
+
+    bias: Given
+    q_start: int | Given = 0
+    kv_start: int | Given = 0
+    name: ClassVar[str] = "bias"
+
+    def __post_init__(self) -> None:
+        _capture(self, "bias", 4, "[batch, heads, queries, keys]")
+        for field in ("q_start", "kv_start"):
+            if not isinstance(getattr(self, field), int):
+                _capture(self, field, 1, "[1]")
+
+    def __call__(self, score: Any, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        bias = Captured.of(self.bias).tensor
+        q_start = self.q_start if isinstance(self.q_start, int) else Captured.of(self.q_start).tensor[0]
+        kv_start = self.kv_start if isinstance(self.kv_start, int) else Captured.of(self.kv_start).tensor[0]
+        return score + look_up(bias, b, h, q_idx - q_start, kv_idx - kv_start)
+
+
+@dataclass(frozen=True, repr=False)
+class SinkLogits(ScoreMod):
+    """A learned logit per query head that joins the softmax and carries no value (gpt-oss).
+
+    ``weights = softmax([scores, logits[h]])[:-1]``. It is a term of the softmax and no change of a score, so it comes last
+    and cannot be called as a ``score_mod``: the attention op applies it. ``logits`` is a float tensor ``[heads]``.
+    """
+
+    logits: Given
+    name: ClassVar[str] = "sink_logits"
+
+    def __post_init__(self) -> None:
+        _capture(self, "logits", 1, "[heads]")
+
+    def __call__(self, score: Any, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        raise TypeError(
+            "sink_logits is a term of the softmax, not a score_mod: "
+            "pass it to sparse_attention(score_mod=...), which applies it"
+        )
+
+
+alibi = Alibi
+softcap = Softcap
+log_weight = LogWeight
+bias = Bias
+sink_logits = SinkLogits

@@ -1,0 +1,101 @@
+"""Masks as JSON: one object per node, one key per object."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, fields
+from typing import Any
+
+import torch
+
+from sparse_compile.masks.algebra import And, Full, Not, Or, both, either
+from sparse_compile.masks.captured import Captured
+from sparse_compile.masks.given import Document, Explicit, Padding, Prefix
+from sparse_compile.masks.heads import PerHead
+from sparse_compile.masks.mask import Mask
+from sparse_compile.masks.neighborhood import Neighborhood
+from sparse_compile.masks.patterns import Causal, Chunked, Dilated, Sink, SlidingWindow, Strided
+
+VERSION = 1
+PATTERNS: dict[str, type[Mask]] = {
+    pattern.name: pattern
+    for pattern in (
+        *(Full, Causal, Sink, SlidingWindow, Chunked, Strided, Dilated),
+        *(Prefix, Document, Padding, Explicit, Neighborhood, PerHead),
+    )
+}
+
+
+def to_json(mask: Mask) -> str:
+    """See ``Mask.to_json``."""
+    return json.dumps({"version": VERSION, "mask": encode(mask)})
+
+
+def from_json(text: str) -> Mask:
+    """See ``Mask.from_json``."""
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as broken:
+        raise ValueError(f"a mask is read from JSON, and this is not JSON: {broken}") from broken
+    if not isinstance(content, dict) or content.get("version") != VERSION or "mask" not in content:
+        got = content.get("version") if isinstance(content, dict) else content
+        raise ValueError(f"a mask file needs version {VERSION} and a mask, got version {got!r}: write it again with to_json")
+    return decode(content["mask"])
+
+
+def encode(mask: Mask) -> Any:
+    """The mask as JSON values."""
+    if isinstance(mask, And | Or):
+        return {mask.name: [encode(child) for child in mask.masks]}
+    if isinstance(mask, Not):
+        return {"not": encode(mask.mask)}
+    arguments = {}
+    for field in fields(mask):
+        value = getattr(mask, field.name)
+        if field.default is MISSING or value != field.default:
+            arguments[field.name] = _encode_value(value)
+    return {mask.name: arguments}
+
+
+def decode(value: Any) -> Mask:
+    """A mask from JSON values. Raises ``ValueError`` for anything ``encode`` does not write."""
+    if not isinstance(value, dict) or len(value) != 1:
+        raise ValueError(f"a mask in JSON is an object with one key, the pattern, got {value!r}")
+    ((name, content),) = value.items()
+    if name in ("and", "or", "not"):
+        parts = [content] if name == "not" else content
+        if not isinstance(parts, list) or not parts:
+            raise ValueError(f"{name!r} in JSON needs a list of masks, got {content!r}")
+        masks = [decode(part) for part in parts]
+        return ~masks[0] if name == "not" else (both if name == "and" else either)(*masks)
+    if name not in PATTERNS:
+        raise ValueError(f"unknown mask {name!r}: this version knows {', '.join(sorted(PATTERNS))}")
+    if not isinstance(content, dict):
+        raise ValueError(f"the arguments of {name!r} in JSON are an object, got {content!r}")
+    try:
+        return PATTERNS[name](**{field: _decode_value(argument) for field, argument in content.items()})
+    except (TypeError, RuntimeError) as wrong:  # RuntimeError: what torch.tensor makes of other values
+        raise ValueError(f"cannot build {name!r} from {content!r}: {wrong}") from wrong
+
+
+def _encode_value(value: Any) -> Any:
+    if isinstance(value, Captured):
+        if value.is_symbol:
+            return {"symbol": value.name}
+        return {"dtype": str(value.tensor.dtype).removeprefix("torch."), "tensor": value.tolist()}
+    if isinstance(value, tuple):
+        return [encode(item) if isinstance(item, Mask) else item for item in value]
+    return value
+
+
+def _decode_value(value: Any) -> Any:
+    if isinstance(value, dict) and "symbol" in value:
+        return Captured.symbol(value["symbol"])
+    if isinstance(value, dict) and "tensor" in value:
+        dtype = getattr(torch, str(value.get("dtype")), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"unknown tensor dtype {value.get('dtype')!r} in a mask")
+        return Captured(torch.tensor(value["tensor"], dtype=dtype))
+    if isinstance(value, list):
+        return tuple(decode(item) if isinstance(item, dict) else item for item in value)
+    return value
