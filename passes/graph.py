@@ -1,0 +1,254 @@
+"""What passes ask of an FX graph: names of operations, shapes, order, aliases, and integers as sympy expressions."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.node import map_aggregate
+from torch.fx.proxy import GraphAppendingTracer
+
+# Operations whose result may share memory with their first argument.
+ALIASING = frozenset(
+    (
+        "getitem view reshape expand expand_as unsqueeze squeeze transpose permute t flatten unflatten contiguous to "
+        "detach narrow select chunk split mT broadcast_to float bool long int type type_as alias view_as swapaxes "
+        "movedim"
+    ).split()
+)
+IN_PLACE_OPERATORS = frozenset("setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul".split())
+
+
+def op_name(node: Any) -> str:
+    """The operation of a node by its plain name (``add``, ``getitem``, ``softmax``), the same for functions and methods.
+
+    Operators are named as methods are: torch 2.11 records ``a == b`` as ``__eq__``, 2.13 as ``eq``.
+    """
+    if not isinstance(node, Node) or node.op not in ("call_method", "call_function"):
+        return ""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[-1]
+    name = node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
+    return name[2:-2] if name.startswith("__") and name.endswith("__") else name
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument by position or by keyword."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def value_of(node: Any) -> Any:
+    """The example value Dynamo recorded for a node; other things stand for themselves."""
+    return node.meta.get("example_value") if isinstance(node, Node) else node
+
+
+def shape_of(node: Node) -> tuple[Any, ...] | None:
+    """The shape of a tensor node, with SymInts where it is dynamic; None if the node is no tensor."""
+    value = value_of(node)
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def result_shape(node: Node) -> tuple[Any, ...]:
+    """The shape of a tensor node; a scalar's for what is no tensor."""
+    return shape_of(node) or ()
+
+
+def expr_of(size: Any) -> sympy.Expr:
+    """An int or SymInt as a sympy expression."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def hint_of(size: Any) -> int:
+    """The number behind an int or SymInt in the example that was traced."""
+    if isinstance(size, torch.SymInt):
+        hint = size.node.hint
+        return int(hint) if hint is not None else 0
+    return int(size)
+
+
+def is_one(size: Any) -> bool:
+    """Whether a size is 1 in every run."""
+    return isinstance(size, int) and size == 1
+
+
+def is_in_place(node: Node) -> bool:
+    """Whether a node writes to one of its arguments."""
+    if isinstance(node.kwargs.get("out"), Node) or node.kwargs.get("inplace") is True:
+        return True
+    if node.op not in ("call_method", "call_function"):
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
+    name = op_name(node)
+    if getattr(node.target, "__module__", "") == "_operator" or name != str(getattr(node.target, "__name__", node.target)):
+        return name in IN_PLACE_OPERATORS  # operator.and_ and operator.or_ end in an underscore and write nothing
+    return name.endswith("_")
+
+
+class Order:
+    """The order of a graph's nodes, and what is written where. Valid until the graph changes."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._at = {node: k for k, node in enumerate(graph.nodes)}
+
+    def knows(self, node: Node) -> bool:
+        """Whether ``node`` was there when the order was taken."""
+        return node in self._at
+
+    def before(self, a: Node, b: Node) -> bool:
+        """Whether ``a`` runs before ``b``."""
+        return self._at[a] < self._at[b]
+
+    def last(self, nodes: Iterable[Node]) -> Node | None:
+        """The node that runs last."""
+        return max(nodes, key=self._at.__getitem__, default=None)
+
+    def written(self, node: Node, *, since: Node, until: Node, unless: Iterable[Node] = ()) -> bool:
+        """Whether the memory of ``node`` may be written to after ``since`` and before ``until``, other than by ``unless``."""
+        return any(self._at[since] < self._at[user] < self._at[until] for user in writers(node) if user not in unless)
+
+
+def writers(node: Node) -> list[Node]:
+    """The nodes that write to the memory of ``node``, at any time."""
+    return [user for alias in _aliases(node) for user in alias.users if is_in_place(user) and _writes(user, alias)]
+
+
+def _writes(user: Node, alias: Node) -> bool:
+    return user.kwargs.get("out") is alias or (bool(user.args) and user.args[0] is alias)
+
+
+def memory_of(node: Node) -> Node:
+    """The node that made the memory of ``node``, or may have made it."""
+    while (op_name(node) in ALIASING or is_in_place(node)) and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def _aliases(node: Node) -> set[Node]:
+    """The nodes that may share memory with ``node``."""
+    root = memory_of(node)
+    found, queue = {root}, [root]
+    while queue:
+        for user in queue.pop().users:
+            shares = op_name(user) in ALIASING or is_in_place(user)
+            if user not in found and shares and user.args and user.args[0] in found:
+                found.add(user)
+                queue.append(user)
+    return found
+
+
+def module_path(node: Node) -> str:
+    """The path of the module a node belongs to, as ``named_modules`` spells it; empty outside any."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = str(next(reversed(stack.values()))[0])
+    path = re.sub(r"^[LG]\['\w+'\]", "", path.replace("getattr(", ""))  # the name of the variable that holds the model
+    path = re.sub(r"\['?([^'\]]+)'?\]", r".\1", path)  # .layers[0] -> .layers.0
+    parts = [p for p in path.split(".") if p not in ("", "_modules", "_orig_mod")]
+    return ".".join(parts)
+
+
+def layer_index(path: str) -> int | None:
+    """The layer a module path names: its first number."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def emit_int(graph: Graph, expr: sympy.Expr, point: Node) -> int | Node | None:
+    """Something that holds the integer ``expr`` before ``point``: an int, a node, or None if it cannot be had there.
+
+    New nodes go where the graph currently inserts.
+    """
+    expr = sympy.expand(expr)
+    if expr.is_Integer:
+        return int(expr)
+    for node in graph.nodes:
+        if node is point:
+            break
+        if isinstance(value := value_of(node), torch.SymInt) and value.node.expr == expr:
+            found: Node = node
+            return found
+    if not isinstance(expr, sympy.Add | sympy.Mul):
+        return None
+    combine: Callable[[Any, Any], Any] = operator.add if isinstance(expr, sympy.Add) else operator.mul
+    terms = [emit_int(graph, term, point) for term in expr.args]
+    if any(term is None for term in terms):
+        return None
+    total: Any = terms[0]
+    for term in terms[1:]:
+        total = combine(total, term) if isinstance(total, int) and isinstance(term, int) else _call(graph, combine, total, term)
+    result: int | Node = total
+    return result
+
+
+def _call(graph: Graph, function: Callable[[Any, Any], Any], a: Any, b: Any) -> Node:
+    node = graph.call_function(function, (a, b))
+    node.meta["example_value"] = function(value_of(a), value_of(b))
+    return node
+
+
+def inline(node: Node, function: Callable[..., Any], *args: Any) -> Any:
+    """Write out ``function(*args)`` as nodes before ``node``, with example values, and return the node of its result.
+
+    Arguments that are nodes stand for their tensors; ``function`` calls torch operations and tensor methods only.
+    """
+    graph = node.graph
+    tracer = GraphAppendingTracer(graph)
+    before = set(graph.nodes)
+    with graph.inserting_before(node):
+        proxies: Any = map_aggregate(args, _proxy(tracer))
+        result = function(*proxies)
+    # Example values belong to the mode Dynamo traced in; the mode that is active by now is another one.
+    fake = next((v.fake_mode for n in before if isinstance(v := value_of(n), FakeTensor)), None)
+    for new in graph.nodes:
+        if new not in before:
+            new.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+            with fake or nullcontext():
+                new.meta["example_value"] = _run(new)
+    return result.node if isinstance(result, Proxy) else result
+
+
+def _proxy(tracer: GraphAppendingTracer) -> Any:
+    return lambda arg: Proxy(arg, tracer) if isinstance(arg, Node) else arg
+
+
+def _run(node: Node) -> Any:
+    args: Any = map_aggregate(node.args, value_of)
+    kwargs: Any = map_aggregate(node.kwargs, value_of)
+    if node.op == "call_method":
+        receiver, *rest = args
+        return getattr(receiver, str(node.target))(*rest, **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def erase_dead(gm: GraphModule, candidates: Iterable[Node]) -> int:
+    """Erase those of ``candidates`` that nobody uses any more, and what only they used; returns how many.
+
+    ``eliminate_dead_code`` would also remove in-place calls such as ``length.add_(1)``, whose results nobody uses.
+    """
+    erased = 0
+    queue = list(dict.fromkeys(candidates))
+    gone: set[Node] = set()
+    while queue:
+        node = queue.pop()
+        if (
+            node in gone
+            or node.users
+            or node.op not in ("call_function", "call_method", "get_attr", "call_module")
+            or is_in_place(node)
+        ):
+            continue
+        queue += node.all_input_nodes
+        gm.graph.erase_node(node)
+        gone.add(node)
+        erased += 1
+    return erased

@@ -1,0 +1,60 @@
+"""The compilers that take a rewritten graph: everything that is not attention is theirs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from sparse_compile import masks
+
+
+def check_mode(mode: str | None) -> None:
+    """Raise ``ValueError`` unless ``mode`` is one that ``torch.compile`` knows."""
+    import torch._inductor
+
+    known = ("default", *torch._inductor.list_mode_options())
+    if mode is not None and mode not in known:
+        raise ValueError(f"mode needs to be one of {', '.join(dict.fromkeys(known))}, got {mode!r}")
+
+
+def compile_inner(
+    gm: GraphModule, inputs: Sequence[Any], *, inner: str, mode: str | None, config: dict[str, Any] | None
+) -> Callable[..., Any]:
+    """Compile ``gm`` with ``inner``. ``mode`` and ``config`` reach Inductor, as in ``torch.compile(mode=..., options=...)``."""
+    # Inductor's caches know a graph by the names of its ops, not by what our op and modules do: name our sources as well.
+    settings: Any = torch.compiler.config
+    with settings.patch(cache_key_tag=f"{settings.cache_key_tag}sparse_compile-{_sources()}"):
+        return _compile(gm, inputs, inner, mode, config)
+
+
+@cache
+def _sources() -> str:
+    """A digest of the sources that decide what a rewritten graph does."""
+    digest = hashlib.sha256()
+    for package in (Path(masks.__file__).parent, Path(__file__).parent):
+        for file in sorted(package.glob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(
+    gm: GraphModule, inputs: Sequence[Any], inner: str, mode: str | None, config: dict[str, Any] | None
+) -> Callable[..., Any]:
+    import torch._inductor
+    from torch._dynamo.backends.registry import lookup_backend
+
+    compiler: Callable[..., Callable[..., Any]] = lookup_backend(inner)
+    if inner != "inductor":
+        return compiler(gm, inputs)
+    # torch.compile hands `mode` to the backend as a keyword; unless it becomes a config, CUDA graphs never turn on.
+    patches = dict(torch._inductor.list_mode_options(mode)) if mode not in (None, "default") else {}
+    if all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor)):
+        # A pointwise op on the output of the C++ template fails with "Unsupported for epilogue_nodes".
+        patches["epilogue_fusion"] = False
+    return compiler(gm, inputs, config_patches=patches | (config or {}))

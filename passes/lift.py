@@ -1,0 +1,237 @@
+"""Lift what a model adds to its scores back into the language: ``[B, 1, Q, KV]`` tensors become ``causal & padding(m)``.
+
+A mask that cannot be lifted is used as it is, exactly. Queries that see no key give zeros, as ``scaled_dot_product_attention``
+does for boolean masks; models that add a large negative number instead give such rows (padding) an average of all values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import reduce
+
+import sympy
+import torch
+from torch.fx import Node
+
+from sparse_compile.masks import Mask, ScoreMod, bias, causal, full, sink_logits, softcap
+from sparse_compile.masks.scores import in_order
+from sparse_compile.passes.call import AttentionCall, Left
+from sparse_compile.passes.graph import Order, expr_of, shape_of, value_of
+from sparse_compile.passes.positions import Positions
+from sparse_compile.passes.pullback import Pullback
+from sparse_compile.passes.spelled_out import Add, Hide, Scale, Tanh
+from sparse_compile.passes.tables import KV_START, Q_START
+from sparse_compile.passes.values import (
+    AXES,
+    BATCH,
+    HEAD,
+    KEY,
+    QUERY,
+    All,
+    Choice,
+    Element,
+    Negation,
+    Number,
+    Relation,
+    Some,
+    Sum,
+    Value,
+    negation,
+)
+from sparse_compile.passes.words import NotLiftable, Words
+
+# Adding this or less to a score leaves nothing of its weight; models write -10000, -1e9, the smallest float or -inf.
+HIDDEN = -1e4
+
+
+def lift_call(call: AttentionCall, order: Order) -> AttentionCall | Left:
+    """Fill in ``mask``, ``score_mod`` and ``positions`` from what the model wrote."""
+    try:
+        return _Lift(call, order).run()
+    except NotLiftable as reason:
+        return Left(call.node, str(reason))
+
+
+class _Lift:
+    def __init__(self, call: AttentionCall, order: Order) -> None:
+        self.call = call
+        self.order = order
+        self.pull = Pullback()
+        self.q_len, self.kv_len = call.size("q", 2), call.size("k", 2)
+        self.words = Words(self.pull, Positions(), self.kv_len)
+
+    def run(self) -> AttentionCall:
+        call = self.call
+        scale, mods, terms, conditions = self._steps()
+        if call.attn_mask is not None:
+            terms.append(call.attn_mask)
+        values = [self._at_scores(node) for node in terms]
+        hidden = [self._at_scores(node) for node in conditions]
+        positions = self._positions([*values, *hidden])
+        self.words = Words(self.pull, positions, self.kv_len)
+        mask: Mask = causal if call.is_causal else full
+        biases: list[ScoreMod] = []
+        for node, value in zip(terms, values, strict=True):
+            seen, added = self._term(node, value)
+            mask = mask & seen
+            biases += added
+        for step, value in zip(conditions, hidden, strict=True):
+            mask = mask & self._mask_or_explicit(step, value)
+        mods = mods + biases
+        if call.sink is not None:
+            at_head = tuple(HEAD if s != 1 else sympy.Integer(0) for s in shape_of(call.sink) or ())
+            mods.append(sink_logits(self.words.capture(Element(call.sink, at_head), (HEAD,))))
+        return replace(
+            call,
+            scale=call.scale * scale,
+            mask=mask,
+            score_mod=in_order(tuple(mods)) if mods else None,
+            positions=positions,
+            sources=dict(self.words.sources),
+        )
+
+    def _steps(self) -> tuple[float, list[ScoreMod], list[Node], list[Hide]]:
+        """Scale, score mods, added tensors and hiding conditions (already inverted where true means hidden)."""
+        scale = 1.0
+        mods: list[ScoreMod] = []
+        terms: list[Node] = []
+        conditions: list[Hide] = []
+        steps = list(self.call.score_steps)
+        while steps:
+            step = steps.pop(0)
+            if isinstance(step, Scale | Tanh) and (terms or conditions):
+                raise NotLiftable("scores are scaled or capped after a mask or bias was added")
+            if isinstance(step, Scale):
+                if mods:
+                    raise NotLiftable("scores are scaled after a soft cap")
+                scale *= step.factor
+            elif isinstance(step, Tanh):
+                cap = steps.pop(0).factor if steps and isinstance(steps[0], Scale) else 1.0
+                scale *= cap
+                mods.append(softcap(cap))
+            elif isinstance(step, Add):
+                terms.append(step.node)
+            elif isinstance(step, Hide):
+                conditions.append(step)
+        return scale, mods, terms, conditions
+
+    def _at_scores(self, node: Node | Hide) -> Value:
+        """The element of a mask or bias at ``(b, h, i, j)``, broadcast as the scores are."""
+        if isinstance(node, Hide):
+            value = self._at_scores(node.node)
+            return value if node.unless else negation(value)
+        shape = shape_of(node)
+        if shape is None or len(shape) > 4:
+            raise NotLiftable(f"the mask {node.name} has no shape that fits the scores")
+        size = self.call.size
+        return self.pull.operand(node, AXES, (size("q", 0), size("q", 1), self.q_len, self.kv_len))
+
+    # -- positions --------------------------------------------------------------------------------------------------
+
+    def _positions(self, values: list[Value]) -> Positions:
+        """Where queries and keys stand, from the first comparison of a query with a key, or from the lengths."""
+        for relation in _relations(values):
+            found = self._compared(relation)
+            if found is not None:
+                return found
+        if self.call.is_self_attention and not self.call.is_causal:
+            return Positions(q_start=sympy.expand(expr_of(self.kv_len) - expr_of(self.q_len)))
+        return Positions()
+
+    def _compared(self, relation: Relation) -> Positions | None:
+        """Positions from ``kv_start + j <= q_start + i``: the only comparison that says which sides the starts belong to."""
+        gap = relation.gap
+        if relation.equal or sympy.expand(gap - QUERY + KEY).has(QUERY, KEY, BATCH):
+            return None
+        rest = sympy.expand(gap - QUERY + KEY)
+        if rest.is_Integer and rest != 0 and expr_of(self.q_len) == expr_of(self.kv_len):
+            return None  # of as many queries as keys, j <= i + 2 is a window that looks ahead, and no place in the text
+        q_start, kv_start, shift = sympy.Integer(0), sympy.Integer(0), None
+        for term in sympy.Add.make_args(rest):
+            node = self.pull.atoms.node(term)
+            if node is not None and not term.args and shift is None:
+                shift = node
+            elif self.pull.atoms.node(-term) is not None or node is not None:
+                return None
+            elif term.could_extract_minus_sign():
+                kv_start -= term
+            else:
+                q_start += term
+        return Positions(q_start, kv_start, shift)
+
+    # -- terms ------------------------------------------------------------------------------------------------------
+
+    def _term(self, node: Node, value: Value) -> tuple[Mask, list[ScoreMod]]:
+        """What a tensor that is added to the scores (or a bool mask) shows, and what it adds to them."""
+        if value_of(node).dtype == torch.bool:
+            return self._mask_or_explicit(node, value), []
+        mask: Mask = full
+        biases: list[ScoreMod] = []
+        try:
+            for part in value.parts if isinstance(value, Sum) else (value,):
+                seen, added = self._float_part(node, part, whole=part is value)
+                mask = mask & seen
+                biases += added
+        except NotLiftable:
+            return self._float_part(node, self._itself(node), whole=True)
+        return mask, biases
+
+    def _float_part(self, node: Node, value: Value, *, whole: bool) -> tuple[Mask, list[ScoreMod]]:
+        if isinstance(value, Number) and value.expr == 0:
+            return full, []
+        if isinstance(value, Choice):
+            for kept, other, condition in (
+                (value.yes, value.no, value.condition),
+                (value.no, value.yes, negation(value.condition)),
+            ):
+                if isinstance(other, Number) and other.expr.is_number and other.expr <= HIDDEN:
+                    try:
+                        mask = self.words.mask(condition)
+                    except NotLiftable:
+                        break
+                    more, biases = self._float_part(node, kept, whole=False)
+                    return mask & more, biases
+        if isinstance(value, Element) and all(x == 0 or x in AXES for x in value.index):
+            return full, [bias(self.words.capture(value), Q_START, KV_START)]
+        if whole:
+            return full, [bias(self.words.capture(self._itself(node)), Q_START, KV_START)]
+        raise NotLiftable(f"a part of the bias {node.name} is not understood")
+
+    def _itself(self, node: Node) -> Element:
+        """A mask or bias as the tensor it is, indexed by the axes it has."""
+        shape = shape_of(node)
+        assert shape is not None
+        index = AXES[4 - len(shape) :]
+        return Element(node, tuple(sympy.Integer(0) if s == 1 else x for s, x in zip(shape, index, strict=True)))
+
+    def _mask_or_explicit(self, node: Node | Hide, value: Value) -> Mask:
+        """The lifted mask; if only parts have words, those parts and the tensor itself; else the tensor alone."""
+        try:
+            return self.words.mask(value)
+        except NotLiftable:
+            pass
+        tensor = node.node if isinstance(node, Hide) else node
+        itself = self.words.explicit(self._itself(tensor))
+        whole = ~itself if isinstance(node, Hide) and not node.unless else itself
+        known = []
+        for part in value.parts if isinstance(value, All) else ():
+            try:
+                known.append(self.words.mask(part))
+            except NotLiftable:
+                continue
+        return reduce(lambda a, b: a & b, [*known, whole])
+
+
+def _relations(values: list[Value]) -> list[Relation]:
+    """All comparisons within the values."""
+    found: list[Relation] = []
+    for value in values:
+        if isinstance(value, Relation):
+            found.append(value)
+        elif isinstance(value, All | Some | Sum):
+            found += _relations(list(value.parts))
+        elif isinstance(value, Negation):
+            found += _relations([value.part])
+        elif isinstance(value, Choice):
+            found += _relations([value.condition, value.yes, value.no])
+    return found

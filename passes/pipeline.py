@@ -1,0 +1,175 @@
+"""The passes, in order: unfuse, read, lift, assign, lower, clean. They change the graph in place and account for every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import sympy
+from torch.fx import GraphModule, Node
+
+from sparse_compile.masks import Mask, causal, full
+from sparse_compile.passes.ancestry import is_self_attention
+from sparse_compile.passes.call import AttentionCall, Left, Phase, read_sdpa
+from sparse_compile.passes.graph import Order, erase_dead, expr_of, op_name
+from sparse_compile.passes.kernels import Kernel, Target, choose_kernel
+from sparse_compile.passes.lift import lift_call
+from sparse_compile.passes.lower import lower_call
+from sparse_compile.passes.spelled_out import read_spelled_out
+from sparse_compile.passes.unfuse import unfuse_modules
+
+Assign = Callable[[AttentionCall], Mask | None]
+
+
+@dataclass
+class Rewrite:
+    """A graph on its way through the passes: its attention calls in order, and what became of them."""
+
+    gm: GraphModule
+    assign: Assign
+    target: Target = field(default_factory=Target)
+    dry: bool = False  # choose kernels for the report, and run the dense reference
+    calls: list[AttentionCall] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+    kernels: dict[Node, Kernel] = field(default_factory=dict)
+    replaced: list[Node] = field(default_factory=list)
+
+    def keep(self, results: list[AttentionCall | Left]) -> None:
+        """Sort what a pass made of the calls into calls and calls that stay."""
+        self.calls = [r for r in results if isinstance(r, AttentionCall)]
+        self.left += [r for r in results if isinstance(r, Left)]
+
+
+def unfuse(rewrite: Rewrite) -> int:
+    """Write out the fused modules of ``torch.nn`` around their attention, so that the next pass can read it."""
+    return unfuse_modules(rewrite.gm)
+
+
+def read_attention(rewrite: Rewrite) -> int:
+    """Find every attention call and read it into an ``AttentionCall``."""
+    results = _calls(rewrite.gm)
+    for user, body in _bodies(rewrite.gm):
+        results += [
+            Left(call.node, f"inside {user}: the passes do not rewrite the bodies of such ops") for call in _calls(body)
+        ]
+    rewrite.keep(results)
+    return 0
+
+
+def _calls(gm: GraphModule) -> list[AttentionCall | Left]:
+    order = Order(gm.graph)
+    results: list[AttentionCall | Left] = []
+    for node in gm.graph.nodes:
+        name = op_name(node)
+        if name == "scaled_dot_product_attention":
+            results.append(read_sdpa(node, order))
+        elif name in OPAQUE:
+            results.append(Left(node, OPAQUE[name]))
+        elif (found := read_spelled_out(node, order)) is not None:
+            results.append(found)
+    return results
+
+
+def _bodies(gm: GraphModule) -> Iterator[tuple[str, GraphModule]]:
+    """The graphs that higher-order ops such as activation checkpointing and ``torch.cond`` run, with the name of the op."""
+    for node in gm.graph.nodes:
+        body = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(body, GraphModule):
+            yield op_name(next(iter(node.users), None)), body
+            yield from _bodies(body)
+
+
+def lift_masks(rewrite: Rewrite) -> int:
+    """Recover the mask, the score mod and the positions of every call."""
+    order = Order(rewrite.gm.graph)
+    calls = [replace(call, is_self_attention=is_self_attention(call)) for call in rewrite.calls]
+    rewrite.keep([_settled(lift_call(call, order)) for call in calls])
+    return 0
+
+
+def _settled(call: AttentionCall | Left) -> AttentionCall | Left:
+    """Attention that compares query and key positions is over one text, wherever its operands come from."""
+    if isinstance(call, AttentionCall) and call.mask is not None and call.mask.implies(causal):
+        return replace(call, is_self_attention=True)
+    return call
+
+
+def assign_policy(rewrite: Rewrite) -> int:
+    """Give every call the mask that the policy has for it. The model's own mask stays a conjunct.
+
+    Raises ``ValueError`` for a mask written for another number of heads.
+    """
+    results: list[AttentionCall | Left] = []
+    for call in rewrite.calls:
+        mask = rewrite.assign(call)
+        if mask is None or mask == full:
+            results.append(call)
+        elif not call.is_self_attention:
+            results.append(replace(call, policy_reason="cross-attention: its keys have no place in the text of the queries"))
+        else:
+            mask.for_heads(call.heads)  # a head count that fits neither query nor KV heads is an error now, not at run time
+            results.append(replace(call, policy=mask))
+    rewrite.keep(results)
+    return 0
+
+
+def lower_attention(rewrite: Rewrite) -> int:
+    """Replace every call by a module that runs it, with tables shared between calls of equal mask and shape."""
+    shared: dict[object, Node] = {}
+    lowered: list[AttentionCall] = []
+    for call in rewrite.calls:
+        kernel = choose_kernel(call, rewrite.target)
+        result = lower_call(rewrite.gm, call, Kernel("reference") if rewrite.dry else kernel, shared)
+        if isinstance(result, Left):
+            rewrite.left.append(result)
+            continue
+        rewrite.kernels[call.node] = kernel
+        rewrite.replaced.append(call.node)
+        lowered.append(call)
+    rewrite.calls = lowered
+    return len(lowered)
+
+
+def remove_dead_code(rewrite: Rewrite) -> int:
+    """Erase what the replaced calls alone needed: dense masks, repeated keys and values."""
+    erased = erase_dead(rewrite.gm, rewrite.replaced)
+    if rewrite.replaced:
+        rewrite.gm.graph.lint()
+        rewrite.gm.recompile()
+    return erased
+
+
+PASSES: tuple[Callable[[Rewrite], int], ...] = (
+    unfuse,
+    read_attention,
+    lift_masks,
+    assign_policy,
+    lower_attention,
+    remove_dead_code,
+)
+
+OPAQUE = {
+    "multi_head_attention_forward": "nn.MultiheadAttention is asked for its attention weights, or is unbatched or extended",
+    "_native_multi_head_attention": "the fused inference path of nn.MultiheadAttention hides its attention",
+    "_transformer_encoder_layer_fwd": "the fused inference path of nn.TransformerEncoderLayer gets nested tensors",
+    "flex_attention": "FlexAttention written by the model",
+    "_scaled_dot_product_flash_attention": "attention already lowered to a kernel: the pass came too late",
+    "_scaled_dot_product_efficient_attention": "attention already lowered to a kernel: the pass came too late",
+}
+
+
+def run_passes(rewrite: Rewrite) -> Rewrite:
+    """Run all passes over the graph, in place."""
+    for run in PASSES:
+        run(rewrite)
+    return rewrite
+
+
+def phase_of(call: AttentionCall) -> Phase:
+    """Prefill or decode for causal self-attention, other for everything else."""
+    if not call.is_self_attention:
+        return "other"
+    q_len = call.size("q", 2)
+    if isinstance(q_len, int) and q_len == 1 and expr_of(call.size("k", 2)) != sympy.Integer(1):
+        return "decode"
+    return "prefill" if call.mask is not None and call.mask.implies(causal) else "other"

@@ -1,0 +1,119 @@
+"""Block tables while a compiled graph runs: an opaque custom op, called once per distinct mask and shape of a graph.
+
+It is opaque because every tensor that a ``mask_mod`` captures must be realised: a graph input or the output of an op that
+Inductor cannot fuse into anything. An in-graph ``arange`` fails with ``NoValidChoices`` on CPU and ``XBLOCK is not defined``
+on CUDA. Offsets are operands and not closed over, so one graph serves all lengths, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sparse_compile.masks import Captured, Mask
+from sparse_compile.masks.blocks import block_tables, query_blocks, transposed
+
+Q_START = Captured.symbol("q_start")
+KV_START = Captured.symbol("kv_start")
+
+
+@lru_cache(maxsize=256)
+def parse(text: str) -> Mask:
+    """The mask that a graph carries as text."""
+    return Mask.from_json(text)
+
+
+def bind(mask: Mask, names: tuple[Captured, ...], tensors: Sequence[Tensor], q_start: Tensor, kv_start: Tensor) -> Mask:
+    """The mask with the tensors of the running graph in the places of their names."""
+    values = {name: name.filled(tensor) for name, tensor in zip(names, tensors, strict=True)}
+    return mask.bind(values | {Q_START: Q_START.filled(q_start), KV_START: KV_START.filled(kv_start)})
+
+
+def given(mask: Mask) -> tuple[Captured, ...]:
+    """The tensors a mask of a graph needs to be given, in the order in which the graph passes them. All have a batch axis."""
+    return tuple(c for c in mask.captures() if c not in (Q_START, KV_START))
+
+
+def batch_of(captures: Sequence[Tensor]) -> int:
+    """The batch size a mask needs: that of the tensors it reads, and 1 if they serve all batches or there are none."""
+    return max((c.shape[0] for c in captures), default=1)
+
+
+def starts(q_start: int, kv_start: int, q_shift: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Text positions of the first query and the first key, int64 ``[1]`` each."""
+    first_query = torch.full((1,), q_start, dtype=torch.int64, device=device)
+    first_key = torch.full((1,), kv_start, dtype=torch.int64, device=device)
+    return first_query if q_shift is None else first_query + q_shift, first_key
+
+
+@torch.library.custom_op("sparse_compile::block_tables", mutates_args=())
+def block_tables_op(
+    mask: str,
+    heads: int,
+    q_len: int,
+    kv_len: int,
+    q_start: int,
+    kv_start: int,
+    q_shift: Tensor | None,
+    captures: list[Tensor],
+    q_block: int,
+    kv_block: int,
+    width: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The positions of the first query and key ``[1]`` and the four tables of ``mask`` for this shape, all int32.
+
+    ``captures`` are the tensors the mask needs, in order. ``heads`` is the number of query heads if the mask differs between
+    heads, else 1. ``width`` is the number of table columns.
+    """
+    tree = parse(mask)
+    first_query, first_key = starts(q_start, kv_start, q_shift, device)
+    bound = bind(tree, given(tree), captures, first_query, first_key)
+    if heads > 1:
+        bound = bound.for_heads(heads)
+    lo, hi = query_blocks(q_len, q_block, device)
+    lo, hi = lo + first_query, hi + first_query
+    tables = block_tables(bound, lo, hi, kv_len, kv_block=kv_block, kv_start=first_key, width=width)
+    num, index, full_num, full_index = (t.expand(batch_of(captures), heads, *t.shape[2:]).contiguous() for t in tables)
+    return first_query.int(), first_key.int(), num, index, full_num, full_index
+
+
+@block_tables_op.register_fake
+def _(
+    mask: str,
+    heads: int,
+    q_len: int,
+    kv_len: int,
+    q_start: int,
+    kv_start: int,
+    q_shift: Tensor | None,
+    captures: list[Tensor],
+    q_block: int,
+    kv_block: int,
+    width: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch = batch_of(captures)
+    rows = -(-q_len // q_block)
+    counts = torch.empty(batch, heads, rows, dtype=torch.int32, device=device)
+    table = torch.empty(batch, heads, rows, width, dtype=torch.int32, device=device)
+    first = torch.empty(1, dtype=torch.int32, device=device)
+    return first, first.clone(), counts, table, counts.clone(), table.clone()
+
+
+@torch.library.custom_op("sparse_compile::transpose_tables", mutates_args=())
+def transpose_tables(tables: list[Tensor], columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four tables listed by key block, as the backward pass needs them. ``columns`` is the number of key blocks."""
+    num, index, full_num, full_index = tables
+    return *transposed(num, index, columns), *transposed(full_num, full_index, columns)
+
+
+@transpose_tables.register_fake
+def _(tables: list[Tensor], columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, rows, _ = tables[1].shape
+    count = tables[0].new_empty(batch, heads, columns)
+    table = tables[1].new_empty(batch, heads, columns, rows)
+    return count, table, count.clone(), table.clone()

@@ -1,0 +1,193 @@
+"""Say a pulled-back mask in the words of the language: ``j <= i`` is ``causal``, a lookup at ``(b, j)`` is ``padding``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from sparse_compile.masks import (
+    Captured,
+    Mask,
+    causal,
+    chunked,
+    dilated,
+    document,
+    explicit,
+    full,
+    padding,
+    prefix,
+    sink,
+    sliding_window,
+)
+from sparse_compile.passes.graph import expr_of, value_of
+from sparse_compile.passes.positions import Positions
+from sparse_compile.passes.pullback import Pullback
+from sparse_compile.passes.tables import KV_START, Q_START
+from sparse_compile.passes.values import (
+    AXES,
+    BATCH,
+    KEY,
+    QUERY,
+    All,
+    Choice,
+    Element,
+    Negation,
+    Relation,
+    Some,
+    Truth,
+    Value,
+    conjunction,
+    disjunction,
+    negation,
+)
+
+
+class NotLiftable(Exception):
+    """A part of a mask has no words in the language."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor that a lifted mask reads: ``node[drop].permute(order)[add]``, axes dropped, put in order, size 1 added."""
+
+    node: Node
+    drop: tuple[Any, ...]
+    order: tuple[int, ...]
+    add: tuple[Any, ...]
+
+    def read(self, tensor: Any) -> Any:
+        """The tensor as the mask reads it."""
+        if any(k != slice(None) for k in self.drop):
+            tensor = tensor[self.drop]
+        if self.order != tuple(range(len(self.order))):
+            tensor = tensor.permute(self.order)
+        return tensor[self.add] if any(k != slice(None) for k in self.add) else tensor
+
+
+class Words:
+    """The masks of one call in words. ``sources`` collects the tensors they read, by the names they use for them."""
+
+    def __init__(self, pull: Pullback, positions: Positions, kv_len: Any) -> None:
+        self.pull, self.positions, self.kv_len = pull, positions, kv_len
+        self.sources: dict[str, Source] = {}
+
+    def mask(self, value: Value) -> Mask:
+        """The mask that ``value`` says. Raises ``NotLiftable`` where the language has no words for a part of it."""
+        if isinstance(value, Truth):
+            return full if value.value else ~full
+        if isinstance(value, All):
+            masks = sorted((self.mask(part) for part in value.parts), key=lambda mask: mask != causal)  # reads best in front
+            return reduce(lambda a, b: a & b, masks)
+        if isinstance(value, Some):
+            return reduce(lambda a, b: a | b, [self.mask(part) for part in value.parts])
+        if isinstance(value, Negation):
+            return ~self.mask(value.part)
+        if isinstance(value, Relation):
+            return self._relation(value)
+        if isinstance(value, Element):
+            return self._lookup(value)
+        if isinstance(value, Choice):
+            yes, no = conjunction([value.condition, value.yes]), conjunction([negation(value.condition), value.no])
+            return self.mask(disjunction([yes, no]))
+        raise NotLiftable("a number stands where a truth is needed")
+
+    def _relation(self, relation: Relation) -> Mask:
+        gap = self._to_positions(relation.gap)
+        if relation.equal:
+            return self._equality(gap)
+        if not gap.has(QUERY, KEY, BATCH):
+            raise NotLiftable(f"a mask depends on {gap} alone")
+        distance = sympy.expand(gap - QUERY + KEY)
+        if distance.is_Integer:  # j <= i + distance
+            return _look_ahead(int(distance))
+        distance = sympy.expand(gap + QUERY - KEY)
+        if distance.is_Integer:  # j >= i - distance
+            return sliding_window(int(distance) + 1) if distance >= 0 else ~_look_ahead(-int(distance) - 1)
+        spread = sympy.expand(gap + sympy.Abs(QUERY - KEY))
+        if spread.is_Integer:
+            return dilated(int(spread) + 1, 1) if spread >= 0 else ~full
+        last = sympy.expand(gap + KEY)
+        if not last.has(QUERY, KEY):  # j <= last
+            return self._up_to(last)
+        first = sympy.expand(KEY - gap)
+        if first.is_Integer:  # j >= first
+            return ~sink(int(first)) if first > 0 else full
+        raise NotLiftable(f"a mask compares {gap} with 0")
+
+    def _up_to(self, last: sympy.Expr) -> Mask:
+        beyond = sympy.expand(last - self.positions.kv_start - expr_of(self.kv_len) + 1)
+        if beyond.is_nonnegative:
+            return full
+        if last.is_Integer:
+            return sink(int(last) + 1) if last >= 0 else ~full
+        lengths = sympy.expand(last + 1)
+        node = self.pull.atoms.node(lengths)
+        if node is not None and lengths.args == (BATCH,):
+            return prefix(self.capture(Element(node, (BATCH,)), (BATCH,)))
+        raise NotLiftable(f"a mask shows keys up to {last}")
+
+    def _equality(self, gap: sympy.Expr) -> Mask:
+        """``i // n == j // n``, ``ids[b, i] == ids[b, j]``, or ``valid[b, j] == 0``."""
+        terms = sympy.Add.make_args(gap)
+        alone = self.pull.atoms.node(abs(gap) if gap.is_number else -gap if gap.could_extract_minus_sign() else gap)
+        if alone is not None and KEY in gap.atoms() and gap.atoms(sympy.Symbol) <= {BATCH, KEY}:
+            args = (-gap if gap.could_extract_minus_sign() else gap).args
+            if all(x == 0 or x in AXES for x in args):
+                return ~padding(self.capture(Element(alone, args), (BATCH, KEY)))
+        if len(terms) == 2:
+            floors = [abs(t) if t.is_number else (-t if t.could_extract_minus_sign() else t) for t in terms]
+            sides = {t.args[0] for t in floors if isinstance(t, sympy.floor)}
+            for n in {sympy.fraction(side)[1] for side in sides}:
+                if sides == {QUERY / n, KEY / n} and n.is_Integer:
+                    return chunked(int(n))
+            nodes = {self.pull.atoms.node(t) for t in floors}
+            if len(nodes) == 1 and None not in nodes and {t.args for t in floors} == {(BATCH, QUERY), (BATCH, KEY)}:
+                (node,) = nodes
+                assert node is not None
+                return document(self.capture(Element(node, (BATCH, QUERY)), (BATCH, QUERY)))
+        raise NotLiftable(f"a mask compares {gap} with 0")
+
+    def _lookup(self, element: Element) -> Mask:
+        at = tuple(self._to_positions(x) for x in element.index)
+        axes = [x for x in at if x != 0]
+        if value_of(element.node).dtype == torch.bool and KEY in axes and set(axes) <= {BATCH, KEY}:
+            return padding(self.capture(Element(element.node, at), (BATCH, KEY)))
+        if all(x == 0 or x in AXES for x in element.index):
+            return self.explicit(element)
+        raise NotLiftable(f"a mask looks up {element.node.name} at {element.index}")
+
+    def explicit(self, element: Element) -> Mask:
+        """The mask that is a tensor."""
+        return explicit(self.capture(element), Q_START, KV_START)
+
+    def capture(self, element: Element, layout: tuple[sympy.Symbol, ...] = AXES) -> Captured:
+        """A symbol for the tensor that ``element`` reads, brought to the axes of ``layout``; absent axes get size 1."""
+        axes = [x for x in element.index if x != 0]
+        if any(x not in layout for x in axes) or len(set(axes)) != len(axes):
+            raise NotLiftable(f"{element.node.name} is looked up at {element.index}")
+        order = tuple(axes.index(axis) for axis in sorted(axes, key=AXES.index))
+        drop = tuple(0 if x == 0 else slice(None) for x in element.index)
+        add = tuple(slice(None) if axis in axes else None for axis in layout)
+        source = Source(element.node, drop, order, add)
+        name = element.node.name
+        while self.sources.setdefault(name, source) != source:
+            name += "_"
+        return Captured.symbol(name)
+
+    def _to_positions(self, expr: sympy.Expr) -> sympy.Expr:
+        """The expression over text positions: ``i`` and ``j`` stand for positions from here on."""
+        at = self.positions
+        shift = self.pull.atoms.term(Element(at.q_shift, ())) if at.q_shift is not None else 0
+        return sympy.expand(expr.subs({QUERY: QUERY - at.q_start - shift, KEY: KEY - at.kv_start}, simultaneous=True))
+
+
+def _look_ahead(distance: int) -> Mask:
+    """``j <= i + distance``."""
+    if distance == 0:
+        return causal
+    return causal | dilated(distance + 1, 1) if distance > 0 else ~sliding_window(-distance)

@@ -1,0 +1,282 @@
+"""The ``torch.compile`` backend: run the passes over each graph, hand it to the inner compiler, keep the report."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from sparse_compile.masks import Mask
+from sparse_compile.policy import Policy, as_policy
+from sparse_compile.report import Report
+
+if TYPE_CHECKING:  # the passes import sympy and Dynamo, which cost a second: not before something is compiled
+    from sparse_compile.passes.call import AttentionCall
+    from sparse_compile.passes.pipeline import Rewrite
+
+INNER = ("inductor", "aot_eager", "eager")
+KERNELS = ("auto", "flex", "reference")
+OPTIONS = ("policy", "inner", "kernel", "strict", "inductor")
+
+
+class SparseCompileWarning(UserWarning):
+    """Something will not run as asked."""
+
+
+class SparseCompileError(RuntimeError):
+    """Something cannot run as asked, and ``strict=True`` forbids to go on without it."""
+
+
+class Backend:
+    """A ``torch.compile`` backend that rewrites attention, with a policy and a report of its own.
+
+    Without a policy the model's results do not change. ``policy`` is a ``Policy`` or a bare mask. ``inner`` compiles the rest
+    of the graph: ``inductor``, ``aot_eager`` or ``eager``. ``kernel`` is ``auto``, ``flex`` or ``reference``. With ``strict``,
+    an attention call that stays as it is is an error. ``inductor`` holds Inductor options.
+
+        >>> backend = sc.Backend(causal & sliding_window(64), inner="eager")
+        >>> model = torch.compile(model, backend=backend)
+        >>> logits = model(tokens)
+        >>> print(backend.report)  # doctest: +SKIP
+
+    Raises ``ValueError`` or ``TypeError`` for unknown options; ``SparseCompileError`` while compiling, as above.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | Mask | None = None,
+        *,
+        inner: str = "inductor",
+        kernel: str = "auto",
+        strict: bool = False,
+        inductor: Mapping[str, Any] | None = None,
+    ) -> None:
+        _one_of("inner", inner, INNER)
+        _one_of("kernel", kernel, KERNELS)
+        if not isinstance(strict, bool):
+            raise TypeError(f"strict needs True or False, got {strict!r}")
+        if not (inductor is None or isinstance(inductor, Mapping)):
+            raise TypeError(f"inductor needs a mapping of Inductor options, got {inductor!r}")
+        self.policy = as_policy(policy)
+        self.inner, self.kernel, self.strict = inner, kernel, strict
+        self.inductor = dict(inductor or {})
+        self._dry = False  # for ``explain``: plan for ``inner`` and run the dense reference
+        self._device: str | None = None
+        self._isolated = False  # Dynamo counts recompiles of this backend alone
+        self._graphs: dict[tuple[int | None, int], int] = {}  # our number of each graph, by Dynamo's of its code and compile
+        self.report = Report()
+        self.calls = 0  # of compiled graphs; ``compile`` uses it to notice a model that runs un-compiled
+
+    @property
+    def __name__(self) -> str:
+        return "sparse_compile"
+
+    def __call__(
+        self,
+        gm: GraphModule,
+        inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Compile one graph; ``torch.compile`` calls this."""
+        from sparse_compile.passes.inner import check_mode, compile_inner
+
+        check_mode(mode)
+        if options:
+            return self._with(options)(gm, inputs, mode=mode)
+        rewrite = self._rewrite(gm, inputs)
+        self._record(rewrite)
+        inner = "eager" if self._dry else self.inner
+        compiled = compile_inner(gm, inputs, inner=inner, mode=mode, config=self.inductor)
+
+        def run(*args: Any) -> Any:
+            self.calls += 1
+            return compiled(*args)
+
+        return run
+
+    def _with(self, options: Mapping[str, Any]) -> Backend:
+        """This backend with other options, reporting into the same report."""
+        unknown = sorted(set(options) - set(OPTIONS))
+        if unknown:
+            raise ValueError(f"unknown option {unknown[0]!r}: sparse_compile takes {', '.join(OPTIONS)}")
+        settings = {"policy": self.policy, "inner": self.inner, "kernel": self.kernel, "strict": self.strict}
+        other = Backend(**{**settings, "inductor": self.inductor, **options})
+        other.report, other._graphs = self.report, self._graphs
+        return other
+
+    def _rewrite(self, gm: GraphModule, inputs: Sequence[Any]) -> Rewrite:
+        gradients = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        from sparse_compile.passes.kernels import Target
+        from sparse_compile.passes.pipeline import Rewrite, run_passes
+
+        target = Target(self.inner, self.kernel, gradients, self._device)
+        rewrite = run_passes(Rewrite(gm, self._mask_for, target, self._dry))
+        self._check_layers({call.layer for call in rewrite.calls})
+        return rewrite
+
+    def _check_layers(self, seen: set[int | None]) -> None:
+        """Refuse a policy that names a layer beyond the model, as far as one graph can tell: if it holds all from the first."""
+        layers = {layer for layer in seen if layer is not None}
+        if self.policy is not None and len(layers) > 1 and layers == set(range(len(layers))):
+            self.policy.check_layers(len(layers))
+
+    def _mask_for(self, call: AttentionCall) -> Mask | None:
+        from sparse_compile.passes.pipeline import phase_of
+
+        if self.policy is None:
+            return None
+        return self.policy.mask_for(call.module, call.layer, phase_of(call))
+
+    def _record(self, rewrite: Rewrite) -> None:
+        from sparse_compile.sites import describe
+
+        report = self.report
+        compile_id = torch._guards.CompileContext.current_compile_id()
+        frame, attempt = (compile_id.frame_id, compile_id.frame_compile_id or 0) if compile_id is not None else (None, 0)
+        earlier = sum(seen == frame and other != attempt for seen, other in self._graphs)
+        if compile_id is None or (frame, attempt) not in self._graphs:
+            report.compiles += 1
+            report.recompiles += earlier > 0
+            self._graphs[frame, attempt] = report.compiles
+        graph = self._graphs[frame, attempt]
+        # Dynamo may throw a graph away and trace the same code again, to make a float a constant, say: the last one counts.
+        report.sites = [site for site in report.sites if site.graph != graph] + describe(rewrite, graph)
+        if self._isolated:
+            attempt = earlier
+        if rewrite.left and self.strict:
+            reasons = "; ".join(f"{call.node.name}: {call.reason}" for call in rewrite.left)
+            raise SparseCompileError(f"strict=True, and {len(rewrite.left)} attention calls stay as they are: {reasons}")
+        limit = torch._dynamo.config.recompile_limit
+        if attempt + 1 >= limit:
+            message = (
+                f"this code was compiled {attempt + 1} times, which is torch._dynamo.config.recompile_limit={limit}: "
+                "the next new shape runs un-compiled, without sparse_compile and without its policy. "
+                "Mark changing sizes as dynamic (dynamic=True) or raise the limit."
+            )
+            report.notes.append(message)
+            if self.strict:
+                raise SparseCompileError(message)
+            warnings.warn(message, SparseCompileWarning, stacklevel=2)
+
+
+def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{what} needs to be one of {', '.join(known)}, got {value!r}")
+
+
+def backend(
+    gm: GraphModule, inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The backend itself: ``torch.compile(model, backend=sparse_compile.backend)``, exact, or sparse by ``options``.
+
+    ``options`` may hold ``policy``, ``inner``, ``kernel``, ``strict`` and ``inductor`` as in ``Backend``, which also keeps
+    the report.
+    """
+    return Backend()(gm, inputs, mode=mode, options=options)
+
+
+def compile(
+    model: nn.Module,
+    policy: Policy | Mask | None = None,
+    *,
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    **backend_options: Any,
+) -> Any:
+    """Compile ``model`` in place and return it, so that ``model.generate()`` runs compiled too.
+
+    ``torch.compile(model).generate()`` would run un-compiled, silently. Options are those of ``Backend``; the report is
+    ``model.sparse_compile_report``. If Dynamo gives up on the model and runs it un-compiled, a ``SparseCompileWarning`` says
+    so (an error with ``strict=True``). Raises ``ValueError`` if the policy names layers or heads the model does not have.
+
+        >>> model = sc.compile(model, causal & (sink(4) | sliding_window(64)), inner="eager")
+        >>> model.generate(tokens, max_new_tokens=2).shape
+        torch.Size([1, 10])
+    """
+    chosen = Backend(policy, **backend_options)
+    if chosen.policy is not None:
+        check_policy(chosen.policy, model)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        # generate() compiles decode steps with Inductor on its own for static caches, around and instead of us.
+        generation.disable_compile = True
+    model.compile(backend=chosen, mode=mode, dynamic=dynamic, **_isolate(chosen))
+    run = model._compiled_call_impl
+    assert run is not None
+    model._compiled_call_impl = _watched(run, chosen)
+    object.__setattr__(model, "sparse_compile_report", chosen.report)
+    return model
+
+
+def check_policy(policy: Policy, model: nn.Module) -> None:
+    """Raise ``ValueError`` if the policy names layers or heads that a transformers model does not have."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    layers, heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
+    if isinstance(layers, int) and isinstance(heads, int):
+        kv_heads = getattr(config, "num_key_value_heads", None)
+        policy.check(layers, heads, kv_heads if isinstance(kv_heads, int) else heads)
+
+
+def _isolate(backend: Backend) -> dict[str, Any]:
+    """What ``torch.compile`` takes so that no other model of the same class uses up the recompiles of this one.
+
+    Recompiles are limited per code object, and all models of a class share one.
+    """
+    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:  # before torch 2.13
+        return {}
+    backend._isolated = True
+    return {"isolate_recompiles": True}
+
+
+def _watched(run: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
+    """``run``, noticing calls in which no compiled graph took part."""
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        before = backend.calls
+        result = run(*args, **kwargs)
+        if backend.calls == before and not torch.compiler.is_compiling():
+            message = "the model ran un-compiled: Dynamo skipped it or reached its recompile limit, and no policy was applied"
+            if message not in backend.report.notes:
+                backend.report.notes.append(message)
+            if backend.strict:
+                raise SparseCompileError(message)
+            warnings.warn(message, SparseCompileWarning, stacklevel=2)
+        return result
+
+    return watched
+
+
+def explain(
+    model: nn.Module, *args: Any, policy: Policy | Mask | None = None, device: str | None = None, **kwargs: Any
+) -> Report:
+    """Run ``model(*args, **kwargs)`` once through the passes, without code generation, and return the report.
+
+    The kernels in the report are those that ``Backend(policy)`` would use, on ``device`` (``"cpu"``, ``"cuda"``) if that is
+    given; the model itself runs on the dense reference, without gradients, and is left as it was. Raises as ``Backend`` does.
+
+        >>> report = sc.explain(model, tokens, policy=causal & sliding_window(4))
+        >>> [site.action for site in report.sites]
+        ['sparse', 'sparse']
+    """
+    chosen = planner(policy, model, device)
+    # Each explanation is a backend of its own; before torch 2.13 they would use up the recompiles of the model's code.
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
+        _watched(torch.compile(model, backend=chosen, **_isolate(chosen)), chosen)(*args, **kwargs)
+    return chosen.report
+
+
+def planner(policy: Policy | Mask | None, model: nn.Module, device: str | None = None) -> Backend:
+    """A backend that reports what ``Backend(policy)`` would do, and runs the dense reference."""
+    chosen = Backend(policy)
+    if chosen.policy is not None:
+        check_policy(chosen.policy, model)
+    chosen._dry, chosen._device = True, device
+    return chosen

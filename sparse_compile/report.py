@@ -1,0 +1,167 @@
+"""What the backend did: one row for every attention call of every graph."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from sparse_compile.masks import Mask
+
+Action = Literal["exact", "sparse", "left"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention call of one compiled graph.
+
+    ``module`` is the path of the module that makes the call and ``layer`` the first number in it. ``q_len`` and ``kv_len``
+    are text, symbols where a length is dynamic. ``model_mask`` is the mask recovered from the model, ``policy_mask`` what
+    the policy added. ``action`` is ``exact`` (rewritten, same result), ``sparse`` (a policy removed keys) or ``left`` (not
+    touched); ``reason`` says why a call was left, ran a slower kernel, or went without its policy.
+    """
+
+    module: str
+    layer: int | None
+    phase: str
+    q_len: str
+    kv_len: str
+    model_mask: str
+    policy_mask: str
+    kernel: str
+    action: Action
+    reason: str
+    graph: int
+    score_mod: str = ""
+    heads: int = 1
+    kv_heads: int = 1
+    traced: tuple[int, int, int] = (0, 0, 0)  # q_len, kv_len and position of the first query in the traced example
+    mask: Mask | None = field(default=None, compare=False, repr=False)
+
+    @cached_property
+    def density(self) -> float | None:
+        """Visible pairs over all pairs at the traced lengths; None for calls left alone.
+
+        Padding and other tensors that are only known at run time count as fully visible.
+        """
+        if self.mask is None:
+            return None
+        q_len, kv_len, start = self.traced
+        return self.mask.density(q_len, kv_len, q_offset=start, heads=self.heads)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as JSON values."""
+        content = {k: v for k, v in asdict(self).items() if k not in ("mask", "traced")}
+        return {**content, "density": self.density, "traced_q_len": self.traced[0], "traced_kv_len": self.traced[1]}
+
+
+@dataclass
+class Report:
+    """Every attention call of every graph that a backend compiled, and how often it compiled.
+
+    ``compiles`` counts graphs, ``recompiles`` those that replaced an earlier graph of the same code (new lengths, say).
+    ``str(report)`` is a table in which equal rows of several layers share a line; ``sites`` has them all.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    compiles: int = 0
+    recompiles: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def rewritten(self) -> list[Site]:
+        """The calls that were rewritten."""
+        return [site for site in self.sites if site.action != "left"]
+
+    @property
+    def left(self) -> list[Site]:
+        """The calls that stay as they are."""
+        return [site for site in self.sites if site.action == "left"]
+
+    def to_json(self) -> str:
+        """Everything as JSON text."""
+        content = {
+            "compiles": self.compiles,
+            "recompiles": self.recompiles,
+            "notes": self.notes,
+            "sites": [site.as_dict() for site in self.sites],
+        }
+        return json.dumps(content, indent=1)
+
+    def __str__(self) -> str:
+        graphs = f"{self.compiles} graph{'s' * (self.compiles != 1)} compiled, {self.recompiles} of them again"
+        calls = f"{len(self.rewritten)} of {len(self.sites)} attention calls rewritten"
+        lines = [f"sparse_compile: {calls}; {graphs}"]
+        rows = [_cells(site, count, layers) for site, count, layers in _merged(self.sites)]
+        if rows:
+            head = ("graph", "module", "calls", "phase", "q x kv", "model mask", "policy", "density", "kernel")
+            lines += _table([head, *[row[:-1] for row in rows]])
+            lines += _reasons(self.sites)
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def _merged(sites: list[Site]) -> list[tuple[Site, int, str]]:
+    """Sites that differ only in their layer, as one: the first, how many, and the module path with the layers in it."""
+    groups: dict[tuple[Any, ...], list[Site]] = {}
+    for site in sites:
+        path = re.sub(r"\d+", "*", site.module, count=1)
+        key = (site.graph, path, site.phase, site.q_len, site.kv_len, site.model_mask, site.policy_mask)
+        groups.setdefault((*key, site.kernel, site.action, site.reason, site.score_mod, site.traced), []).append(site)
+    merged = []
+    for members in groups.values():
+        layers = sorted({site.layer for site in members if site.layer is not None})
+        path = members[0].module
+        if len(layers) > 1:
+            path = re.sub(r"\d+", f"[{_ranges(layers)}]", path, count=1)
+        merged.append((members[0], len(members), path))
+    return merged
+
+
+def _reasons(sites: list[Site]) -> list[str]:
+    """Every reason once, with the graphs and how many calls it holds for."""
+    found: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.reason:
+            found.setdefault(site.reason, []).append(site)
+    return [
+        f"  graph {_ranges(sorted({site.graph for site in members}))}, {len(members)} calls: {reason}"
+        for reason, members in found.items()
+    ]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Sorted integers as text: ``0-3,5``."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and runs[-1][1] == n - 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _cells(site: Site, count: int, path: str) -> tuple[str, ...]:
+    density = "" if site.density is None else f"{100 * site.density:.3g} %"
+    mask = site.model_mask + (f", {site.score_mod}" if site.score_mod else "")
+    lengths = f"{site.q_len} x {site.kv_len}"
+    kernel = site.kernel if site.action != "left" else "left as it is"
+    return (
+        str(site.graph),
+        path or "(top)",
+        str(count),
+        site.phase,
+        lengths,
+        mask,
+        site.policy_mask,
+        density,
+        kernel,
+        site.reason,
+    )
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,71 @@
+"""Turn what the passes did to a graph into rows of the report."""
+
+from __future__ import annotations
+
+from sparse_compile.masks import Mask, full
+from sparse_compile.masks.algebra import Not
+from sparse_compile.passes.call import AttentionCall, Left
+from sparse_compile.passes.graph import hint_of, layer_index, module_path
+from sparse_compile.passes.pipeline import Rewrite, phase_of
+from sparse_compile.report import Site
+
+NAMES = {"flex": "FlexAttention", "reference": "dense reference"}
+
+
+def describe(rewrite: Rewrite, graph: int) -> list[Site]:
+    """One row per attention call, in the order of the graph."""
+    rows = [_rewritten(call, rewrite, graph) for call in rewrite.calls] + [_left(call, graph) for call in rewrite.left]
+    return rows
+
+
+def _rewritten(call: AttentionCall, rewrite: Rewrite, graph: int) -> Site:
+    assert call.mask is not None and call.positions is not None
+    kernel = rewrite.kernels[call.node]
+    q_len, kv_len = call.size("q", 2), call.size("k", 2)
+    at = call.positions
+    mask = call.mask if call.policy is None else call.mask & call.policy
+    start = hint_of(kv_len) - hint_of(q_len) if at.q_shift is not None or not at.q_start.is_Integer else int(at.q_start)
+    return Site(
+        module=call.module,
+        layer=call.layer,
+        phase=phase_of(call),
+        q_len=str(q_len),
+        kv_len=str(kv_len),
+        model_mask=str(call.mask),
+        policy_mask=str(call.policy) if call.policy is not None else "",
+        kernel=NAMES[kernel.name],
+        action="sparse" if call.policy is not None else "exact",
+        reason="; ".join(text for text in (call.policy_reason, kernel.why) if text),
+        graph=graph,
+        score_mod=str(call.score_mod) if call.score_mod is not None else "",
+        heads=call.heads,
+        kv_heads=call.kv_heads,
+        traced=(hint_of(q_len), hint_of(kv_len), start),
+        mask=without_symbols(mask),
+    )
+
+
+def _left(call: Left, graph: int) -> Site:
+    path = module_path(call.node)
+    return Site(
+        module=path,
+        layer=layer_index(path),
+        phase="other",
+        q_len="",
+        kv_len="",
+        model_mask="",
+        policy_mask="",
+        kernel="",
+        action="left",
+        reason=call.reason,
+        graph=graph,
+    )
+
+
+def without_symbols(mask: Mask, *, visible: bool = True) -> Mask:
+    """The mask with every part that reads a tensor of the running graph taken as visible (under ``~``: as hidden)."""
+    if isinstance(mask, Not):
+        return ~without_symbols(mask.mask, visible=not visible)
+    if mask.children():
+        return mask.rebuild([without_symbols(child, visible=visible) for child in mask.children()])
+    return (full if visible else ~full) if any(c.is_symbol for c in mask.captures()) else mask

@@ -1,0 +1,53 @@
+"""Ways in which models build masks, shared by the tests of lifting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+N = 12
+Build = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to build a mask, and what it is in the language."""
+
+    build: Build
+    mask: str
+
+
+def attend(build: Build) -> Callable[..., Tensor]:
+    """Attention under the mask that ``build`` makes of the other inputs, in the graph."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *inputs: Any) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=build(*inputs))
+
+    return attention
+
+
+def i_and_j(q_len: int = N, kv_len: int = N) -> tuple[Tensor, Tensor]:
+    return torch.arange(q_len)[:, None], torch.arange(kv_len)[None, :]
+
+
+def hidden(visible: Tensor) -> Tensor:
+    """The usual float mask."""
+    return torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
+
+
+def from_tril() -> Tensor:
+    return torch.tril(torch.ones(N, N, dtype=torch.bool))
+
+
+def valid(batch: int = 2, length: int = N) -> Tensor:
+    """A padding mask as tokenizers give it: the first row has three padding tokens on the left, the second two on the right."""
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    mask[0, :3] = 0
+    mask[1, -2:] = 0
+    assert mask is None or isinstance(mask, Tensor)
+    return mask

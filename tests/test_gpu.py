@@ -1,0 +1,174 @@
+"""The same promises on CUDA: Triton kernels against the dense reference, gradients, CUDA graphs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, StaticCache
+
+import sparse_compile as sc
+from models import DECODERS, Decoder, left_padding, tokens
+from sparse_compile.masks import Mask, causal, document, per_head, sink, sliding_window
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # fp32 is compared here, so tf32 stays off
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+    # torch's own, of mixtures of experts and of the first recording of a CUDA graph
+    pytest.mark.filterwarnings(r"ignore:\s*Online softmax is disabled"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
+]
+STREAMING = causal & (sink(4) | sliding_window(64))
+LENGTH = 300
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    return float((got.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+def long(decoder: Decoder) -> Any:
+    return Decoder(decoder.name, {**decoder.config, "max_position_embeddings": 512}, attention=decoder.attention).build().cuda()
+
+
+@pytest.mark.parametrize("decoder", [d for d in DECODERS if d.name not in ("mpt", "opt")], ids=str)
+@pytest.mark.parametrize("policy", [None, STREAMING], ids=["exact", "sparse"])
+def test_kernels_equal_the_reference(decoder: Decoder, policy: Mask | None) -> None:
+    """Head dimensions below 16 are padded by no one: the kernel takes what the model has, or the call goes to the reference."""
+    model = long(decoder)
+    ids, padding = tokens(length=200).cuda(), left_padding(length=200, pad=37).cuda()
+    backend = sc.Backend(policy)
+    fast: Any = torch.compile(model, backend=backend)
+    slow: Any = torch.compile(model, backend=sc.Backend(policy, inner="eager"))
+    with torch.no_grad():
+        for mask in (None, padding):
+            got, wanted = (m(ids, attention_mask=mask, use_cache=False).logits for m in (fast, slow))
+            rows = padding.bool() if mask is not None else torch.ones_like(padding).bool()
+            assert relative_error(got[rows], wanted[rows]) < 1e-3  # Triton multiplies fp32 in tf32 by default
+    assert {site.kernel for site in backend.report.sites} == {"FlexAttention"}
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("policy", [None, STREAMING, per_head([causal, STREAMING])], ids=["exact", "sparse", "per head"])
+def test_decoding_equals_a_whole_pass(kind: str, policy: Mask | None) -> None:
+    model = long(DECODERS[0])
+    ids = tokens(length=LENGTH).cuda()
+    with torch.no_grad():
+        slow: Any = torch.compile(model, backend=sc.Backend(policy, inner="eager"))
+        wanted = slow(ids, use_cache=False).logits
+        torch._dynamo.reset()
+        fast: Any = torch.compile(model, backend=sc.Backend(policy))
+        cache: Any = DynamicCache(config=model.config)
+        if kind == "static":
+            cache = StaticCache(config=model.config, max_cache_len=400)
+        logits = [fast(ids[:, :296], past_key_values=cache).logits]
+        logits += [fast(ids[:, k : k + 1], past_key_values=cache).logits for k in range(296, LENGTH)]
+    assert relative_error(torch.cat(logits, dim=1), wanted) < 1e-3
+
+
+def test_decoding_runs_under_cuda_graphs() -> None:
+    model = long(DECODERS[0])
+    ids = tokens(length=LENGTH).cuda()
+    with torch.no_grad():
+        wanted = model(ids, use_cache=False).logits
+        cache = StaticCache(config=model.config, max_cache_len=400)
+        backend = sc.Backend()
+        fast: Any = torch.compile(model, backend=backend, mode="reduce-overhead")
+        model(ids[:, :280], past_key_values=cache)
+        logits = []
+        for k in range(280, LENGTH):
+            torch.compiler.cudagraph_mark_step_begin()
+            logits.append(fast(ids[:, k : k + 1], past_key_values=cache).logits.clone())
+    assert relative_error(torch.cat(logits, dim=1), wanted[:, 280:]) < 1e-3
+    assert backend.report.compiles <= 2
+
+
+class Attention(nn.Module):
+    def __init__(self, heads: int = 4, kv_heads: int = 2, dim: int = 64) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
+        self.q = nn.Linear(128, heads * dim)
+        self.kv = nn.Linear(128, 2 * kv_heads * dim)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.heads, self.dim)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2, self.kv_heads, self.dim)).permute(2, 0, 3, 1, 4)
+        if bias is not None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+@pytest.mark.parametrize("policy", [None, STREAMING, per_head([causal, STREAMING])], ids=["exact", "sparse", "per head"])
+@pytest.mark.parametrize("length", [128, 300])
+def test_gradients_equal_those_of_the_reference(policy: Mask | None, length: int) -> None:
+    torch.manual_seed(0)
+    model, x = Attention().cuda(), torch.randn(2, length, 128, device="cuda")
+    other = copy.deepcopy(model)
+    backend = sc.Backend(policy)
+    torch.compile(model, backend=backend)(x).square().sum().backward()
+    torch.compile(other, backend=sc.Backend(policy, inner="eager"))(x).square().sum().backward()
+    for got, wanted in zip(model.parameters(), other.parameters(), strict=True):
+        assert got.grad is not None
+        assert wanted.grad is not None
+        assert relative_error(got.grad, wanted.grad) < 5e-3
+    assert {site.kernel for site in backend.report.sites} == {"FlexAttention"}
+
+
+def test_gradients_reach_a_bias() -> None:
+    torch.manual_seed(0)
+    model, x = Attention().cuda(), torch.randn(2, 128, 128, device="cuda")
+    biases = [torch.randn(1, 4, 128, 128, device="cuda").requires_grad_() for _ in range(1)]
+    wanted_bias = biases[0].detach().clone().requires_grad_()
+    torch.compile(model, backend=sc.Backend())(x, biases[0]).square().sum().backward()
+    model(x, wanted_bias).square().sum().backward()
+    assert biases[0].grad is not None
+    assert wanted_bias.grad is not None
+    assert relative_error(biases[0].grad, wanted_bias.grad) < 5e-3
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (6, 2), (7, 1)])
+@pytest.mark.parametrize("dim", [16, 64, 80, 128])
+@pytest.mark.parametrize("length", [1, 77, 257])
+def test_bf16_is_as_close_to_fp32_as_stock(heads: int, kv_heads: int, dim: int, length: int) -> None:
+    torch.manual_seed(0)
+    model, x = Attention(heads, kv_heads, dim).cuda(), torch.randn(2, length, 128, device="cuda")
+    with torch.no_grad():
+        exact = model(x)
+        half, y = copy.deepcopy(model).bfloat16(), x.bfloat16()
+        ours, stock = torch.compile(half, backend=sc.Backend())(y), torch.compile(half)(y)
+    assert relative_error(ours, exact) <= 2 * relative_error(stock, exact) + 1e-4
+
+
+def test_documents_of_a_policy_reach_the_kernel() -> None:
+    torch.manual_seed(0)
+    model, x = Attention().cuda(), torch.randn(2, 300, 128, device="cuda")
+    policy = document(torch.arange(300).div(70, rounding_mode="floor").expand(2, -1))
+    with torch.no_grad():
+        got = torch.compile(model, backend=sc.Backend(policy))(x)
+        wanted = torch.compile(model, backend=sc.Backend(policy, inner="eager"))(x)
+    assert relative_error(got, wanted) < 2e-3
+
+
+def test_tables_never_wait_for_the_device() -> None:
+    mask = causal & (sink(64) | sliding_window(1024))
+    table = torch.ops.sparse_compile.block_tables
+    from sparse_compile.passes.tables import block_tables_op
+
+    assert block_tables_op is not None
+    start = torch.tensor(5, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        table(mask.to_json(), 1, 4096, 8192, 0, 0, start, [], 128, 128, 64, torch.device("cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
