@@ -1,0 +1,37 @@
+"""Explain a model by its config alone: no weights, no download, nothing computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sparse_compile.dynamo import planner
+from sparse_compile.policy import Policy
+from sparse_compile.report import Report
+
+
+def explain_config(config: Path, policy: Policy | None, batch: int, tokens: int, device: str) -> Report:
+    """The report of a prefill and a decode step of the causal language model that a transformers config describes.
+
+    Raises ``OSError`` or ``ValueError`` for what is no config, and ``ImportError`` without transformers.
+    """
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+    except ImportError as missing:
+        raise ImportError("explain needs transformers: pip install 'sparse-compile[hf]'") from missing
+    if not config.exists():
+        raise ValueError(f"explain needs a config.json or a directory that holds one, and there is none at {config}")
+    settings = AutoConfig.from_pretrained(config)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # shapes alone decide what the passes do
+        factory: Any = AutoModelForCausalLM
+        model: torch.nn.Module = factory.from_config(settings).eval()
+        prompt = torch.zeros(batch, tokens, dtype=torch.int64)
+        backend = planner(policy, model, device)
+        compiled: Any = torch.compile(model, backend=backend)
+        cache = DynamicCache(config=settings)
+        compiled(prompt, past_key_values=cache)
+        compiled(prompt[:, :1], past_key_values=cache)
+    return backend.report
