@@ -177,7 +177,7 @@ def _is_maximum(node: Any, of: Node) -> bool:
     """Whether ``node`` is the maximum of ``of`` along its last axis, which a softmax does not notice."""
     if op_name(node) in ("getitem", "getattr"):
         node = node.args[0]
-    return op_name(node) in ("max", "amax") and node.args[0] is of
+    return op_name(node) in ("max", "amax") and node.args[0] is of and argument(node, 1, "dim") in (-1, 3)
 
 
 def _walk(node: Node, chain: Chain) -> Node | None:

@@ -118,11 +118,17 @@ class Backend:
 
         target = Target(self.inner, self.kernel, gradients, self._device)
         rewrite = run_passes(Rewrite(gm, self._mask_for, target, self._dry))
-        self._check_layers({call.layer for call in rewrite.calls})
+        if not getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False):
+            self._check_layers({call.layer for call in rewrite.calls})
+        if self.policy is not None and self.policy.names_layers() and any(not call.module for call in rewrite.calls):
+            self._trouble(
+                "the policy names layers or modules, but some attention calls belong to none that Dynamo knows, as happens "
+                "behind a graph break: they get the default mask. Remove the graph break, or give one mask for all"
+            )
         return rewrite
 
     def _check_layers(self, seen: set[int | None]) -> None:
-        """Refuse a policy that names a layer beyond the model, as far as one graph can tell: if it holds all from the first."""
+        """Refuse a policy that names a layer beyond the model, as far as one whole graph can tell: if it holds all from 0."""
         layers = {layer for layer in seen if layer is not None}
         if self.policy is not None and len(layers) > 1 and layers == set(range(len(layers))):
             self.policy.check_layers(len(layers))
@@ -160,10 +166,15 @@ class Backend:
                 "the next new shape runs un-compiled, without sparse_compile and without its policy. "
                 "Mark changing sizes as dynamic (dynamic=True) or raise the limit."
             )
-            report.notes.append(message)
-            if self.strict:
-                raise SparseCompileError(message)
-            warnings.warn(message, SparseCompileWarning, stacklevel=2)
+            self._trouble(message)
+
+    def _trouble(self, message: str) -> None:
+        """Something will not run as asked: an error if strict, else a warning and a note in the report."""
+        if message not in self.report.notes:
+            self.report.notes.append(message)
+        if self.strict:
+            raise SparseCompileError(message)
+        warnings.warn(message, SparseCompileWarning, stacklevel=3)
 
 
 def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
@@ -244,11 +255,7 @@ def _watched(run: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
         result = run(*args, **kwargs)
         if backend.calls == before and not torch.compiler.is_compiling():
             message = "the model ran un-compiled: Dynamo skipped it or reached its recompile limit, and no policy was applied"
-            if message not in backend.report.notes:
-                backend.report.notes.append(message)
-            if backend.strict:
-                raise SparseCompileError(message)
-            warnings.warn(message, SparseCompileWarning, stacklevel=2)
+            backend._trouble(message)
         return result
 
     return watched

@@ -78,6 +78,10 @@ class Policy:
                     return mask
         return self.default
 
+    def names_layers(self) -> bool:
+        """Whether the policy tells layers or modules apart."""
+        return bool(self.layers) or any(phase is not None and phase.names_layers() for phase in (self.prefill, self.decode))
+
     def check_layers(self, layers: int) -> None:
         """Raise ``ValueError`` if the policy names a layer that a model of so many layers does not have."""
         for key, _ in self.layers:

@@ -285,3 +285,52 @@ def test_caches_know_a_graph_by_our_sources(monkeypatch: pytest.MonkeyPatch) -> 
     inner_compilers.compile_inner(gm, [torch.zeros(1)], inner="inductor", mode=None, config=None)
     assert seen[0].startswith("sparse_compile-")
     assert settings.cache_key_tag == "", "and nothing stays behind"
+
+
+class Layers(nn.Module):
+    """Four layers in a loop, with a graph break after the second one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attention() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for n in range(4):
+            x = x + self.layers[n](x).transpose(1, 2).flatten(2)
+            if n == 1:
+                torch._dynamo.graph_break()
+        return x
+
+
+def test_a_policy_by_layer_that_a_graph_break_makes_unknowable_says_so() -> None:
+    """Dynamo then compiles the code of a layer once for all of them, and no call has a module any more."""
+    backend = sc.Backend(sc.Policy(layers={3: STREAMING}), inner="eager")
+    with torch.no_grad(), pytest.warns(sc.SparseCompileWarning, match="belong to none that Dynamo knows.*behind a graph break"):
+        torch.compile(Layers(), backend=backend)(torch.randn(1, 12, 16))
+    assert {site.module for site in backend.report.sites} == {""}
+    assert any("graph break" in note for note in backend.report.notes)
+
+
+def test_a_policy_for_a_later_layer_is_no_error_in_the_graph_before_a_break() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Attention() for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.layers[0](x).transpose(1, 2).flatten(2)
+            x = x + self.layers[1](x).transpose(1, 2).flatten(2)
+            torch._dynamo.graph_break()
+            x = x + self.layers[2](x).transpose(1, 2).flatten(2)
+            out: Tensor = x + self.layers[3](x).transpose(1, 2).flatten(2)
+            return out
+
+    backend = sc.Backend(sc.Policy(layers={3: STREAMING}), inner="eager")
+    with torch.no_grad():
+        torch.compile(Halves(), backend=backend)(torch.randn(1, 12, 16))
+    assert [(site.layer, site.action) for site in backend.report.sites] == [
+        (0, "exact"),
+        (1, "exact"),
+        (2, "exact"),
+        (3, "sparse"),
+    ]
