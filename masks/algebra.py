@@ -23,7 +23,8 @@ class Full(Mask):
         return kv_idx == kv_idx
 
     def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
-        return Bounds(Intervals.everything(lo), Intervals.everything(lo))
+        everything = Intervals.everything(lo)
+        return Bounds(everything, everything)
 
     def implied_by(self, other: Mask) -> bool:
         return True

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from sparse_compile.masks.intervals import Intervals, normalise
+from sparse_compile.masks.intervals import Intervals
 from sparse_compile.masks.mask import Mask, check_sizes
 
 # Tables as wide as the keys are what every kernel accepts; beyond this size they cost more than they are worth.
@@ -37,26 +37,45 @@ def block_tables(
     ``width`` is the number of table columns: all key blocks if None. Nothing here depends on data on the host, so it runs
     under CUDA graphs. The last key block counts as full only if it is whole.
     """
-    blocks = -(-kv_len // kv_block)
-    width = blocks if width is None else width
     bounds = mask.bounds(lo, hi)
-    maybe, surely = (Intervals(s.start - kv_start, s.stop - kv_start).clamp(0, kv_len) for s in (bounds.maybe, bounds.surely))
-    index, live = _listed(maybe, kv_block, width)
+    runs = Runs.of((bounds.maybe - kv_start).clamp(0, kv_len), kv_block)
+    surely = (bounds.surely - kv_start).clamp(0, kv_len)
+    return _split(runs, surely, kv_block, -(-kv_len // kv_block) if width is None else width)
+
+
+def _split(runs: Runs, surely: Intervals, kv_block: int, width: int) -> Tables:
+    """The blocks of ``runs``, those within ``surely`` apart."""
+    index, count = runs.listed(width)
+    column = torch.arange(width, device=index.device, dtype=torch.int32)
     start = index * kv_block
-    full = live & (surely.overlap(start, start + kv_block) == kv_block)
-    return Tables(*_compact(index, live & ~full), *_compact(index, full))
+    full = (surely.overlap(start, start + kv_block) == kv_block) & (column < count.unsqueeze(-1))
+    # One scatter moves full blocks to the right half of a table and all others to the left half, in order.
+    ahead = full.cumsum(dim=-1, dtype=torch.int32)
+    slot = torch.where(full, width - 1 + ahead, column - ahead)
+    table = torch.zeros(*index.shape[:-1], 2 * width, dtype=torch.int32, device=index.device)
+    table.scatter_(-1, slot.long(), index)
+    whole = ahead[..., -1]
+    return Tables(count - whole, table[..., :width].contiguous(), whole.contiguous(), table[..., width:].contiguous())
+
+
+def visited_blocks(
+    mask: Mask, lo: Tensor, hi: Tensor, kv_len: int, *, kv_block: int, kv_start: Tensor | int = 0, width: int
+) -> tuple[Tensor, Tensor]:
+    """As ``block_tables``, with full blocks among the others: counts ``[B, H, rows]`` and indices ``[B, H, rows, width]``."""
+    keys = (mask.bounds(lo, hi).maybe - kv_start).clamp(0, kv_len)
+    index, count = Runs.of(keys, kv_block).listed(width)
+    return count, index
 
 
 def live_width(mask: Mask, lo: Tensor, hi: Tensor, kv_len: int, kv_block: int) -> int:
     """The most key blocks that any of the query blocks visits. Waits for the device."""
-    touched = _in_blocks(mask.bounds(lo, hi).maybe.clamp(0, kv_len), kv_block)
-    return max(int(touched.count().max()), 1)
+    return Runs.of(mask.bounds(lo, hi).maybe.clamp(0, kv_len), kv_block).widest()
 
 
 def query_blocks(q_len: int, q_block: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
-    """First and last query of each block, as indices: int64 ``[rows]`` each."""
+    """First and last query of each block, as indices: int64 ``[rows]`` each; one tensor if every block is a single query."""
     lo = torch.arange(0, q_len, q_block, device=device)
-    return lo, (lo + q_block - 1).clamp(max=q_len - 1)
+    return lo, lo if q_len == 1 or q_block == 1 else (lo + q_block - 1).clamp(max=q_len - 1)
 
 
 def block_mask(
@@ -81,11 +100,14 @@ def block_mask(
     mask.check(batch, heads, q_len, kv_len, q_offset)
     mask = mask.for_heads(heads).to(device)
     lo, hi = query_blocks(q_len, q_block, device)
-    lo, hi = lo + q_offset, hi + q_offset
+    if q_offset:
+        shifted = lo + q_offset
+        lo, hi = shifted, shifted if hi is lo else hi + q_offset
     rows, blocks = lo.numel(), -(-kv_len // kv_block)
     narrow = 4 * batch * heads * rows * blocks > WIDE_TABLE_BYTES
-    width = live_width(mask, lo, hi, kv_len, kv_block) if narrow else blocks
-    tables = block_tables(mask, lo, hi, kv_len, kv_block=kv_block, width=width)
+    bounds = mask.bounds(lo, hi)
+    runs = Runs.of(bounds.maybe.clamp(0, kv_len), kv_block)
+    tables = _split(runs, bounds.surely.clamp(0, kv_len), kv_block, runs.widest() if narrow else blocks)
     tables = Tables(*(t.expand(batch, heads, *t.shape[2:]).contiguous() for t in tables))
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -102,28 +124,43 @@ def block_mask(
     )
 
 
-def _in_blocks(keys: Intervals, kv_block: int) -> Intervals:
-    """The blocks that hold any key of the sets."""
-    return normalise(keys.start // kv_block, torch.where(keys.stop > keys.start, -(-keys.stop // kv_block), 0))
+class Runs(NamedTuple):
+    """Which blocks hold any key of a set: runs of blocks, ``[B, H, rows, n]``; ``end`` counts the blocks of a row so far."""
 
+    first: Tensor
+    size: Tensor
+    end: Tensor
 
-def _listed(keys: Intervals, kv_block: int, width: int) -> tuple[Tensor, Tensor]:
-    """The blocks that hold any key, in ascending order, and which columns are in use: ``[B, H, rows, width]`` each."""
-    touched = _in_blocks(keys, kv_block)
-    column = torch.arange(width, device=keys.start.device)
-    size = (touched.stop - touched.start).clamp(min=0)
-    end = size.cumsum(dim=-1)
-    index = torch.zeros((), dtype=torch.int64, device=column.device)
-    for k in range(size.shape[-1]):
-        inside = column >= (end[..., k] - size[..., k]).unsqueeze(-1)
-        index = torch.where(
-            inside & (size[..., k, None] > 0), touched.start[..., k, None] + column - (end - size)[..., k, None], index
-        )
-    live = column < end[..., -1:]
-    index = torch.where(live, index, 0)
-    while index.dim() < 4:
-        index, live = index.unsqueeze(0), live.unsqueeze(0)
-    return index, live.expand_as(index)
+    @staticmethod
+    def of(keys: Intervals, kv_block: int) -> Runs:
+        """``keys`` lie within the keys of the call."""
+        start, stop = keys.start, keys.stop
+        while start.dim() < 4:
+            start, stop = start.unsqueeze(0), stop.unsqueeze(0)
+        first = start // kv_block
+        last = torch.where(stop > start, (stop + (kv_block - 1)) // kv_block, first)
+        if first.shape[-1] > 1:  # neighbours may share a block
+            reached = last.cummax(dim=-1).values
+            first = torch.cat([first[..., :1], torch.maximum(first[..., 1:], reached[..., :-1])], dim=-1)
+            last = torch.maximum(first, last)
+        size = last - first
+        return Runs(first, size, size.cumsum(dim=-1))
+
+    def widest(self) -> int:
+        """The most blocks of any row, and at least 1. Waits for the device."""
+        return max(int(self.end[..., -1].max()), 1)
+
+    def listed(self, width: int) -> tuple[Tensor, Tensor]:
+        """The blocks in ascending order ``[B, H, rows, width]``, zeros after them, and their number ``[B, H, rows]``; int32."""
+        column = torch.arange(width, device=self.first.device, dtype=torch.int32)
+        begin = (self.end - self.size).int()
+        shift = self.first.int() - begin
+        index = column + shift[..., :1]
+        if shift.shape[-1] > 1:
+            steps = shift.diff(dim=-1).unsqueeze(-2) * (column.unsqueeze(-1) >= begin[..., None, 1:])
+            index = index + steps.sum(dim=-1, dtype=torch.int32)
+        count = self.end[..., -1].int()
+        return torch.where(column < count.unsqueeze(-1), index, 0), count
 
 
 def transposed(count: Tensor, index: Tensor, columns: int) -> tuple[Tensor, Tensor]:

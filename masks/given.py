@@ -87,10 +87,10 @@ class Prefix(Mask):
 
     def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
         if isinstance(self.lengths, int):
-            seen = before(torch.full_like(lo, self.lengths))
+            seen = before(self.lengths, lo)
         else:
             lengths = Captured.of(self.lengths).tensor
-            seen = before(lengths.view(-1, 1, 1) + torch.zeros_like(lo))
+            seen = before(lengths.view(-1, 1, 1).expand(-1, 1, lo.shape[-1]), lo)
         return Bounds(maybe=seen, surely=seen)
 
     def sizes(self) -> tuple[int, int]:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from sparse_compile.masks.intervals import INF, Bounds, Intervals
+from sparse_compile.masks.intervals import Bounds, beside
 from sparse_compile.masks.mask import Index, Mask
 
 
@@ -62,7 +61,7 @@ class PerHead(Mask):
         visible: Any = None
         for mask, heads in self._shared:
             here: Any = None
-            for start, stop in _runs(heads):
+            for start, stop in consecutive(heads):
                 run = (h >= start) & (h < stop)
                 here = run if here is None else here | run
             part = here & mask.__call__(b, h, q_idx, kv_idx)
@@ -74,7 +73,9 @@ class PerHead(Mask):
         for mask, heads in self._shared:
             found |= dict.fromkeys(heads, mask.bounds(lo, hi))
         bounds = [found[head] for head in range(len(self.masks))]
-        return Bounds(maybe=_stack([x.maybe for x in bounds]), surely=_stack([x.surely for x in bounds]))
+        maybe = beside([x.maybe for x in bounds])
+        certain = all(x.certain for x in bounds)
+        return Bounds(maybe, maybe if certain else beside([x.surely for x in bounds]))
 
     def children(self) -> tuple[Mask, ...]:
         return tuple(self.masks)
@@ -113,7 +114,7 @@ class PerHead(Mask):
         return heads // len(self.masks)
 
 
-def _runs(heads: Sequence[int]) -> list[tuple[int, int]]:
+def consecutive(heads: Sequence[int]) -> list[tuple[int, int]]:
     """Consecutive heads as half-open ranges."""
     runs: list[tuple[int, int]] = []
     for head in heads:
@@ -122,20 +123,6 @@ def _runs(heads: Sequence[int]) -> list[tuple[int, int]]:
         else:
             runs.append((head, head + 1))
     return runs
-
-
-def _stack(sets: Sequence[Intervals]) -> Intervals:
-    """Sets of single heads ``[B|1, 1, rows, n]`` side by side: ``[B, H, rows, n]``."""
-    widest = max(s.start.shape[-1] for s in sets)
-    lead = torch.broadcast_shapes(*(s.start.shape[:-1] for s in sets))
-
-    def fit(x: Tensor) -> Tensor:
-        x = x.expand(*lead, -1)
-        if x.dim() == 2:  # [rows, n]: the same for all batches
-            x = x[None, None]
-        return torch.nn.functional.pad(x, (0, widest - x.shape[-1]), value=INF)
-
-    return Intervals(torch.cat([fit(s.start) for s in sets], dim=1), torch.cat([fit(s.stop) for s in sets], dim=1))
 
 
 per_head = PerHead

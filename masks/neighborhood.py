@@ -93,12 +93,12 @@ class Neighborhood(Mask):
         size = _product(self.grid)
         some, every = lo < size, hi < size  # queries beyond the grid see nothing
         lo, hi = lo.clamp(max=size - 1), hi.clamp(max=size - 1)
-        hull = self._hull(0, lo, hi)
-        maybe = normalise(torch.where(some.unsqueeze(-1), hull.start, hull.stop), hull.stop)
+        start, stop = self._hull(0, lo, hi)
+        maybe = normalise(torch.where(some.unsqueeze(-1), start, stop), stop)
         return Bounds(maybe, self._everyone(lo, hi, every))
 
-    def _hull(self, axis: int, lo: Tensor, hi: Tensor) -> Intervals:
-        """Runs that cover what ``lo..hi`` sees within the sub-grid of the axes from ``axis`` on: ``[rows, n]``.
+    def _hull(self, axis: int, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs that cover what ``lo..hi`` sees within the sub-grid of the axes from ``axis`` on: starts, stops ``[rows, n]``.
 
         A run that stays on one line of this axis is covered line by line; one that crosses lines, by whole lines.
         """
@@ -106,19 +106,20 @@ class Neighborhood(Mask):
         x0, x1 = lo // stride, hi // stride
         first, reach = self._span(axis, x0, x1)
         if axis == len(self.grid) - 1:
-            return Intervals(first.unsqueeze(-1), reach.unsqueeze(-1))
-        inner = self._hull(axis + 1, lo - x0 * stride, torch.where(x0 == x1, hi - x1 * stride, lo - x0 * stride))
+            return first.unsqueeze(-1), reach.unsqueeze(-1)
+        begin = lo - x0 * stride
+        inner_start, inner_stop = self._hull(axis + 1, begin, torch.where(x0 == x1, hi - x1 * stride, begin))
         width, step = self.kernel[axis], self.dilation[axis]
         start, stop = [], []
         for k in range(width):
             line = first + k * step
             used = (x0 == x1) & (line < reach)
-            start.append(torch.where(used.unsqueeze(-1), inner.start + line.unsqueeze(-1) * stride, 0))
-            stop.append(torch.where(used.unsqueeze(-1), inner.stop + line.unsqueeze(-1) * stride, 0))
+            start.append(torch.where(used.unsqueeze(-1), inner_start + line.unsqueeze(-1) * stride, 0))
+            stop.append(torch.where(used.unsqueeze(-1), inner_stop + line.unsqueeze(-1) * stride, 0))
         crossing = x0 != x1
         start.append(torch.where(crossing, first * stride, 0).unsqueeze(-1))
         stop.append(torch.where(crossing, reach * stride, 0).unsqueeze(-1))
-        return Intervals(torch.cat(start, dim=-1), torch.cat(stop, dim=-1))
+        return torch.cat(start, dim=-1), torch.cat(stop, dim=-1)
 
     def _span(self, axis: int, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
         """First coordinate and end that queries at coordinates ``x0..x1`` may see. Windows move by less than a dilation."""

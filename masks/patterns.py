@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparse_compile.masks.intervals import INF, Bounds, Intervals
+from sparse_compile.masks.intervals import INF, Bounds, Edge, Intervals
 from sparse_compile.masks.mask import Index, Mask
 
 
@@ -20,14 +20,14 @@ def at_least(rule: str, value: int, least: int = 1) -> None:
         raise ValueError(f"{rule} needs to be at least {least}, got {value}")
 
 
-def before(stop: Tensor) -> Intervals:
+def before(stop: Edge, rows: Tensor) -> Intervals:
     """Keys before ``stop`` (exclusive), one interval per row."""
-    return Intervals.of(torch.full_like(stop, -INF), stop)
+    return Intervals.of(-INF, stop, rows)
 
 
-def since(start: Tensor) -> Intervals:
+def since(start: Edge, rows: Tensor) -> Intervals:
     """Keys from ``start`` on, one interval per row."""
-    return Intervals.of(start, torch.full_like(start, INF))
+    return Intervals.of(start, INF, rows)
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,7 +46,8 @@ class Causal(Mask):
         return kv_idx <= q_idx
 
     def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
-        return Bounds(maybe=before(hi + 1), surely=before(lo + 1))
+        maybe = before(hi + 1, hi)
+        return Bounds(maybe, maybe if lo is hi else before(lo + 1, lo))
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,7 +70,7 @@ class Sink(Mask):
         return kv_idx < self.size
 
     def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
-        seen = before(torch.full_like(lo, self.size))
+        seen = before(self.size, lo)
         return Bounds(maybe=seen, surely=seen)
 
     def implies(self, other: Mask) -> bool:
@@ -98,7 +99,8 @@ class SlidingWindow(Mask):
         return kv_idx > q_idx - self.size
 
     def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
-        return Bounds(maybe=since(lo - self.size + 1), surely=since(hi - self.size + 1))
+        maybe = since(lo - (self.size - 1), lo)
+        return Bounds(maybe, maybe if lo is hi else since(hi - (self.size - 1), hi))
 
     def implies(self, other: Mask) -> bool:
         return super().implies(other) or (isinstance(other, SlidingWindow) and self.size <= other.size)

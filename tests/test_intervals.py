@@ -112,10 +112,12 @@ def test_overlap_counts_shared_keys(a: list[Pairs]) -> None:
 
 @given(some_rows, some_rows)
 def test_batches_broadcast(a: list[Pairs], b: list[Pairs]) -> None:
-    batched = Intervals(*(torch.stack([x, x])[:, None] for x in (intervals(b).start, intervals(b).stop)))  # [2, 1, rows, n]
+    batched = Intervals.stacked(
+        *(torch.stack([x, x])[:, None] for x in (intervals(b).start, intervals(b).stop))
+    )  # [2, 1, rows, n]
     found = intervals(a) | batched
     expected = [keys_of(x) | keys_of(y) for x, y in zip(a, b, strict=True)]
-    assert [sets(Intervals(found.start[k, 0], found.stop[k, 0])) for k in range(2)] == [expected, expected]
+    assert [sets(Intervals.stacked(found.start[k, 0], found.stop[k, 0])) for k in range(2)] == [expected, expected]
 
 
 @given(st.integers(0, LAST), st.integers(0, LAST))
