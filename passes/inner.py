@@ -25,12 +25,26 @@ def check_mode(mode: str | None) -> None:
 
 def compile_inner(
     gm: GraphModule, inputs: Sequence[Any], *, inner: str, mode: str | None, config: dict[str, Any] | None
-) -> Callable[..., Any]:
-    """Compile ``gm`` with ``inner``. ``mode`` and ``config`` reach Inductor, as in ``torch.compile(mode=..., options=...)``."""
+) -> tuple[Callable[..., Any], str]:
+    """Compile ``gm`` with ``inner``. ``mode`` and ``config`` reach Inductor, as in ``torch.compile(mode=..., options=...)``.
+
+    Returns the compiled function, and a note if another process could not reuse what was compiled.
+    """
+    before = _bypasses()
     # Inductor's caches know a graph by the names of its ops, not by what our op and modules do: name our sources as well.
     settings: Any = torch.compiler.config
     with settings.patch(cache_key_tag=f"{settings.cache_key_tag}sparse_compile-{_sources()}"):
-        return _compile(gm, inputs, inner, mode, config)
+        compiled = _compile(gm, inputs, inner, mode, config)
+    if inner == "inductor" and _bypasses() > before:
+        return compiled, "a graph could not be cached by Inductor: a second process compiles it again"
+    return compiled, ""
+
+
+def _bypasses() -> int:
+    """How many graphs Inductor's caches could not take so far."""
+    from torch._dynamo.utils import counters
+
+    return counters["aot_autograd"]["autograd_cache_bypass"] + counters["inductor"]["fxgraph_cache_bypass"]
 
 
 @cache
@@ -43,13 +57,28 @@ def _sources() -> str:
     return digest.hexdigest()[:16]
 
 
+def import_tensorrt() -> None:
+    """Import torch-tensorrt, which registers its backend. Raises ``ImportError`` with the remedy if it is not there."""
+    try:
+        import torch_tensorrt  # noqa: F401
+    except ImportError as missing:
+        raise ImportError(
+            f"inner='tensorrt' needs torch-tensorrt, which cannot be imported ({missing}): "
+            "pip install 'sparse-compile[tensorrt]'"
+        ) from missing
+
+
 def _compile(
     gm: GraphModule, inputs: Sequence[Any], inner: str, mode: str | None, config: dict[str, Any] | None
 ) -> Callable[..., Any]:
     import torch._inductor
     from torch._dynamo.backends.registry import lookup_backend
 
-    compiler: Callable[..., Callable[..., Any]] = lookup_backend(inner)
+    if inner == "tensorrt":
+        import_tensorrt()
+    compiler: Callable[..., Callable[..., Any]] = lookup_backend("torch_tensorrt" if inner == "tensorrt" else inner)
+    if inner == "tensorrt":
+        return compiler(gm, inputs, options=config or {})
     if inner != "inductor":
         return compiler(gm, inputs)
     # torch.compile hands `mode` to the backend as a keyword; unless it becomes a config, CUDA graphs never turn on.

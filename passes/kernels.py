@@ -1,22 +1,36 @@
-"""Which kernel runs a call, and why."""
+"""Which kernel runs a call, or a group of its heads, and why."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 
+import sympy
 import torch
 
+from sparse_compile.masks import Mask, causal, full
+from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.scores import SinkLogits
 from sparse_compile.passes.call import AttentionCall
-from sparse_compile.passes.graph import hint_of, value_of
+from sparse_compile.passes.graph import expr_of, hint_of, is_one, value_of
+from sparse_compile.passes.options import FLASH_TILES
 
-BLOCK = 128
 SMALLEST_HEAD = 16  # of the Triton kernels
+LARGEST_HEAD = 256  # of the flash kernels, SDPA's and FLASH
+HALF = (torch.bfloat16, torch.float16)
+# FLASH takes 0.3 ms of Python to launch: for dense heads, SDPA is faster up to here (H200, bench/results/prefill.csv).
+FLASH_FROM = 12288
+FLEX = ("flash", "triton", "cpp")  # the kernels that FlexAttention generates
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """``name`` is ``flex`` or ``reference``; ``why`` says what forbade ``flex``."""
+    """``name`` is ``flash``, ``triton``, ``cpp``, ``sdpa`` or ``reference``; ``why`` says what forbade a faster one.
+
+    ``flash``, ``triton`` and ``cpp`` are FlexAttention's, by the language they are generated in. ``sdpa`` is
+    ``scaled_dot_product_attention`` without a mask tensor, or with a single row of one. ``reference`` takes a dense mask.
+    """
 
     name: str
     why: str = ""
@@ -26,44 +40,175 @@ class Kernel:
 class Target:
     """What the graph is compiled for: the inner compiler, the kernel asked for, whether gradients flow, and the device.
 
-    ``device`` is a device type; None takes that of each call.
+    ``device`` is a device type; None takes that of each call. ``capability`` is that of the GPU, None if there is none here.
     """
 
     inner: str = "inductor"
     kernel: str = "auto"
     gradients: bool = False
     device: str | None = None
+    capability: tuple[int, int] | None = None
+
+    def device_of(self, call: AttentionCall) -> str:
+        """The device type that ``call`` is planned for."""
+        return self.device or str(call.device.type)
 
 
-def choose_kernel(call: AttentionCall, target: Target) -> Kernel:
-    """FlexAttention where it can run the call, else the dense reference with the reason.
+def choose_kernel(call: AttentionCall, mask: Mask, target: Target) -> Kernel:
+    """The fastest kernel that runs ``call`` under ``mask``, measured by ``bench``; the dense reference if there is no other.
 
-    Raises ``ValueError`` if ``flex`` is demanded and cannot be had.
+    Raises ``ValueError`` with the reason if ``target`` demands a kernel that cannot run the call.
     """
-    if target.kernel == "reference":
+    wanted = target.kernel
+    if wanted == "reference":
         return Kernel("reference", "asked for")
-    why = _why_not_flex(call, target)
-    if why and target.kernel == "flex":
-        raise ValueError(f"kernel='flex' cannot run {call.module or call.node.name}: {why}; use kernel='auto'")
-    return Kernel("reference", why) if why else Kernel("flex")
+    if wanted not in ("auto", "autotune"):
+        name = _flex_name(call, target) if wanted == "flex" else wanted
+        why = _forbids(name, call, mask, target)
+        if why:
+            raise ValueError(f"kernel={wanted!r} cannot run {call.module or call.node.name}: {why}; use kernel='auto'")
+        return Kernel(name)
+    if target.inner == "eager":
+        return Kernel("reference", "inner='eager' has no FlexAttention kernels")
+    for name in _order(call, mask, target):
+        if not _forbids(name, call, mask, target):
+            return Kernel(name)
+    return Kernel("reference", _forbids(_flex_name(call, target), call, mask, target))
 
 
-def _why_not_flex(call: AttentionCall, target: Target) -> str:
-    if target.inner != "inductor":
-        return f"inner={target.inner!r} has no FlexAttention kernels"
-    device = target.device or call.device.type
-    if device == "cuda":
-        smallest = min(hint_of(call.size("q", 3)), hint_of(call.size("v", 3)))
-        fits = smallest >= SMALLEST_HEAD
-        return "" if fits else f"FlexAttention needs a head_dim of at least {SMALLEST_HEAD} on CUDA, not {smallest}"
-    if device != "cpu":
+def plain_form(call: AttentionCall, mask: Mask) -> str | None:
+    """``causal`` or ``full`` where that is all ``mask`` says in this call, so that SDPA needs no mask tensor; else None."""
+    at = call.positions
+    assert at is not None
+    if call.score_mod is not None:
+        return None
+    if mask == full:
+        return "full"
+    if mask != causal or at.q_shift is not None:
+        return None
+    q_len, kv_len = expr_of(call.size("q", 2)), expr_of(call.size("k", 2))
+    first, end = at.q_start - at.kv_start, sympy.expand(at.q_start + q_len - at.kv_start - kv_len)
+    if end != 0:
+        return None
+    if q_len == 1:  # the last position sees every key
+        return "full"
+    return "causal" if sympy.expand(first) == 0 else None
+
+
+def is_decode_step(call: AttentionCall) -> bool:
+    """Whether the call has one query in every run."""
+    return is_one(call.size("q", 2))
+
+
+def _order(call: AttentionCall, mask: Mask, target: Target) -> tuple[str, ...]:
+    if target.device_of(call) == "cpu":
+        # One dense row of a mask costs less than tables, unless a policy skips most keys of every head.
+        skips = call.policy is not None and not any(isinstance(node, PerHead) for node in mask.walk())
+        return ("cpp", "sdpa") if skips and not plain_form(call, mask) else ("sdpa", "cpp")
+    # On Blackwell nobody measured FLASH here: it runs if it is asked for by name.
+    flash = ("flash",) if target.capability is not None and target.capability[0] == 9 else ()
+    short = hint_of(call.size("q", 2)) < FLASH_FROM
+    dense_first = is_decode_step(call) or (short and plain_form(call, mask) is not None)
+    return ("sdpa", *flash, "triton") if dense_first else (*flash, "sdpa", "triton")
+
+
+def _flex_name(call: AttentionCall, target: Target) -> str:
+    return "cpp" if target.device_of(call) == "cpu" else "triton"
+
+
+def _forbids(name: str, call: AttentionCall, mask: Mask, target: Target) -> str:
+    """Why ``name`` cannot run ``call``; empty if it can."""
+    device = target.device_of(call)
+    if target.inner == "eager" and name != "reference":
+        return "inner='eager' has no FlexAttention kernels"
+    if name in FLEX and target.inner != "inductor" and target.gradients:
+        return f"inner={target.inner!r} has no gradients of FlexAttention"
+    if name in ("triton", "flash") and device != "cuda":
+        return f"{name} needs CUDA, and the call runs on {device}"
+    if name == "cpp" and device != "cpu":
         return f"FlexAttention has no kernels for {device}"
+    rules = {"sdpa": _not_sdpa, "flash": _not_flash, "triton": _not_triton, "cpp": _not_cpp}
+    return rules[name](call, mask, target)
+
+
+def _not_sdpa(call: AttentionCall, mask: Mask, target: Target) -> str:
+    if call.score_mod is not None:
+        return f"SDPA has no score mods, and this call has {call.score_mod}"
+    device = target.device_of(call)
+    if plain_form(call, mask) is None and not (device == "cpu" and is_decode_step(call)):
+        return f"SDPA needs a dense mask for {mask}"
+    if device != "cuda":
+        return ""
+    # Without one of its fused kernels SDPA writes out all scores, and repeats the KV heads.
+    dtype, dims = value_of(call.q).dtype, {hint_of(call.size(x, 3)) for x in ("q", "k", "v")}
+    if dtype not in HALF:
+        return f"SDPA's fused kernels take bfloat16 and float16, not {dtype}"
+    if len(dims) > 1 or max(dims) > LARGEST_HEAD or max(dims) % 8:
+        return f"SDPA's fused kernels take one head_dim of at most {LARGEST_HEAD}, a multiple of 8, not {sorted(dims)}"
+    if target.capability is not None and target.capability < (8, 0):
+        return f"SDPA's fused kernels need compute capability 8.0, not {target.capability}"
+    return ""
+
+
+def _not_flash(call: AttentionCall, mask: Mask, target: Target) -> str:
+    if target.inner != "inductor":
+        return f"inner={target.inner!r} does not reach FLASH"
+    if target.gradients:
+        return "FLASH is used without gradients"
+    if not flash_installed():
+        return "flash-attn-4 is not installed: pip install --pre flash-attn-4"
+    tiles = FLASH_TILES.get((target.capability or (0, 0))[0])
+    if tiles is None:
+        return f"FLASH needs a Hopper or Blackwell GPU, not compute capability {target.capability}"
+    dtype, dims = value_of(call.q).dtype, {hint_of(call.size(x, 3)) for x in ("q", "k", "v")}
+    if dtype not in HALF:
+        return f"FLASH takes bfloat16 and float16, not {dtype}"
+    if len(dims) > 1 or max(dims) not in tiles:
+        return f"FLASH takes one head_dim of {', '.join(map(str, tiles))}, not {sorted(dims)}"
+    if call.score_mod is not None:
+        return f"FLASH is used without score mods, and this call has {call.score_mod}"
+    at = call.positions
+    assert at is not None
+    static = all(isinstance(call.size(x, 2), int) for x in ("q", "k")) and at.q_start.is_Integer and at.kv_start.is_Integer
+    if at.q_shift is not None or not static:
+        return "FLASH is used with static lengths and positions"
+    if is_decode_step(call):
+        return "FLASH has no kernel for one query"
+    if mask == full:
+        return "FLASH ignores block tables under a mask that shows everything (torch 2.11 to 2.13)"
+    if mask.captures():
+        return f"FLASH is used with masks that read no tensor, not {mask}"
+    return ""
+
+
+def _not_triton(call: AttentionCall, mask: Mask, target: Target) -> str:
+    smallest = min(hint_of(call.size("q", 3)), hint_of(call.size("v", 3)))
+    fits = smallest >= SMALLEST_HEAD
+    return "" if fits else f"FlexAttention needs a head_dim of at least {SMALLEST_HEAD} on CUDA, not {smallest}"
+
+
+def _not_cpp(call: AttentionCall, mask: Mask, target: Target) -> str:
     if target.gradients:
         return "FlexAttention has no gradients on CPU"
     if call.score_mod is not None and isinstance(call.score_mod.parts()[-1], SinkLogits):
         return "FlexAttention returns no log-sum-exp on CPU, which learned sinks need"
     if not torch.cpu._is_avx2_supported():
         return "FlexAttention needs AVX2 on CPU"
-    if value_of(call.q).dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"FlexAttention takes no {value_of(call.q).dtype} on CPU"
+    dtype = value_of(call.q).dtype
+    if dtype not in (torch.float32, *HALF):
+        return f"FlexAttention takes no {dtype} on CPU"
     return ""
+
+
+def capability() -> tuple[int, int] | None:
+    """The compute capability of this machine's GPU; None without one."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+@cache
+def flash_installed() -> bool:
+    """Whether FlexAttention's FLASH backend can be imported."""
+    try:
+        return find_spec("flash_attn.cute") is not None
+    except ImportError:
+        return False

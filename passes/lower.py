@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -9,56 +10,125 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
+from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_compile.masks import Captured, Mask
 from sparse_compile.masks.given import Explicit
-from sparse_compile.masks.heads import PerHead
+from sparse_compile.masks.heads import PerHead, consecutive
 from sparse_compile.masks.serial import to_json
-from sparse_compile.passes.attention import DenseMask, FlexAttention, ReferenceAttention, realise
+from sparse_compile.passes.attention import FlexAttention, Spec
 from sparse_compile.passes.call import AttentionCall, Left
-from sparse_compile.passes.graph import Order, emit_int, expr_of, inline, op_name, value_of
-from sparse_compile.passes.kernels import BLOCK, Kernel
+from sparse_compile.passes.graph import Order, emit_int, expr_of, hint_of, inline, op_name, value_of
+from sparse_compile.passes.kernels import FLEX, Target, plain_form
+from sparse_compile.passes.layout import layout_of
+from sparse_compile.passes.opaque import attention_op, to_text
+from sparse_compile.passes.parts import Part
+from sparse_compile.passes.realise import realise
+from sparse_compile.passes.reference import DenseMask, ReferenceAttention
 from sparse_compile.passes.tables import KV_START, Q_START, block_tables_op, given
 from sparse_compile.passes.words import Source
 
+KEPT_TABLE_BYTES = 16 << 20
 
-def lower_call(gm: GraphModule, call: AttentionCall, kernel: Kernel, shared: dict[object, Node]) -> Node | Left:
+
+def lower_call(
+    gm: GraphModule, call: AttentionCall, parts: list[Part], target: Target, shared: dict[object, Node]
+) -> Node | Left:
     """Emit the replacement of ``call`` and hand its users over; or the reason why it cannot be emitted."""
-    return _Lowering(gm, call, kernel, shared).run()
+    return _Lowering(gm, call, target, shared).run(parts)
 
 
 class _Lowering:
-    def __init__(self, gm: GraphModule, call: AttentionCall, kernel: Kernel, shared: dict[object, Node]) -> None:
-        self.gm, self.call, self.kernel, self.shared = gm, call, kernel, shared
+    def __init__(self, gm: GraphModule, call: AttentionCall, target: Target, shared: dict[object, Node]) -> None:
+        self.gm, self.call, self.target, self.shared = gm, call, target, shared
         self.graph = gm.graph
         self.order = Order(gm.graph)
         self.point = call.node
         assert call.mask is not None and call.positions is not None
         self.positions = call.positions
-        self.mask, self.constants = _name_constants(call.mask if call.policy is None else call.mask & call.policy)
-        self.heads = call.heads if self._per_head() else 1
         shift = self.positions.q_shift
         self._read = {source.node for source in call.sources.values()} | ({shift} if shift is not None else set())
         # What a mask or bias reads as it is, is read by the call, with all that was written to it by then.
         deeper = self._read - set(call.mask_nodes)
         self._overwritten = {node for node in deeper if self.order.written(node, since=node, until=call.node)}
 
-    def run(self) -> Node | Left:
-        point = self._point()
+    def run(self, parts: list[Part]) -> Node | Left:
+        plain = all(part.kernel.name == "sdpa" and plain_form(self.call, part.mask) for part in parts)
+        point = self.call.node if plain else self._point()
         if isinstance(point, Left):
             return point
-        self.point = point
-        with self.graph.inserting_before(point):
-            captures = [self._capture(name) for name in given(self.mask)]
-            prepared = self._prepare(captures, point)
-        if isinstance(prepared, Left):
-            return prepared
-        scores = [self._capture_scores(name, point) for name in _score_names(self.call)]
-        with self.graph.inserting_before(self.call.node):
-            out = self._attend(prepared, captures, scores)
+        outs: list[Node] = []
+        for part in parts:
+            self.point = point
+            out = self._lower(part)
+            if isinstance(out, Left):
+                return out
+            outs.append(out)
+        out = outs[0] if len(outs) == 1 else self._in_order(parts, outs)
         out.meta = dict(self.call.node.meta)
         self.call.node.replace_all_uses_with(out)
+        return out
+
+    def _lower(self, part: Part) -> Node | Left:
+        q, k, v = self._heads(self.call.q, part.heads), *(self._heads(x, part.kv_heads) for x in (self.call.k, self.call.v))
+        form = plain_form(self.call, part.mask) if part.kernel.name == "sdpa" else None
+        if form is not None:
+            return self._sdpa(q, k, v, form == "causal")
+        self.kernel = part.kernel
+        self.mask, self.constants = _name_constants(part.mask)
+        self.heads = (self.call.heads if part.heads is None else len(part.heads)) if self._per_head() else 1
+        self.layout = layout_of(self.call, self.mask, self.heads, part.kernel, self.target)
+        with self.graph.inserting_before(self.point):
+            captures = [self._capture(name) for name in given(self.mask)]
+            prepared = self._prepare(dict(zip(given(self.mask), captures, strict=True)), self.point)
+        if isinstance(prepared, Left):
+            return prepared
+        scores = [self._capture_scores(name, self.point) for name in _score_names(self.call)]
+        with self.graph.inserting_before(self.call.node):
+            return self._attend(q, k, v, prepared, captures, scores)
+
+    def _sdpa(self, q: Node, k: Node, v: Node, is_causal: bool) -> Node:
+        """SDPA without a mask tensor, over the un-repeated KV heads."""
+        grouped = self.call.heads != self.call.kv_heads
+
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            return scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=self.call.scale, enable_gqa=grouped)
+
+        out: Node = inline(self.call.node, attend, q, k, v)
+        return out
+
+    def _heads(self, x: Node, heads: tuple[int, ...] | None) -> Node:
+        """Some heads of q, k or v; a view where they are neighbours."""
+        if heads is None:
+            return x
+        runs = consecutive(heads)
+        picked: Node = inline(
+            self.call.node,
+            lambda x: x[:, slice(*runs[0])] if len(runs) == 1 else torch.cat([x[:, slice(*run)] for run in runs], dim=1),
+            x,
+        )
+        return picked
+
+    def _in_order(self, parts: list[Part], outs: list[Node]) -> Node:
+        """The outputs of all parts as one tensor, heads in the order of the call."""
+        place = {head: (k, at) for k, part in enumerate(parts) for at, head in enumerate(part.heads or ())}
+        pieces: list[list[int]] = []  # part, first head of it, end
+        for head in sorted(place):
+            part, at = place[head]
+            if pieces and pieces[-1][0] == part and pieces[-1][2] == at:
+                pieces[-1][2] = at + 1
+            else:
+                pieces.append([part, at, at + 1])
+        example = value_of(self.call.node)
+        with self.graph.inserting_before(self.call.node):
+            slices = []
+            for part, start, stop in pieces:
+                index = (slice(None), slice(start, stop))
+                slices.append(self.graph.call_function(operator.getitem, (outs[part], index)))
+            out = self.graph.call_function(torch.cat, (slices,), {"dim": 1})
+        out.meta["example_value"] = example
         return out
 
     def _per_head(self) -> bool:
@@ -87,7 +157,8 @@ class _Lowering:
             return Left(call.node, "the tensors its mask reads are overwritten before the mask is complete")
         if any(order.written(node, since=last, until=call.node) for node in set(call.mask_nodes) & self._read):
             return Left(call.node, "its mask is overwritten, and so is what it was computed from")
-        return last.next
+        # The same place for all calls under this mask: what one of them put there, the next one finds before it.
+        return self.shared.setdefault(("after", last), last.next)
 
     def _is_early(self) -> bool:
         """Whether what the mask reads is overwritten before the call, so that it has to be copied."""
@@ -101,45 +172,74 @@ class _Lowering:
             self.order.written(node, since=found, until=self.point) for node in read
         )
 
-    def _prepare(self, captures: list[Node], point: Node) -> Node | Left:
-        call, at = self.call, self.positions
+    def _prepare(self, captures: dict[Captured, Node], point: Node) -> Node | list[Node] | Left:
+        call, at, tables = self.call, self.positions, self.layout
+        dense = self.kernel.name not in FLEX
         q_len, kv_len = expr_of(call.size("q", 2)), expr_of(call.size("k", 2))
-        key = (self.mask, self.kernel.name, self.heads, q_len, kv_len, at, call.device, str(call.sources))
+        cut = () if dense else (tables.mask, tables.heads, tables.block, tables.split, tables.width)
+        key = (self.mask if dense else None, self.heads, cut, q_len, kv_len, at, call.device, str(call.sources))
         if key in self.shared and self._is_fresh(self.shared[key], self._read):
             return self.shared[key]
+        if not dense and self._is_constant(captures):
+            return self._constant_tables(int(q_len), int(kv_len), int(at.q_start))
         numbers = [emit_int(self.graph, expr, point) for expr in (q_len, kv_len, at.q_start, at.kv_start)]
         if any(n is None for n in numbers):
             return Left(
                 call.node, f"its lengths or positions ({q_len}, {kv_len}, {at}) cannot be had where its mask is computed"
             )
-        if self.kernel.name == "reference":
+        if dense:
             name = self._submodule("dense_mask", DenseMask(self.mask, self.heads))
-            prepared = self.graph.call_module(name, (*numbers, at.q_shift, call.device, *captures))
+            prepared = self.graph.call_module(name, (*numbers, at.q_shift, call.device, *captures.values()))
         else:
-            width = self._blocks(numbers[1])
-            prepared = self.graph.call_function(
-                block_tables_op._opoverload,
-                (to_json(self.mask), self.heads, *numbers, at.q_shift, captures, BLOCK, BLOCK, width, call.device),
-            )
+            width = self._blocks(numbers[1]) if tables.width is None else tables.width
+            read = [captures[name] for name in given(tables.mask)]
+            where = (*numbers, at.q_shift, read, *tables.block, width, tables.split, call.device)
+            prepared = self.graph.call_function(block_tables_op._opoverload, (to_json(tables.mask), tables.heads, *where))
         self.shared[key] = prepared
         return prepared
 
+    def _is_constant(self, captures: dict[Captured, Node]) -> bool:
+        """Whether shapes alone decide the tables, and they are small enough to keep."""
+        tables = self.layout
+        if tables.width is None or captures:
+            return False
+        rows = -(-hint_of(self.call.size("q", 2)) // tables.block[0])
+        return 2 * 4 * tables.heads * rows * tables.width <= KEPT_TABLE_BYTES
+
+    def _constant_tables(self, q_len: int, kv_len: int, q_start: int) -> list[Node]:
+        """The tables as buffers of the graph: a short prompt should not wait for the launches that build them."""
+        tables = self.layout
+        shape: tuple[Any, ...] = (tables.heads, q_len, kv_len, q_start, 0, None, [], *tables.block, tables.width, tables.split)
+        name = f"tables_{hashlib.sha256(repr((str(tables.mask), shape)).encode()).hexdigest()[:16]}"
+        count = 6 if tables.split else 4
+        if hasattr(self.gm, f"{name}_0"):
+            return [self.graph.get_attr(f"{name}_{k}") for k in range(count)]
+        with unset_fake_temporarily():
+            made = block_tables_op(to_json(tables.mask), *shape, torch.device(self.call.device))
+        return [self._constant(f"{name}_{k}", table) for k, table in enumerate(made)]
+
     def _blocks(self, length: int | Node | None) -> int | Node:
         """The number of blocks that cover ``length`` keys."""
+        size = self.layout.block[1]
         if not isinstance(length, Node):
             assert length is not None
-            return -(-length // BLOCK)
-        return self.graph.call_function(operator.floordiv, (self.graph.call_function(operator.add, (length, BLOCK - 1)), BLOCK))
+            return -(-length // size)
+        return self.graph.call_function(operator.floordiv, (self.graph.call_function(operator.add, (length, size - 1)), size))
 
-    def _attend(self, prepared: Node, captures: list[Node], scores: list[Node]) -> Node:
-        call = self.call
-        if self.kernel.name == "reference":
+    def _attend(self, q: Node, k: Node, v: Node, prepared: Node | list[Node], captures: list[Node], scores: list[Node]) -> Node:
+        call, tables = self.call, self.layout
+        if self.kernel.name not in FLEX:
             name = self._submodule("attention", ReferenceAttention(call.scale, call.score_mod))
-            return self.graph.call_module(name, (call.q, call.k, call.v, prepared, *scores))
-        k, v = self._as_buffer(call.k, others=()), self._as_buffer(call.v, others=(call.k,))
-        module = FlexAttention(self.mask, self.heads, call.scale, call.score_mod, BLOCK)
-        name = self._submodule("attention", module)
-        return self.graph.call_module(name, (call.q, k, v, prepared, tuple(captures), *scores))
+            return self.graph.call_module(name, (q, k, v, prepared, *scores))
+        k, v = self._as_buffer(k, others=()), self._as_buffer(v, others=(k,))
+        spec = Spec(
+            self.mask, self.heads, call.scale, call.score_mod, tables.block, tables.options, tables.group, tables.starts
+        )
+        if self.target.inner != "inductor":
+            operands = (q, k, v, prepared, tuple(captures), tuple(scores), to_text(spec))
+            return self.graph.call_function(attention_op._opoverload, operands)
+        name = self._submodule("attention", FlexAttention(spec))
+        return self.graph.call_module(name, (q, k, v, prepared, tuple(captures), *scores))
 
     def _as_buffer(self, node: Node, *, others: tuple[Node, ...]) -> Node:
         """Keys or values as the kernel may read them.
@@ -157,7 +257,7 @@ class _Lowering:
         if name.name in self.constants:
             return self._constant(name.name, self.constants[name.name])
         source: Source = self.call.sources[name.name]
-        key = (self.kernel.name, self._is_early(), str(source))
+        key = (self.kernel.name in FLEX, self._is_early(), str(source))
         if key not in self.shared or not self._is_fresh(self.shared[key], [source.node]):
             self.shared[key] = self._fetch(source)
         return self.shared[key]
@@ -170,9 +270,10 @@ class _Lowering:
 
     def _fetch(self, source: Source) -> Node:
         """What ``source`` describes, as a kernel may capture it: a graph input, or the output of an op nobody can fuse."""
-        copies = self._is_early() and self.kernel.name == "reference"
+        dense = self.kernel.name not in FLEX
+        copies = self._is_early() and dense
         node: Node = inline(self.point, lambda x: source.read(x).clone() if copies else source.read(x), source.node)
-        if self.kernel.name == "reference" or (node.op == "placeholder" and not self._is_early()):
+        if dense or (node.op == "placeholder" and not self._is_early()):
             return node
         return self.graph.call_function(realise._opoverload, (node,))
 

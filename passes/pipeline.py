@@ -12,9 +12,10 @@ from sparse_compile.masks import Mask, causal, full
 from sparse_compile.passes.ancestry import is_self_attention
 from sparse_compile.passes.call import AttentionCall, Left, Phase, read_sdpa
 from sparse_compile.passes.graph import Order, erase_dead, expr_of, op_name
-from sparse_compile.passes.kernels import Kernel, Target, choose_kernel
+from sparse_compile.passes.kernels import Target
 from sparse_compile.passes.lift import lift_call
 from sparse_compile.passes.lower import lower_call
+from sparse_compile.passes.parts import Part, parts_of
 from sparse_compile.passes.spelled_out import read_spelled_out
 from sparse_compile.passes.unfuse import unfuse_modules
 
@@ -31,7 +32,7 @@ class Rewrite:
     dry: bool = False  # choose kernels for the report, and run the dense reference
     calls: list[AttentionCall] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
-    kernels: dict[Node, Kernel] = field(default_factory=dict)
+    parts: dict[Node, list[Part]] = field(default_factory=dict)
     replaced: list[Node] = field(default_factory=list)
 
     def keep(self, results: list[AttentionCall | Left]) -> None:
@@ -118,12 +119,13 @@ def lower_attention(rewrite: Rewrite) -> int:
     shared: dict[object, Node] = {}
     lowered: list[AttentionCall] = []
     for call in rewrite.calls:
-        kernel = choose_kernel(call, rewrite.target)
-        result = lower_call(rewrite.gm, call, Kernel("reference") if rewrite.dry else kernel, shared)
+        parts = parts_of(call, rewrite.target)
+        run = parts_of(call, Target(inner="eager")) if rewrite.dry else parts
+        result = lower_call(rewrite.gm, call, run, rewrite.target, shared)
         if isinstance(result, Left):
             rewrite.left.append(result)
             continue
-        rewrite.kernels[call.node] = kernel
+        rewrite.parts[call.node] = parts
         rewrite.replaced.append(call.node)
         lowered.append(call)
     rewrite.calls = lowered

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_compile.masks import Captured, Mask
-from sparse_compile.masks.blocks import block_tables, query_blocks, transposed
+from sparse_compile.masks.blocks import block_tables, query_blocks, transposed, visited_blocks
 
 Q_START = Captured.symbol("q_start")
 KV_START = Captured.symbol("kv_start")
@@ -62,12 +63,14 @@ def block_tables_op(
     q_block: int,
     kv_block: int,
     width: int,
+    split: bool,
     device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The positions of the first query and key ``[1]`` and the four tables of ``mask`` for this shape, all int32.
+) -> list[Tensor]:
+    """The positions of the first query and key ``[1]`` and the tables of ``mask`` for this shape, all int32.
 
-    ``captures`` are the tensors the mask needs, in order. ``heads`` is the number of query heads if the mask differs between
-    heads, else 1. ``width`` is the number of table columns.
+    ``captures`` are the tensors the mask needs, in order. ``heads`` is the number of heads if the mask differs between them,
+    else 1. ``width`` is the number of table columns. With ``split`` there are four tables, full blocks apart; without, the
+    two that list every visited block.
     """
     tree = parse(mask)
     first_query, first_key = starts(q_start, kv_start, q_shift, device)
@@ -75,10 +78,18 @@ def block_tables_op(
     if heads > 1:
         bound = bound.for_heads(heads)
     lo, hi = query_blocks(q_len, q_block, device)
-    lo, hi = lo + first_query, hi + first_query
-    tables = block_tables(bound, lo, hi, kv_len, kv_block=kv_block, kv_start=first_key, width=width)
-    num, index, full_num, full_index = (t.expand(batch_of(captures), heads, *t.shape[2:]).contiguous() for t in tables)
-    return first_query.int(), first_key.int(), num, index, full_num, full_index
+    if q_start or q_shift is not None:
+        shifted = lo + first_query
+        lo, hi = shifted, shifted if hi is lo else hi + first_query
+    lead: dict[str, Any] = {"kv_block": kv_block, "kv_start": first_key if kv_start else 0, "width": width}
+    build = block_tables if split else visited_blocks
+    tables = [_own(t.expand(batch_of(captures), heads, *t.shape[2:])) for t in build(bound, lo, hi, kv_len, **lead)]
+    return [first_query.int(), first_key.int(), *tables]
+
+
+def _own(table: Tensor) -> Tensor:
+    """The outputs of an op may not share memory."""
+    return table.clone(memory_format=torch.contiguous_format)
 
 
 @block_tables_op.register_fake
@@ -94,14 +105,13 @@ def _(
     q_block: int,
     kv_block: int,
     width: int,
+    split: bool,
     device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     batch = batch_of(captures)
     rows = -(-q_len // q_block)
-    counts = torch.empty(batch, heads, rows, dtype=torch.int32, device=device)
-    table = torch.empty(batch, heads, rows, width, dtype=torch.int32, device=device)
-    first = torch.empty(1, dtype=torch.int32, device=device)
-    return first, first.clone(), counts, table, counts.clone(), table.clone()
+    sizes = [(1,), (1,)] + [(batch, heads, rows), (batch, heads, rows, width)] * (2 if split else 1)
+    return [torch.empty(size, dtype=torch.int32, device=device) for size in sizes]
 
 
 @torch.library.custom_op("sparse_compile::transpose_tables", mutates_args=())

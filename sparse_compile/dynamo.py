@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # the passes import sympy and Dynamo, which cost a second: no
     from sparse_compile.passes.call import AttentionCall
     from sparse_compile.passes.pipeline import Rewrite
 
-INNER = ("inductor", "aot_eager", "eager")
-KERNELS = ("auto", "flex", "reference")
+INNER = ("inductor", "aot_eager", "cudagraphs", "tensorrt", "eager")
+KERNELS = ("auto", "autotune", "flash", "triton", "flex", "sdpa", "reference")
 OPTIONS = ("policy", "inner", "kernel", "strict", "inductor")
 
 
@@ -35,16 +35,24 @@ class SparseCompileError(RuntimeError):
 class Backend:
     """A ``torch.compile`` backend that rewrites attention, with a policy and a report of its own.
 
-    Without a policy the model's results do not change. ``policy`` is a ``Policy`` or a bare mask. ``inner`` compiles the rest
-    of the graph: ``inductor``, ``aot_eager`` or ``eager``. ``kernel`` is ``auto``, ``flex`` or ``reference``. With ``strict``,
-    an attention call that stays as it is is an error. ``inductor`` holds Inductor options.
+    Without a policy the model's results do not change. ``policy`` is a ``Policy`` or a bare mask.
+
+    ``inner`` compiles the rest of the graph. Under ``inductor`` attention is part of the graph; under ``aot_eager``,
+    ``cudagraphs`` and ``tensorrt`` (torch-tensorrt) it is one op that compiles its own kernel, without gradients; ``eager``
+    runs the dense reference. ``inductor`` holds options: those of Inductor, or of torch-tensorrt.
+
+    ``kernel`` is ``auto``, the fastest that can run a call, or forces one: ``flash`` (FlexAttention's FLASH, flash-attn-4),
+    ``triton``, ``flex`` (what FlexAttention generates for the device), ``sdpa``, ``reference`` (dense). ``autotune`` chooses
+    as ``auto`` does and lets Inductor time tiles, for GPUs that ``passes/options.py`` has no measured ones for. With
+    ``strict``, an attention call that stays as it is is an error.
 
         >>> backend = sc.Backend(causal & sliding_window(64), inner="eager")
         >>> model = torch.compile(model, backend=backend)
         >>> logits = model(tokens)
         >>> print(backend.report)  # doctest: +SKIP
 
-    Raises ``ValueError`` or ``TypeError`` for unknown options; ``SparseCompileError`` while compiling, as above.
+    Raises ``ValueError`` or ``TypeError`` for unknown options; while compiling, ``ValueError`` for a forced kernel that cannot
+    run a call, ``ImportError`` for an inner compiler that is not installed, and ``SparseCompileError`` as above.
     """
 
     def __init__(
@@ -93,13 +101,21 @@ class Backend:
         rewrite = self._rewrite(gm, inputs)
         self._record(rewrite)
         inner = "eager" if self._dry else self.inner
-        compiled = compile_inner(gm, inputs, inner=inner, mode=mode, config=self.inductor)
+        compiled, note = compile_inner(gm, inputs, inner=inner, mode=mode, config=self._config())
+        if note and note not in self.report.notes:
+            self.report.notes.append(note)
 
         def run(*args: Any) -> Any:
             self.calls += 1
             return compiled(*args)
 
         return run
+
+    def _config(self) -> dict[str, Any]:
+        """The Inductor options: what the kernel choice asks for, and over it what the user does."""
+        # Matrix products stay as they are: the user asked for attention to be tuned.
+        tune = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"} if self.kernel == "autotune" else {}
+        return tune | self.inductor
 
     def _with(self, options: Mapping[str, Any]) -> Backend:
         """This backend with other options, reporting into the same report."""
@@ -113,10 +129,10 @@ class Backend:
 
     def _rewrite(self, gm: GraphModule, inputs: Sequence[Any]) -> Rewrite:
         gradients = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-        from sparse_compile.passes.kernels import Target
+        from sparse_compile.passes.kernels import Target, capability
         from sparse_compile.passes.pipeline import Rewrite, run_passes
 
-        target = Target(self.inner, self.kernel, gradients, self._device)
+        target = Target(self.inner, self.kernel, gradients, self._device, capability())
         rewrite = run_passes(Rewrite(gm, self._mask_for, target, self._dry))
         if not getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False):
             self._check_layers({call.layer for call in rewrite.calls})

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from sparse_compile.masks import Mask, full
-from sparse_compile.masks.algebra import Not
 from sparse_compile.passes.call import AttentionCall, Left
 from sparse_compile.passes.graph import hint_of, layer_index, module_path
+from sparse_compile.passes.parts import without_symbols
 from sparse_compile.passes.pipeline import Rewrite, phase_of
 from sparse_compile.report import Site
 
-NAMES = {"flex": "FlexAttention", "reference": "dense reference"}
+NAMES = {
+    "flash": "FlexAttention FLASH",
+    "triton": "FlexAttention",
+    "cpp": "FlexAttention",
+    "sdpa": "SDPA",
+    "reference": "dense reference",
+}
 
 
 def describe(rewrite: Rewrite, graph: int) -> list[Site]:
@@ -20,7 +25,7 @@ def describe(rewrite: Rewrite, graph: int) -> list[Site]:
 
 def _rewritten(call: AttentionCall, rewrite: Rewrite, graph: int) -> Site:
     assert call.mask is not None and call.positions is not None
-    kernel = rewrite.kernels[call.node]
+    kernels = [part.kernel for part in rewrite.parts[call.node]]
     q_len, kv_len = call.size("q", 2), call.size("k", 2)
     at = call.positions
     mask = call.mask if call.policy is None else call.mask & call.policy
@@ -33,9 +38,9 @@ def _rewritten(call: AttentionCall, rewrite: Rewrite, graph: int) -> Site:
         kv_len=str(kv_len),
         model_mask=str(call.mask),
         policy_mask=str(call.policy) if call.policy is not None else "",
-        kernel=NAMES[kernel.name],
+        kernel=" + ".join(dict.fromkeys(NAMES[kernel.name] for kernel in kernels)),
         action="sparse" if call.policy is not None else "exact",
-        reason="; ".join(text for text in (call.policy_reason, kernel.why) if text),
+        reason="; ".join(text for text in dict.fromkeys([call.policy_reason, *(kernel.why for kernel in kernels)]) if text),
         graph=graph,
         score_mod=str(call.score_mod) if call.score_mod is not None else "",
         heads=call.heads,
@@ -60,12 +65,3 @@ def _left(call: Left, graph: int) -> Site:
         reason=call.reason,
         graph=graph,
     )
-
-
-def without_symbols(mask: Mask, *, visible: bool = True) -> Mask:
-    """The mask with every part that reads a tensor of the running graph taken as visible (under ``~``: as hidden)."""
-    if isinstance(mask, Not):
-        return ~without_symbols(mask.mask, visible=not visible)
-    if mask.children():
-        return mask.rebuild([without_symbols(child, visible=visible) for child in mask.children()])
-    return (full if visible else ~full) if any(c.is_symbol for c in mask.captures()) else mask

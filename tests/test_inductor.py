@@ -26,7 +26,7 @@ def _fresh() -> None:
 
 def both(model: Any, *args: Any, policy: Mask | None = None, dynamic: bool | None = None) -> tuple[Any, Any, sc.Backend]:
     """The model through FlexAttention and through the dense reference."""
-    backend = sc.Backend(policy)
+    backend = sc.Backend(policy, kernel="flex")
     fused = torch.compile(model, backend=backend, dynamic=dynamic)
     dense = torch.compile(model, backend=sc.Backend(policy, inner="eager"), dynamic=dynamic)
     return fused, dense, backend
@@ -111,6 +111,16 @@ def test_documents_of_a_policy_reach_the_kernel() -> None:
     with torch.no_grad():
         assert_equal(fused(x), dense(x))
     assert_fused(backend)
+
+
+@pytest.mark.parametrize("pattern", [[causal, STREAMING], [STREAMING, causal]], ids=str)
+def test_heads_of_two_kernels_come_back_in_order(pattern: list[Mask]) -> None:
+    model, x = Projections(), torch.randn(2, 300, 32)
+    backend = sc.Backend(per_head(pattern))
+    with torch.no_grad():
+        wanted = torch.compile(model, backend=sc.Backend(per_head(pattern), inner="eager"))(x)
+        assert_equal(torch.compile(model, backend=backend)(x), wanted)
+    assert {site.kernel for site in backend.report.sites} <= {"SDPA + FlexAttention", "FlexAttention + SDPA"}
 
 
 def test_queries_keys_and_values_may_be_one_buffer() -> None:

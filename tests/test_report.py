@@ -191,3 +191,12 @@ def test_many_layers_share_a_line_by_their_ranges() -> None:
 
 def test_an_empty_report_says_so() -> None:
     assert str(sc.Report()) == "sparse_compile: 0 of 0 attention calls rewritten; 0 graphs compiled, 0 of them again"
+
+
+def test_a_graph_that_cannot_be_cached_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter(range(10))
+    monkeypatch.setattr("sparse_compile.passes.inner._bypasses", lambda: next(counts))
+    monkeypatch.setattr("sparse_compile.passes.inner._compile", lambda gm, *_: gm.forward)
+    backend = sc.Backend(causal)
+    run(backend)
+    assert "a graph could not be cached by Inductor: a second process compiles it again" in str(backend.report)

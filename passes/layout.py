@@ -1,0 +1,113 @@
+"""How the block tables of one kernel are cut, and the kernel options that go with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparse_compile.masks import Mask
+from sparse_compile.masks.given import Explicit
+from sparse_compile.masks.heads import PerHead
+from sparse_compile.passes.call import AttentionCall
+from sparse_compile.passes.graph import hint_of, value_of
+from sparse_compile.passes.kernels import FLEX, Kernel, Target, is_decode_step
+from sparse_compile.passes.options import BLOCK, FLASH_TILES, Phase, Tiles, kernel_options, splits_for, tiles_for
+from sparse_compile.passes.parts import per_kv_head, step_width, table_width
+from sparse_compile.passes.tables import KV_START, Q_START
+
+
+@dataclass(frozen=True)
+class Layout:
+    """``mask`` is listed for ``heads`` heads, in blocks of ``block`` queries and keys, with full blocks apart if ``split``.
+
+    ``width`` is the number of columns, None for one per key block. ``group`` query heads are rows of their KV head.
+    ``starts`` are the positions of the first query and key where the kernel may know them.
+    """
+
+    mask: Mask
+    heads: int
+    block: tuple[int, int] = (BLOCK, BLOCK)
+    split: bool = True
+    width: int | None = None
+    group: int = 1
+    options: tuple[tuple[str, Any], ...] = ()
+    starts: tuple[int, int] | None = None
+
+
+def layout_of(call: AttentionCall, mask: Mask, heads: int, kernel: Kernel, target: Target) -> Layout:
+    """The layout for ``mask``, in which tensors have names. ``heads`` is how many it tells apart, or 1."""
+    if kernel.name not in FLEX:
+        return Layout(mask, heads)
+    starts = _starts(call, mask)
+    block = (BLOCK, BLOCK)
+    if kernel.name == "triton" and _folds(call, mask, heads, target):
+        return _folded(call, mask, heads, target, starts)
+    options: dict[str, Any] = {}
+    if kernel.name == "flash":
+        major, _ = target.capability or (9, 0)
+        block, options = FLASH_TILES[major][hint_of(call.size("q", 3))], {"BACKEND": "FLASH"}
+    elif kernel.name == "triton":
+        options = kernel_options(_tiles(call, "prefill", target), "prefill")
+    width = _static_width(call, mask, block)
+    if kernel.name == "cpp" and width is not None:
+        width = -(-call.size("k", 2) // BLOCK)  # the C++ kernel wants a column for every block
+    return Layout(mask, heads, block, width=width, options=_sorted(options), starts=starts)
+
+
+def _folded(call: AttentionCall, mask: Mask, heads: int, target: Target, starts: tuple[int, int] | None) -> Layout:
+    """A decode step. Full blocks are not told apart: given any, the kernel spreads the whole length over its splits."""
+    listed = per_kv_head(mask, call.heads, call.kv_heads) if heads > 1 else mask
+    listed_heads = call.kv_heads if any(isinstance(node, PerHead) for node in listed.walk()) else 1
+    tiles = _tiles(call, "decode", target)
+    per_block = BLOCK // (tiles.block_n if tiles is not None else BLOCK)
+    live = step_width(listed, hint_of(call.size("k", 2)), BLOCK) * per_block
+    splits = splits_for(hint_of(call.size("q", 0)) * call.kv_heads, live)
+    return Layout(
+        mask=listed,
+        heads=listed_heads,
+        split=False,
+        width=_static_width(call, listed, (BLOCK, BLOCK)),
+        group=call.heads // call.kv_heads,
+        options=_sorted(kernel_options(tiles, "decode", splits=splits)),
+        starts=starts,
+    )
+
+
+def _folds(call: AttentionCall, mask: Mask, heads: int, target: Target) -> bool:
+    """Whether the query heads of a KV head can be rows of one decode kernel, which takes fewer than 128 and a static batch."""
+    tells_heads = heads > 1 and any(isinstance(node, Explicit) for node in mask.walk())
+    fits = isinstance(call.size("q", 0), int) and call.heads // call.kv_heads < BLOCK
+    return is_decode_step(call) and fits and not target.gradients and not tells_heads
+
+
+def _tiles(call: AttentionCall, phase: Phase, target: Target) -> Tiles | None:
+    dtype: torch.dtype = value_of(call.q).dtype
+    largest = max(hint_of(call.size("q", 3)), hint_of(call.size("v", 3)))
+    return None if target.kernel == "autotune" else tiles_for(target.capability, phase, largest, dtype)
+
+
+def _static_width(call: AttentionCall, mask: Mask, block: tuple[int, int]) -> int | None:
+    """The columns that a table needs, if lengths and positions are numbers."""
+    at, q_len, kv_len = call.positions, call.size("q", 2), call.size("k", 2)
+    assert at is not None
+    if not (isinstance(q_len, int) and isinstance(kv_len, int)):
+        return None
+    if at.q_shift is not None or not at.q_start.is_Integer or at.kv_start != 0:
+        return None
+    return table_width(mask, q_len, kv_len, int(at.q_start), block)
+
+
+def _starts(call: AttentionCall, mask: Mask) -> tuple[int, int] | None:
+    """The positions of the first query and key, if they are numbers and nothing else needs them as tensors."""
+    at = call.positions
+    assert at is not None
+    reads = {*mask.captures(), *(call.score_mod.captures() if call.score_mod is not None else ())}
+    if at.q_shift is not None or not (at.q_start.is_Integer and at.kv_start.is_Integer) or reads & {Q_START, KV_START}:
+        return None
+    return int(at.q_start), int(at.kv_start)
+
+
+def _sorted(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(options.items()))

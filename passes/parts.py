@@ -1,0 +1,114 @@
+"""Cut a call into groups of heads that see the same, so that each group runs the kernel that is fastest for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from sparse_compile.masks import Mask, full, per_head
+from sparse_compile.masks.algebra import Not
+from sparse_compile.masks.blocks import live_width, query_blocks
+from sparse_compile.masks.captured import Captured
+from sparse_compile.masks.given import Explicit
+from sparse_compile.masks.heads import PerHead
+from sparse_compile.passes.call import AttentionCall
+from sparse_compile.passes.kernels import Kernel, Target, choose_kernel, is_decode_step
+
+MOST_GROUPS = 4  # of one call: each is a kernel of its own to compile and launch
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some heads of a call, what they see, and their kernel. ``heads`` and ``kv_heads`` are None for all of them."""
+
+    mask: Mask
+    kernel: Kernel
+    heads: tuple[int, ...] | None = None
+    kv_heads: tuple[int, ...] | None = None
+
+
+def parts_of(call: AttentionCall, target: Target) -> list[Part]:
+    """The parts of ``call``: one, unless heads differ in a prefill.
+
+    A table costs per head what the densest head costs, and a dense causal group needs none at all. A decode step stays whole:
+    its kernel follows each KV head's own list.
+    """
+    assert call.mask is not None
+    mask = call.mask if call.policy is None else call.mask & call.policy
+    groups = _groups(call, mask) if target.inner != "eager" and target.kernel != "reference" else {}
+    if len(groups) == 1:
+        mask = next(iter(groups))
+    if len(groups) < 2:
+        return [Part(mask, choose_kernel(call, mask, target))]
+    chosen = {mask: choose_kernel(call, mask, target) for mask in groups}
+    if len(groups) > MOST_GROUPS:
+        groups = _merged(call, groups, chosen)
+        chosen = {mask: choose_kernel(call, mask, target) for mask in groups}
+    if len(groups) < 2:
+        return [Part(mask, chosen[next(iter(groups))])]
+    group = call.heads // call.kv_heads
+    kv_heads = [tuple(sorted({head // group for head in heads})) for heads in groups.values()]
+    return [Part(mask, chosen[mask], heads, kv) for (mask, heads), kv in zip(groups.items(), kv_heads, strict=True)]
+
+
+def _groups(call: AttentionCall, mask: Mask) -> dict[Mask, tuple[int, ...]]:
+    """The distinct masks and their query heads; empty where the call cannot be cut into them."""
+    if not any(isinstance(node, PerHead) for node in mask.walk()):
+        return {}
+    if is_decode_step(call) or call.score_mod is not None:
+        return {}
+    if any(isinstance(node, Explicit) and Captured.of(node.visible).is_symbol for node in mask.walk()):
+        return {}  # a tensor of the graph that may differ between heads itself
+    groups = mask.head_groups(call.heads)
+    size = call.heads // call.kv_heads
+    whole = all(set(range(h // size * size, h // size * size + size)) <= set(heads) for heads in groups.values() for h in heads)
+    return groups if whole else {}
+
+
+def _merged(
+    call: AttentionCall, groups: dict[Mask, tuple[int, ...]], chosen: dict[Mask, Kernel]
+) -> dict[Mask, tuple[int, ...]]:
+    """The same with all groups that need a table in one."""
+    merged = {mask: heads for mask, heads in groups.items() if chosen[mask].name == "sdpa"}
+    rest = {head: mask for mask, heads in groups.items() if mask not in merged for head in heads}
+    if rest:
+        merged[per_head([rest[head] for head in sorted(rest)])] = tuple(sorted(rest))
+    return merged
+
+
+def per_kv_head(mask: Mask, heads: int, kv_heads: int) -> Mask:
+    """What any query head of each KV head sees: a mask of the KV heads, as lists of a folded decode step need it."""
+    if not any(isinstance(node, PerHead) for node in mask.walk()):
+        return mask
+    group = heads // kv_heads
+    seen = [[mask.for_head(head, heads) for head in range(k * group, (k + 1) * group)] for k in range(kv_heads)]
+    unions = [reduce(lambda a, b: a | b, dict.fromkeys(masks)) for masks in seen]
+    return unions[0] if len(set(unions)) == 1 else per_head(unions)
+
+
+@lru_cache(maxsize=256)
+def table_width(mask: Mask, q_len: int, kv_len: int, q_start: int, block: tuple[int, int]) -> int:
+    """The most key blocks that a query block of a static shape visits; masks that read tensors of the graph count as full."""
+    with unset_fake_temporarily(), torch.device("cpu"):
+        lo, hi = query_blocks(q_len, block[0], "cpu")
+        return live_width(without_symbols(mask), lo + q_start, hi + q_start, kv_len, block[1])
+
+
+@lru_cache(maxsize=256)
+def step_width(mask: Mask, kv_len: int, block: int) -> int:
+    """The most key blocks that a single query visits, wherever among ``kv_len`` keys it stands."""
+    with unset_fake_temporarily(), torch.device("cpu"):
+        at = torch.arange(kv_len)
+        return live_width(without_symbols(mask), at, at, kv_len, block)
+
+
+def without_symbols(mask: Mask, *, visible: bool = True) -> Mask:
+    """The mask with every part that reads a tensor of the running graph taken as visible (under ``~``: as hidden)."""
+    if isinstance(mask, Not):
+        return ~without_symbols(mask.mask, visible=not visible)
+    if mask.children():
+        return mask.rebuild([without_symbols(child, visible=visible) for child in mask.children()])
+    return (full if visible else ~full) if any(c.is_symbol for c in mask.captures()) else mask

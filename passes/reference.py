@@ -1,0 +1,133 @@
+"""Attention under a dense mask: the oracle of the fused kernels, and what runs where they cannot."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparse_compile.masks import Mask, ScoreMod
+from sparse_compile.masks.captured import Captured
+from sparse_compile.masks.scores import Bias, SinkLogits, in_order
+from sparse_compile.passes.tables import KV_START, Q_START, batch_of, bind, given, starts
+
+
+class DenseMask(nn.Module):
+    """A mask as a bool tensor ``[B|1, H|1, Q, KV]``, computed once for all layers that share it."""
+
+    def __init__(self, mask: Mask, heads: int) -> None:
+        super().__init__()
+        self.mask, self.heads = mask, heads
+
+    def forward(
+        self,
+        q_len: int,
+        kv_len: int,
+        q_start: int,
+        kv_start: int,
+        q_shift: Tensor | None,
+        device: torch.device,
+        *captures: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The positions of the first query and key ``[1]``, and the mask."""
+        first_query, first_key = starts(q_start, kv_start, q_shift, device)
+        mask = bind(self.mask, given(self.mask), captures, first_query, first_key)
+        if self.heads > 1:
+            mask = mask.for_heads(self.heads)
+        batch = batch_of(captures)
+        b = torch.arange(batch, device=device).view(-1, 1, 1, 1)
+        h = torch.arange(self.heads, device=device).view(1, -1, 1, 1)
+        i = (torch.arange(q_len, device=device) + first_query).view(1, 1, -1, 1)
+        j = (torch.arange(kv_len, device=device) + first_key).view(1, 1, 1, -1)
+        visible: Tensor = mask(b, h, i, j)
+        return first_query, first_key, visible.expand(batch, self.heads, q_len, kv_len)
+
+    def extra_repr(self) -> str:
+        return str(self.mask)
+
+
+class ReferenceAttention(nn.Module):
+    """Attention under a dense mask: slow, plain, with gradients everywhere. The oracle of the fused kernels."""
+
+    def __init__(self, scale: float, score_mod: ScoreMod | None) -> None:
+        super().__init__()
+        self.scale, self.score_mod = scale, score_mod
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: tuple[Tensor, ...], *captures: Tensor) -> Tensor:
+        """``[B, Hq, Q, Dv]``; a query that sees no key gives zeros."""
+        first_query, first_key, visible = prepared
+        mod = bind_scores(self.score_mod, captures, first_query, first_key)
+        return reference_attention(q, k, v, visible, scale=self.scale, score_mod=mod, q_start=first_query, kv_start=first_key)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, score_mod={self.score_mod}"
+
+
+def given_scores(mod: ScoreMod | None) -> tuple[Captured, ...]:
+    return tuple(c for c in mod.captures() if c not in (Q_START, KV_START)) if mod is not None else ()
+
+
+def split_sink(mod: ScoreMod | None) -> tuple[ScoreMod | None, SinkLogits | None]:
+    """What changes scores, and the learned sink that joins the softmax afterwards."""
+    parts = mod.parts() if mod is not None else ()
+    sink = parts[-1] if parts and isinstance(parts[-1], SinkLogits) else None
+    pointwise = parts[:-1] if sink is not None else parts
+    return in_order(pointwise) if pointwise else None, sink
+
+
+def bind_scores(mod: ScoreMod | None, tensors: tuple[Tensor, ...], q_start: Tensor, kv_start: Tensor) -> ScoreMod | None:
+    if mod is None:
+        return None
+    values = {name: name.filled(tensor) for name, tensor in zip(given_scores(mod), tensors, strict=True)}
+    return mod.bind(values | {Q_START: Q_START.filled(q_start), KV_START: KV_START.filled(kv_start)})
+
+
+def reference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    *,
+    scale: float,
+    score_mod: ScoreMod | None = None,
+    q_start: Tensor | int = 0,
+    kv_start: Tensor | int = 0,
+) -> Tensor:
+    """Attention with every score written out.
+
+    ``q`` is ``[B, Hq, Q, D]``, ``k`` and ``v`` are ``[B, Hkv, KV, D]`` with ``Hq`` a multiple of ``Hkv``, ``visible`` is
+    bool and broadcasts to ``[B, Hq, Q, KV]``. ``q_start`` and ``kv_start`` are the positions of the first query and
+    key that score mods see. Returns ``[B, Hq, Q, Dv]`` in the dtype of ``q``; a query that sees no key gives zeros.
+    """
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and score_mod is None and isinstance(q.shape[2], int) and q.shape[2] == 1:
+        # One query: the heads of a group are rows that share their keys, and nothing needs repeating.
+        rows = q.unflatten(1, (k.shape[1], group)).squeeze(3)
+        seen = visible.unflatten(1, (k.shape[1], group)).squeeze(3) if visible.shape[1] > 1 else visible
+        out = nn.functional.scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale)
+        return out.flatten(1, 2).unsqueeze(2)
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    if score_mod is None:
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    q_len, kv_len = q.shape[2], k.shape[2]
+    i = (torch.arange(q_len, device=q.device) + q_start).view(1, 1, -1, 1)
+    j = (torch.arange(kv_len, device=q.device) + kv_start).view(1, 1, 1, -1)
+    b = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1)
+    h = torch.arange(q.shape[1], device=q.device).view(1, -1, 1, 1)
+    pointwise, sink = split_sink(score_mod)
+    if isinstance(pointwise, Bias) and sink is None:
+        # One additive term: SDPA takes it as a float mask and never holds the scores.
+        added = pointwise(torch.zeros((), dtype=q.dtype, device=q.device), b, h, i, j)
+        hidden = torch.full((), -torch.inf, dtype=q.dtype, device=q.device)
+        return nn.functional.scaled_dot_product_attention(q, k, v, torch.where(visible, added.to(q.dtype), hidden), scale=scale)
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    if pointwise is not None:
+        scores = pointwise(scores, b, h, i, j)
+    # A row of -inf only has no softmax: give it any scores, and no weights.
+    scores = scores.masked_fill(~visible, -torch.inf).masked_fill(~visible.any(dim=-1, keepdim=True), 0)
+    if sink is not None:
+        logits = Captured.of(sink.logits).tensor.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, logits], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        weights = scores.softmax(dim=-1)
+    return weights.masked_fill(~visible, 0).to(v.dtype) @ v

@@ -1,0 +1,92 @@
+"""Attention as one op that compiles itself, under compilers that know nothing of FlexAttention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
+from torch.fx.passes.operator_support import create_op_support
+from torch.nn import functional as F
+
+import sparse_compile as sc
+from sparse_compile.masks import alibi, causal, sink, sliding_window
+from sparse_compile.passes.attention import Spec
+from sparse_compile.passes.opaque import module_of, to_text
+
+STREAMING = causal & (sink(4) | sliding_window(20))
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (2, 16)).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))
+        y: Tensor = self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return y
+
+
+def test_a_spec_survives_its_text() -> None:
+    spec = Spec(STREAMING, 1, 0.5, alibi([0.5, 0.25]), (128, 128), (("BACKEND", "TRITON"),), 2, (3, 0))
+    assert module_of(to_text(spec)).spec == spec
+
+
+def test_it_runs_under_aot_eager_for_one_length_and_another() -> None:
+    model = Attention()
+    backend = sc.Backend(STREAMING, inner="aot_eager")
+    fast: Any = torch.compile(model, backend=backend)
+    slow: Any = torch.compile(model, backend=sc.Backend(STREAMING, inner="eager"))
+    with torch.no_grad():
+        for length in (150, 260):
+            x = torch.randn(2, length, 32)
+            torch.testing.assert_close(fast(x), slow(x), atol=1e-5, rtol=1e-4)
+    assert {site.kernel for site in backend.report.sites} == {"FlexAttention"}
+
+
+def test_with_gradients_it_is_the_dense_reference() -> None:
+    model, x = Attention(), torch.randn(1, 40, 32)
+    backend = sc.Backend(STREAMING, inner="aot_eager")
+    torch.compile(model, backend=backend)(x).sum().backward()
+    (site,) = backend.report.sites
+    assert site.kernel == "dense reference"
+    assert "gradients" in site.reason
+
+
+def test_a_partitioning_compiler_takes_all_but_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch-tensorrt does: what an engine supports becomes one, and the op it does not know stays with PyTorch."""
+    engines: list[GraphModule] = []
+    left: list[str] = []
+
+    def engine(gm: GraphModule, inputs: Any) -> Callable[..., Any]:
+        from torch._dynamo.backends.common import aot_autograd
+
+        def take(graph: GraphModule, _: Any) -> Callable[..., Any]:
+            known = create_op_support(lambda _, node: node.op == "call_function" and "sparse_compile" not in str(node.target))
+            parted = CapabilityBasedPartitioner(graph, known, allows_single_node_partition=True).partition_and_fuse()
+            engines.extend(m for m in parted.children() if isinstance(m, GraphModule))
+            left.extend(str(n.target) for n in parted.graph.nodes if n.op == "call_function")
+            return parted.forward
+
+        compiled: Callable[..., Any] = aot_autograd(fw_compiler=take)(gm, inputs)
+        return compiled
+
+    monkeypatch.setattr("sparse_compile.passes.inner._compile", lambda gm, inputs, *_: engine(gm, inputs))
+    model, x = Attention(), torch.randn(2, 150, 32)
+    with torch.no_grad():
+        got = torch.compile(model, backend=sc.Backend(STREAMING, inner="aot_eager"))(x)
+        wanted = torch.compile(model, backend=sc.Backend(STREAMING, inner="eager"))(x)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+    ours = [name for name in left if "sparse_compile" in name]
+    assert "sparse_compile.attention.default" in ours
+    assert engines
