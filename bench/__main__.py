@@ -1,0 +1,48 @@
+"""``python -m bench NAME``: measure, print a table, write ``NAME.csv``; ``report``: plots and README table from the CSVs."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from bench import timing
+from bench.attention import run_decode, run_prefill
+from bench.compiling import run_compile
+from bench.masks import run_masks
+from bench.model import run_model
+from bench.report import report
+from bench.sweep import sweep
+
+BENCHES = {
+    "prefill": run_prefill,
+    "decode": run_decode,
+    "model": run_model,
+    "masks": run_masks,
+    "compile": run_compile,
+    "sweep": sweep,
+}
+
+
+def main() -> None:
+    """Run one benchmark."""
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("name", choices=[*BENCHES, "report"])
+    parser.add_argument("--smoke", action="store_true", help="everything tiny, on any machine, in seconds")
+    parser.add_argument("--out", type=Path, default=timing.RESULTS, help="where the CSV goes")
+    arguments = parser.parse_args()
+    if arguments.name == "report":
+        report(arguments.out)
+        return
+    timing.printed.clear()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: what was measured so far is written"))
+    try:
+        BENCHES[arguments.name](smoke=arguments.smoke)
+    finally:
+        print(timing.table(timing.printed))
+        timing.write(timing.printed, arguments.out / f"{arguments.name}.csv")
+
+
+if __name__ == "__main__":
+    main()

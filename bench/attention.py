@@ -1,0 +1,192 @@
+"""One layer's attention: prefill and decode, against the fastest dense kernel, stock ``torch.compile`` and the bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from bench.shapes import DTYPE, GEMMA3, LLAMA2, LLAMA3, MISTRAL, SMALL, Shape, compiled, decode, operands, prefill
+from bench.timing import CUDA, DEVICE, Row, Timing, bandwidth, environment, in_graph, matmul_rate, measure, print_row
+from sparse_compile.masks import Mask, causal, per_head, sink, sliding_window
+from sparse_compile.passes import kernels
+
+WINDOW = causal & (sink(64) | sliding_window(1024))
+NARROW = causal & (sink(64) | sliding_window(256))
+LAYERS = 8  # of a decode step: a model builds tables once for all of its layers
+SDPA = "SDPA, dense causal"
+STOCK = "stock torch.compile"
+
+
+def half_streaming(shape: Shape) -> Mask:
+    """Every other KV head sees sink 64 and window 256 only."""
+    return per_head([causal if head % 2 else NARROW for head in range(shape.kv_heads)])
+
+
+def run_prefill(*, smoke: bool = False) -> list[Row]:
+    """Causal prefill attention: exact, half of the heads streaming, all streaming; and the windows of Mistral and Gemma 3."""
+    rows: list[Row] = []
+    shape = SMALL if smoke else LLAMA3
+    for length in (512,) if smoke else (131072, 32768, 8192):
+        rows += _prefill_rows(shape, length)
+    windows = [(SMALL, 256, 2048)] if smoke else [(MISTRAL, 4096, 32768), (GEMMA3, 1024, 32768)]
+    return rows + [row for case in windows for row in _window_rows(*case)]
+
+
+def _prefill_rows(shape: Shape, length: int) -> Iterator[Row]:
+    q, k, v = operands(shape, length, length)
+    dense = _back_to_back(partial(prefill, q, k, v), length)
+    for what, policy in (("exact", None), ("half streaming", half_streaming(shape)), ("all streaming", WINDOW)):
+        mask = causal if policy is None else policy
+        density = mask.density(length, length, heads=shape.heads)
+        bound = 4 * shape.head_dim * shape.heads * density * length**2 / matmul_rate() * 1e3
+        for flash in (True, False) if CUDA and kernels.flash_installed() else (False,):
+            with _flash(flash):
+                run, backend = compiled(prefill, policy)
+                run(q, k, v)
+            yield _row(
+                "prefill", f"{what}, {'with' if flash else 'without'} FLASH", shape, mask, density, (length, length), backend,
+                _back_to_back(partial(run, q, k, v), length), SDPA, dense, bound,
+            )  # fmt: skip
+
+
+def _window_rows(shape: Shape, window: int, length: int) -> Iterator[Row]:
+    """A model's own sliding window, exact, without a policy."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        at = torch.arange(length, device=q.device)
+        seen = (at[None] <= at[:, None]) & (at[None] > at[:, None] - window)
+        group = q.shape[1] // k.shape[1]
+        k, v = (x[:, :, None].expand(-1, -1, group, -1, -1).reshape(q.shape) for x in (k, v))
+        return scaled_dot_product_attention(q, k, v, attn_mask=seen[None, None])
+
+    q, k, v = operands(shape, length, length)
+    mask = causal & sliding_window(window)
+    density = mask.density(length, length)
+    bound = 4 * shape.head_dim * shape.heads * density * length**2 / matmul_rate() * 1e3
+    torch._dynamo.reset()
+    stock: Any = torch.compile(attend, dynamic=False)
+    wanted = stock(q, k, v)
+    slow = measure(lambda: stock(q, k, v))
+    run, backend = compiled(attend, None)
+    error = relative_error(run(q, k, v), wanted)
+    timing = measure(lambda: run(q, k, v))
+    note = f"difference from stock {error:.1e}"
+    case = ("prefill", "own window, exact", shape, mask, density, (length, length), backend, timing)
+    yield _row(*case, STOCK, slow, bound, note)
+    if not CUDA:  # the promise for CPU is against SDPA with the same dense mask
+        seen = mask.dense(length, length)
+        dense = measure(lambda: scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True))
+        yield _row(*case, "SDPA, dense mask", dense)
+
+
+def run_decode(*, smoke: bool = False) -> list[Row]:
+    """One query token over a static cache that is full: exact, half of the KV heads streaming, all streaming."""
+    rows: list[Row] = []
+    if smoke:
+        return list(_decode_rows(SMALL, 32768, 1))
+    for shape, length, batch in (
+        *((LLAMA3, length, 1) for length in (131072, 32768, 8192)),
+        (LLAMA3, 16384, 8),
+        (LLAMA2, 32768, 1),
+    ):
+        rows += _decode_rows(shape, length, batch)
+    return rows
+
+
+def _decode_rows(shape: Shape, length: int, batch: int) -> Iterator[Row]:
+    layers = [operands(shape, 1, length, batch=batch) for _ in range(LAYERS)]
+    position = torch.tensor(length - 1, device=DEVICE)
+    seen = torch.ones(1, 1, 1, length, dtype=torch.bool, device=DEVICE)
+    grouped = shape.heads != shape.kv_heads
+
+    def step(position: Tensor) -> list[Tensor]:
+        return [decode(q, k, v, position) for q, k, v in layers]
+
+    def dense() -> None:
+        for q, k, v in layers:
+            mask = None if CUDA else seen  # on CPU the comparison is with the same dense mask
+            scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+    baseline = _per_layer(dense)
+    for what, policy in (("exact", None), ("half streaming", half_streaming(shape)), ("all streaming", WINDOW)):
+        mask = causal if policy is None else policy
+        density = mask.density(1, length, q_offset=length - 1, heads=shape.heads)
+        bytes_read = 2 * density * batch * shape.kv_heads * length * shape.head_dim * DTYPE.itemsize
+        run, backend = compiled(step, policy)
+        run(position)
+        timing = _per_layer(partial(run, position))
+        bound = bytes_read / bandwidth() * 1e3
+        name = "SDPA, no mask" if CUDA else "SDPA, dense mask"
+        where = ("decode", f"{what}, batch {batch}", shape, mask, density, (1, length))
+        yield _row(*where, backend, timing, name, baseline, bound)
+
+
+def _back_to_back(run: Callable[[], Any], length: int) -> Timing:
+    """One of several calls in a row: in a model, launching a kernel hides behind the one before."""
+    times = max(1, 65536 // length) if CUDA else 1
+
+    def several() -> None:
+        for _ in range(times):
+            run()
+
+    timing = measure(several)
+    return Timing(timing.p20 / times, timing.p50 / times, timing.p80 / times, timing.peak_gib)
+
+
+def _per_layer(step: Callable[[], Any]) -> Timing:
+    times = 5
+    timing = measure(in_graph(step, times=times)) if CUDA else measure(step)
+    share = LAYERS * (times if CUDA else 1)
+    return Timing(timing.p20 / share, timing.p50 / share, timing.p80 / share, timing.peak_gib)
+
+
+@contextmanager
+def _flash(wanted: bool) -> Iterator[None]:
+    """Whether FLASH counts as installed."""
+    if wanted:
+        yield
+        return
+    with mock.patch.object(kernels, "flash_installed", return_value=False):
+        yield
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """The norm of the difference over the norm of what is wanted."""
+    return float((got.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+def _row(
+    bench: str, what: str, shape: Shape, mask: Mask, density: float, lengths: tuple[int, int], backend: Any,
+    timing: Timing, baseline: str, dense: Timing, bound: float = float("nan"), note: str = "",
+) -> Row:  # fmt: skip
+    made = Row(
+        bench=bench,
+        what=what,
+        shape=str(shape),
+        mask=str(mask) if len(str(mask)) < 60 else "per_head: " + what.split(",")[0],
+        density=density,
+        q_len=lengths[0],
+        kv_len=lengths[1],
+        dtype=str(DTYPE).removeprefix("torch."),
+        kernel=backend.report.sites[0].kernel,
+        p20=timing.p20,
+        p50=timing.p50,
+        p80=timing.p80,
+        peak_gib=timing.peak_gib,
+        baseline=baseline,
+        baseline_p50=dense.p50,
+        ratio=dense.p50 / timing.p50,
+        bound_ms=bound,
+        share=bound / timing.p50,
+        note=note,
+        **environment(),
+    )
+    print_row(made)
+    return made

@@ -1,0 +1,55 @@
+"""Block tables in closed form, against ``create_block_mask``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from bench.attention import WINDOW
+from bench.timing import DEVICE, Row, environment, measure, print_row
+from sparse_compile.masks import causal, per_head
+
+HEADS = 32
+
+
+def run_masks(*, smoke: bool = False) -> list[Row]:
+    """Tables of 32 heads, half of them streaming: each group of equal heads has its own, and dense causal heads need none."""
+    length, other = (16384, 2048) if smoke else (1 << 20, 1 << 17)
+    mask = per_head([causal, WINDOW] * (HEADS // 2))
+
+    def build() -> list[BlockMask]:
+        groups = mask.head_groups(HEADS)
+        return [group.block_mask(length, length, device=DEVICE) for group in groups if group != causal]
+
+    def mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        visible: Tensor = WINDOW(b, h, q_idx, kv_idx)
+        return visible
+
+    made = build()
+    size = sum(t.numel() * t.element_size() for m in made for t in m.as_tuple() if isinstance(t, Tensor))
+    timing = measure(build)
+    slow = measure(
+        lambda: create_block_mask(mod, 1, 1, other, other, device=str(DEVICE), _compile=not smoke), repeat=3, warm_up=1
+    )
+    row = Row(
+        bench="masks",
+        what=f"tables of {HEADS} heads, half streaming",
+        shape=f"{HEADS} heads",
+        mask=str(WINDOW),
+        density=WINDOW.density(length, length),
+        q_len=length,
+        kv_len=length,
+        dtype="int32",
+        kernel="",
+        p20=timing.p20,
+        p50=timing.p50,
+        p80=timing.p80,
+        peak_gib=timing.peak_gib,
+        baseline=f"create_block_mask, one head, {other}",
+        baseline_p50=slow.p50,
+        ratio=slow.p50 / timing.p50,
+        note=f"{size / 2**20:.1f} MiB of tables",
+        **environment(),
+    )
+    print_row(row)
+    return [row]

@@ -1,0 +1,99 @@
+"""Plots and the table of the README, from the CSV files of a run."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from bench.timing import RESULTS
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+
+
+def report(folder: Path = RESULTS) -> None:
+    """Draw ``prefill.png`` and ``decode.png`` and write the README's table."""
+    plot(folder)
+    README.write_text(with_table(README.read_text("utf-8"), folder), encoding="utf-8")
+
+
+def read(folder: Path, name: str) -> list[dict[str, str]]:
+    """The rows of one CSV; none if it is not there."""
+    path = folder / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def with_table(text: str, folder: Path = RESULTS) -> str:
+    """``text`` with what stands between the markers written anew."""
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    return f"{before}{BEGIN}\n{markdown(folder)}\n{END}{after}"
+
+
+def markdown(folder: Path) -> str:
+    """The figures worth a line in the README."""
+    rows = [row for name in ("model", "prefill", "decode", "masks") for row in read(folder, name) if _is_headline(row)]
+    lines = ["| what | keys | kernel | ms | against | ratio | of the bound |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        share = f"{float(row['share']):.0%}" if row["share"] else ""
+        ratio = f"{float(row['ratio']):.2f}x"
+        keys = f"{int(row['kv_len']):,}"
+        lines.append(
+            f"| {row['shape']}: {row['what']} | {keys} | {row['kernel']} | {_short(row['p50'])} | "
+            f"{row['baseline']} ({_short(row['baseline_p50'])} ms) | {ratio} | {share} |"
+        )
+    if rows:
+        first = rows[0]
+        lines += ["", f"{first['gpu']}, torch {first['torch']}, {first['dtype']}, commit {first['commit']}, {first['date']}."]
+    return "\n".join(lines)
+
+
+def _is_headline(row: dict[str, str]) -> bool:
+    if row["bench"] in ("model", "masks"):
+        return row["what"] != "prefill, eager"
+    return row["kv_len"] == "131072" or row["what"].startswith("own window")
+
+
+def _short(number: str) -> str:
+    return f"{float(number):.3g}"
+
+
+def plot(folder: Path) -> None:
+    """Milliseconds against length, and the achieved share of the bound against density. Needs matplotlib."""
+    from matplotlib import pyplot
+
+    for name in ("prefill", "decode"):
+        rows = [row for row in read(folder, name) if row["shape"].startswith("Llama-3") and "batch 8" not in row["what"]]
+        if not rows:
+            continue
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+        _lengths(left, rows, name)
+        _shares(right, rows)
+        figure.suptitle(f"{name} attention, {rows[0]['shape']}, {rows[0]['gpu']}, torch {rows[0]['torch']}")
+        figure.savefig(folder / f"{name}.png", dpi=120)
+        pyplot.close(figure)
+
+
+def _lengths(axes: Any, rows: list[dict[str, str]], name: str) -> None:
+    baseline = {int(row["kv_len"]): float(row["baseline_p50"]) for row in rows}
+    axes.plot(*zip(*sorted(baseline.items()), strict=True), "k--o", label=rows[0]["baseline"])
+    for what in dict.fromkeys(row["what"] for row in rows):
+        points = [(int(row["kv_len"]), float(row["p50"])) for row in rows if row["what"] == what]
+        axes.plot(*zip(*sorted(points), strict=True), "-o", label=what)
+    axes.set(xscale="log", yscale="log", xlabel="keys", ylabel=f"ms per layer, {name}")
+    axes.set_xscale("log", base=2)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _shares(axes: Any, rows: list[dict[str, str]]) -> None:
+    for what in dict.fromkeys(row["what"] for row in rows):
+        points = [(float(row["density"]), float(row["share"])) for row in rows if row["what"] == what]
+        axes.plot(*zip(*sorted(points), strict=True), "-o", label=what)
+    axes.set(xscale="log", ylim=(0, 1.05), xlabel="density", ylabel="share of the physical bound")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)

@@ -1,0 +1,143 @@
+"""The sweep behind the table of ``sparse_compile/passes/options.py``: tiles of the generated kernels, by phase and head_dim."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+
+from bench.shapes import Shape, compiled, decode, operands, prefill
+from bench.timing import CUDA, Row, Timing, environment, in_graph, measure, print_row
+from sparse_compile.masks import Mask, causal, sink, sliding_window
+from sparse_compile.passes import options
+from sparse_compile.passes.options import Phase, Tiles
+
+WINDOW = causal & (sink(64) | sliding_window(1024))
+PREFILL = [
+    *(Tiles(128, 64, w, s) for w, s in ((8, 3), (4, 3), (8, 2), (4, 2))),
+    *(Tiles(128, 128, w, s) for w, s in ((8, 2), (8, 3), (4, 3), (4, 2))),
+    *(Tiles(128, 32, w, s) for w, s in ((4, 3), (8, 3), (8, 2))),
+    *(Tiles(64, 64, w, s) for w, s in ((4, 3), (4, 2))),
+    *(Tiles(64, 128, 4, s) for s in (2, 3)),
+    Tiles(64, 32, 4, 3),
+]
+DECODE = [
+    *(Tiles(16, 64, w, s) for w in (2, 4, 8) for s in (3, 4)),
+    *(Tiles(16, 128, w, s) for w in (4, 8) for s in (2, 3)),
+    *(Tiles(16, 32, w, s) for w, s in ((2, 4), (4, 4), (4, 6))),
+    Tiles(16, 64, 4, 5),
+]
+PROGRAMS = (2, 3, 4, 6, 8)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One kernel with one choice of tiles."""
+
+    phase: Phase
+    shape: Shape
+    mask: Mask | None
+    length: int
+    batch: int
+    tiles: Tiles
+    programs: int = options.PROGRAMS_PER_SM
+
+    def run(self, *, timed: bool = True) -> Timing:
+        """Compile the kernel through the backend and time it."""
+        with torch.no_grad(), _pinned(self.tiles, self.programs):
+            if self.phase == "prefill":
+                q, k, v = operands(self.shape, self.length, self.length, batch=self.batch)
+                run, _ = compiled(prefill, self.mask, kernel="triton")
+                run(q, k, v)
+                return measure(lambda: run(q, k, v), seconds=0.3) if timed else Timing(0, 0, 0, 0)
+            q, k, v = operands(self.shape, 1, self.length, batch=self.batch)
+            position = torch.tensor(self.length - 1, device=q.device)
+            run, _ = compiled(decode, self.mask, kernel="triton")
+            run(q, k, v, position)
+            if not timed:
+                return Timing(0, 0, 0, 0)
+            # In a graph, less the tables, which a model computes once for all layers.
+            return measure(in_graph(lambda: run(q, k, v, position)), seconds=0.2)
+
+
+@contextmanager
+def _pinned(tiles: Tiles, programs: int) -> Iterator[None]:
+    saved, options.PROGRAMS_PER_SM = options.PROGRAMS_PER_SM, programs
+    keys = [(major, phase, dim, 2) for major in range(7, 13) for phase in ("prefill", "decode") for dim in (64, 128, 256)]
+    try:
+        with mock.patch.dict(options.TILES, dict.fromkeys(keys, tiles)):
+            yield
+    finally:
+        options.PROGRAMS_PER_SM = saved
+
+
+def trials(*, smoke: bool = False) -> list[Trial]:
+    """Everything worth trying; little of it for a smoke test."""
+    found: list[Trial] = []
+    for dim, heads, kv in ((64, 32, 8), (128, 32, 8), (256, 16, 8)):
+        shape = Shape("", heads, kv, dim)
+        found += [Trial("prefill", shape, None, 16384, 1, tiles) for tiles in PREFILL]
+        found += [Trial("prefill", shape, WINDOW, 32768, 1, tiles) for tiles in PREFILL if tiles.block_m == 128 or dim == 256]
+        found += [Trial("decode", shape, None, 131072, 1, tiles) for tiles in DECODE]
+    llama = Shape("", 32, 8, 128)
+    best = options.TILES[9, "decode", 128, 2]
+    for programs in PROGRAMS:
+        found += [Trial("decode", llama, None, length, 1, best, programs) for length in (8192, 131072)]
+        found += [
+            Trial("decode", llama, None, 16384, 8, best, programs),
+            Trial("decode", llama, WINDOW, 131072, 1, best, programs),
+        ]
+    return found[:1] if smoke else found
+
+
+def _compile_only(trial: Trial) -> str:
+    try:
+        trial.run(timed=False)
+    except Exception as error:  # noqa: BLE001 - tiles that do not fit the GPU are part of the sweep
+        return str(error).splitlines()[0][:80]
+    return ""
+
+
+def sweep(*, smoke: bool = False) -> list[Row]:
+    """Compile all trials in parallel, then time them one by one."""
+    everything = trials(smoke=smoke)
+    if not CUDA:
+        return []
+    workers = min(14, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        problems = list(pool.map(_compile_only, everything, chunksize=1))
+    rows = []
+    for trial, problem in zip(everything, problems, strict=True):
+        timing = Timing(*(float("nan"),) * 4)
+        if not problem:
+            try:
+                timing = trial.run()
+            except Exception as error:  # noqa: BLE001 - as above
+                problem = str(error).splitlines()[0][:80]
+        rows.append(
+            Row(
+                bench="sweep",
+                what=trial.phase,
+                shape=f"{trial.batch} x {trial.shape}",
+                mask=str(causal if trial.mask is None else trial.mask),
+                density=float("nan"),
+                q_len=trial.length if trial.phase == "prefill" else 1,
+                kv_len=trial.length,
+                dtype="bfloat16",
+                kernel=f"{options.as_text(trial.tiles)} programs={trial.programs}",
+                p20=timing.p20,
+                p50=timing.p50,
+                p80=timing.p80,
+                peak_gib=timing.peak_gib,
+                note=problem,
+                **environment(),
+            )
+        )
+        print_row(rows[-1])
+    return rows

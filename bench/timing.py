@@ -1,0 +1,184 @@
+"""Timing, the physical bounds of the machine, and rows of results."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import math
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. Times are milliseconds; ``ratio`` is the baseline's median over ours.
+
+    ``bound_ms`` is what bytes over copy bandwidth or useful FLOPs over the matmul rate would take, both measured in the same
+    run, and ``share`` is ``bound_ms`` over our median.
+    """
+
+    bench: str
+    what: str
+    shape: str
+    mask: str
+    density: float
+    q_len: int
+    kv_len: int
+    dtype: str
+    kernel: str
+    p20: float
+    p50: float
+    p80: float
+    peak_gib: float
+    baseline: str = ""
+    baseline_p50: float = float("nan")
+    ratio: float = float("nan")
+    bound_ms: float = float("nan")
+    share: float = float("nan")
+    note: str = ""
+    gpu: str = ""
+    torch: str = ""
+    commit: str = ""
+    date: str = ""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Quantiles in milliseconds, and the peak of device memory in GiB over what was held before."""
+
+    p20: float
+    p50: float
+    p80: float
+    peak_gib: float
+
+
+def measure(run: Callable[[], Any], *, repeat: int = 20, warm_up: int = 3, seconds: float = 2.0) -> Timing:
+    """Time ``run`` by device events on CUDA and by the clock elsewhere: at most ``repeat`` times, for about ``seconds``."""
+    for _ in range(warm_up):
+        run()
+    _wait()
+    before = 0
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < repeat and (len(times) < 3 or time.perf_counter() - began < seconds):
+        times.append(_once(run))
+    peak = torch.cuda.max_memory_allocated() - before if CUDA else 0
+    quantiles = statistics.quantiles(times, n=5, method="inclusive")
+    return Timing(quantiles[0], statistics.median(times), quantiles[3], peak / 2**30)
+
+
+def _once(run: Callable[[], Any]) -> float:
+    if not CUDA:
+        began = time.perf_counter()
+        run()
+        return (time.perf_counter() - began) * 1e3
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def in_graph(run: Callable[[], Any], *, times: int = 10) -> Callable[[], Any]:
+    """``run`` as a CUDA graph of ``times`` calls, to take the gaps between small launches out of a time."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(times):
+            run()
+    return graph.replay
+
+
+def _wait() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+@cache
+def bandwidth() -> float:
+    """Bytes per second that a large copy reads and writes."""
+    size = 1 << (31 if CUDA else 26)
+    source, target = torch.ones(size, dtype=torch.int8, device=DEVICE), torch.empty(size, dtype=torch.int8, device=DEVICE)
+    return 2 * size / (measure(lambda: target.copy_(source)).p50 * 1e-3)
+
+
+@cache
+def matmul_rate() -> float:
+    """FLOPs per second of a large matrix product, bf16 on CUDA and fp32 elsewhere."""
+    size, dtype = (8192, torch.bfloat16) if CUDA else (1024, torch.float32)
+    a, b = (torch.randn(size, size, dtype=dtype, device=DEVICE) for _ in range(2))
+    return 2 * size**3 / (measure(lambda: a @ b).p50 * 1e-3)
+
+
+def environment() -> dict[str, Any]:
+    """What every row says about where it was measured."""
+    gpu = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
+    return {"gpu": gpu, "torch": torch.__version__, "commit": commit(), "date": datetime.date.today().isoformat()}
+
+
+@cache
+def commit() -> str:
+    """The commit of this checkout; of an exported tree what ``BENCH_COMMIT`` says."""
+    if "BENCH_COMMIT" in os.environ:
+        return os.environ["BENCH_COMMIT"]
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS)
+    return found.stdout.strip() or "unknown"
+
+
+def write(rows: Iterable[Row], path: Path) -> None:
+    """Write rows as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        for row in rows:
+            values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
+            writer.writerow({k: "" if v == "nan" else v for k, v in values.items()})
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text: what matters at a glance."""
+    lines = [("what", "shape", "mask", "keys", "kernel", "ms", "baseline", "ms", "ratio", "of bound", "GiB", "note")]
+    for r in rows:
+        ms, base, peak = f"{r.p50:.4g}", _number(r.baseline_p50, ".4g"), f"{r.peak_gib:.3g}"
+        ratio, share = _number(r.ratio, ".2f", "x"), _number(r.share, ".0%")
+        lines.append((r.what, r.shape, r.mask, str(r.kv_len), r.kernel, ms, r.baseline, base, ratio, share, peak, r.note))
+    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+printed: list[Row] = []
+
+
+def print_row(row: Row) -> None:
+    """Print one row as soon as it is there, and keep it: a long run may be cut short."""
+    printed.append(row)
+    against = f"{_number(row.ratio, '.2f', 'x')} of {row.baseline} ({_number(row.baseline_p50, '.4g')} ms)"
+    share = _number(row.share, ".0%", " of the bound")
+    what = f"{row.bench}: {row.what}; {row.shape}; {row.kv_len} keys; {row.kernel}"
+    print(f"{what}: {row.p50:.4g} ms, {against}, {share} {row.note}", flush=True)
+
+
+def _number(value: float, how: str, unit: str = "") -> str:
+    return "" if math.isnan(value) else f"{value:{how}}{unit}"

@@ -1,0 +1,64 @@
+"""The benchmarks run everywhere, small; and what the README says of them is what the results say."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import timing
+from bench.__main__ import BENCHES
+from bench.report import README, plot, with_table
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in BENCHES if name != "sweep"])
+def test_a_smoke_run_measures_and_writes(name: str, tmp_path: Path) -> None:
+    rows = BENCHES[name](smoke=True)
+    assert rows
+    assert all(row.p50 > 0 and row.baseline_p50 > 0 for row in rows)
+    timing.write(rows, tmp_path / "rows.csv")
+    with (tmp_path / "rows.csv").open(encoding="utf-8") as file:
+        assert [row["what"] for row in csv.DictReader(file)] == [row.what for row in rows]
+    assert rows[0].what in timing.table(rows)
+    if name == "compile":  # a second process finds both the AOTAutograd and the FX graph
+        assert "Inductor cache hits: 2" in rows[-1].note
+
+
+@pytest.mark.slow
+def test_on_cpu_windows_and_long_caches_beat_sdpa_under_the_same_dense_mask() -> None:
+    """Several times faster where keys are skipped; where all are read, allow for a noisy machine."""
+    window = next(row for row in BENCHES["prefill"](smoke=True) if row.baseline == "SDPA, dense mask")
+    assert window.ratio > 1
+    for row in BENCHES["decode"](smoke=True):
+        assert row.kv_len == 32768
+        assert row.ratio > (1 if row.what.startswith("all streaming") else 0.7)
+
+
+def test_the_readme_says_what_was_measured() -> None:
+    text = README.read_text("utf-8")
+    assert with_table(text) == text
+
+
+def test_plots_are_drawn_from_the_results(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    for name in ("prefill", "decode"):
+        (tmp_path / f"{name}.csv").write_bytes((timing.RESULTS / f"{name}.csv").read_bytes())
+    plot(tmp_path)
+    assert (tmp_path / "prefill.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "decode.png").exists()
+
+
+def test_quantiles_are_in_order_and_the_bounds_are_of_this_machine() -> None:
+    found = timing.measure(lambda: sum(range(1000)), repeat=5)
+    assert 0 < found.p20 <= found.p50 <= found.p80
+    assert timing.bandwidth() > 1e8
+    assert math.isfinite(timing.matmul_rate())
