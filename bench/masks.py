@@ -33,8 +33,8 @@ def run_masks(*, smoke: bool = False) -> list[Row]:
     )
     row = Row(
         bench="masks",
-        what=f"tables of {HEADS} heads, half streaming",
-        shape=f"{HEADS} heads",
+        what=f"{HEADS} heads, half streaming",
+        shape="block tables",
         mask=str(WINDOW),
         density=WINDOW.density(length, length),
         q_len=length,

@@ -40,26 +40,27 @@ def markdown(folder: Path) -> str:
     lines = ["| what | keys | kernel | ms | against | ratio | of the bound |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         share = f"{float(row['share']):.0%}" if row["share"] else ""
-        ratio = f"{float(row['ratio']):.2f}x"
+        ratio = f"{float(row['ratio']):.2f}x" if row["ratio"] else ""
+        against = f"{row['baseline']} ({_short(row['baseline_p50'])} ms)" if row["baseline"] else ""
         keys = f"{int(row['kv_len']):,}"
-        lines.append(
-            f"| {row['shape']}: {row['what']} | {keys} | {row['kernel']} | {_short(row['p50'])} | "
-            f"{row['baseline']} ({_short(row['baseline_p50'])} ms) | {ratio} | {share} |"
-        )
+        part = f"{row['bench']} attention, " if row["bench"] in ("prefill", "decode") else ""
+        what = f"{row['shape'].split(' ')[0]}: {part}{row['what']}" if part else f"{row['shape']}: {row['what']}"
+        lines.append(f"| {what} | {keys} | {row['kernel']} | {_short(row['p50'])} | {against} | {ratio} | {share} |")
     if rows:
         first = rows[0]
-        lines += ["", f"{first['gpu']}, torch {first['torch']}, {first['dtype']}, commit {first['commit']}, {first['date']}."]
+        lines += ["", f"{first['gpu']}, torch {first['torch']}, {first['dtype']}, {first['date']}."]
     return "\n".join(lines)
 
 
 def _is_headline(row: dict[str, str]) -> bool:
-    if row["bench"] in ("model", "masks"):
-        return row["what"] != "prefill, eager"
-    return row["kv_len"] == "131072" or row["what"].startswith("own window")
+    if row["bench"] == "model":
+        return row["what"] != "prefill, eager" and (row["baseline"] != "eager" or row["what"] == "prefill, exact")
+    return row["bench"] == "masks" or row["kv_len"] == "131072"
 
 
 def _short(number: str) -> str:
-    return f"{float(number):.3g}"
+    value = float(number)
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def plot(folder: Path) -> None:
