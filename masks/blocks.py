@@ -49,6 +49,8 @@ def _split(runs: Runs, surely: Intervals, kv_block: int, width: int) -> Tables:
     column = torch.arange(width, device=index.device, dtype=torch.int32)
     start = index * kv_block
     full = (surely.overlap(start, start + kv_block) == kv_block) & (column < count.unsqueeze(-1))
+    # What is sure may differ between batches and heads where what is possible does not.
+    index, count = index.expand(full.shape), count.expand(full.shape[:-1])
     # One scatter moves full blocks to the right half of a table and all others to the left half, in order.
     ahead = full.cumsum(dim=-1, dtype=torch.int32)
     slot = torch.where(full, width - 1 + ahead, column - ahead)

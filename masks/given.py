@@ -90,7 +90,7 @@ class Prefix(Mask):
             seen = before(self.lengths, lo)
         else:
             lengths = Captured.of(self.lengths).tensor
-            seen = before(lengths.view(-1, 1, 1).expand(-1, 1, lo.shape[-1]), lo)
+            seen = before(lengths.long().view(-1, 1, 1).expand(-1, 1, lo.shape[-1]), lo)
         return Bounds(maybe=seen, surely=seen)
 
     def sizes(self) -> tuple[int, int]:

@@ -23,7 +23,7 @@ class Spec:
     ``heads`` is the number of query heads if the mask tells heads apart, else 1. ``block`` holds the queries and keys of a
     table block. ``options`` are FlexAttention's kernel options. ``group`` query heads are folded into the rows of their KV
     head, so that a decode step takes any group size and tables for each KV head. ``starts`` are the text positions of the
-    first query and key where they are known; None takes them from tensors.
+    first query and key where they are known; None takes them from tensors. ``gradients`` prepares for a backward pass.
     """
 
     mask: Mask
@@ -34,6 +34,7 @@ class Spec:
     options: tuple[tuple[str, Any], ...] = ()
     group: int = 1
     starts: tuple[int, int] | None = None
+    gradients: bool = False
 
 
 class FlexAttention(nn.Module):
@@ -56,7 +57,7 @@ class FlexAttention(nn.Module):
         spec = self.spec
         first_query, first_key, *tables = prepared
         spread = spec.mask.for_heads(spec.heads) if spec.heads > 1 else spec.mask
-        names = given(spread)
+        names = given(spec.mask)  # in the order of the captures: spreading a mask over heads may change it
         mods, sink = split_sink(spec.score_mod)
         of_mask, of_scores = Lookups(mask_captures), Lookups(captures[: len(given_scores(mods))])
         batch, heads, q_len, _ = q.shape
@@ -100,6 +101,7 @@ class FlexAttention(nn.Module):
             score_mod=score_mod if mods is not None else None,
             score_captures=(*positions, *of_scores.tensors) if mods is not None else (),
             needs_lse=sink is not None,
+            gradients=spec.gradients,
         )
         if group > 1:
             out, lse = out.reshape(batch, heads, q_len, out.shape[3]), lse.reshape(batch, heads, q_len)
@@ -131,9 +133,9 @@ def _flex(
     score_mod: Any,
     score_captures: tuple[Tensor, ...],
     needs_lse: bool,
+    gradients: bool,
 ) -> tuple[Tensor, Tensor]:
     """The call of the higher-order op; the public wrapper specialises dynamic lengths up to torch 2.13 (pytorch#189952)."""
-    gradients = torch.is_grad_enabled() and q.device.type != "cpu"
     num, index, *full = tables
     full_num, full_index = full or (None, None)
     block_mask = BlockMask.from_kv_blocks(

@@ -29,7 +29,7 @@ class Kernel:
     """``name`` is ``flash``, ``triton``, ``cpp``, ``sdpa`` or ``reference``; ``why`` says what forbade a faster one.
 
     ``flash``, ``triton`` and ``cpp`` are FlexAttention's, by the language they are generated in. ``sdpa`` is
-    ``scaled_dot_product_attention`` without a mask tensor, or with a single row of one. ``reference`` takes a dense mask.
+    ``scaled_dot_product_attention`` without a mask tensor, on CPU also with a single row of one; ``reference`` has a dense one.
     """
 
     name: str

@@ -50,7 +50,7 @@ def layout_of(call: AttentionCall, mask: Mask, heads: int, kernel: Kernel, targe
         block, options = FLASH_TILES[major][hint_of(call.size("q", 3))], {"BACKEND": "FLASH"}
     elif kernel.name == "triton":
         options = kernel_options(_tiles(call, "prefill", target), "prefill")
-    width = _static_width(call, mask, block)
+    width = _static_width(call, mask.for_heads(heads) if heads > 1 else mask, block)
     if kernel.name == "cpp" and width is not None:
         width = -(-call.size("k", 2) // BLOCK)  # the C++ kernel wants a column for every block
     return Layout(mask, heads, block, width=width, options=_sorted(options), starts=starts)

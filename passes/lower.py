@@ -112,7 +112,10 @@ class _Lowering:
         return picked
 
     def _in_order(self, parts: list[Part], outs: list[Node]) -> Node:
-        """The outputs of all parts as one tensor, heads in the order of the call."""
+        """The outputs of all parts as one tensor, heads in the order of the call.
+
+        In memory heads lie inside positions, as kernels leave them: a model may ask for a view of ``[B, Q, H * D]``.
+        """
         place = {head: (k, at) for k, part in enumerate(parts) for at, head in enumerate(part.heads or ())}
         pieces: list[list[int]] = []  # part, first head of it, end
         for head in sorted(place):
@@ -123,11 +126,13 @@ class _Lowering:
                 pieces.append([part, at, at + 1])
         example = value_of(self.call.node)
         with self.graph.inserting_before(self.call.node):
+            by_position = [self.graph.call_method("transpose", (out, 1, 2)) for out in outs]
             slices = []
             for part, start, stop in pieces:
-                index = (slice(None), slice(start, stop))
-                slices.append(self.graph.call_function(operator.getitem, (outs[part], index)))
-            out = self.graph.call_function(torch.cat, (slices,), {"dim": 1})
+                index = (slice(None), slice(None), slice(start, stop))
+                slices.append(self.graph.call_function(operator.getitem, (by_position[part], index)))
+            joined = self.graph.call_function(torch.cat, (slices,), {"dim": 2})
+            out = self.graph.call_method("transpose", (joined, 1, 2))
         out.meta["example_value"] = example
         return out
 
@@ -208,14 +213,14 @@ class _Lowering:
 
     def _constant_tables(self, q_len: int, kv_len: int, q_start: int) -> list[Node]:
         """The tables as buffers of the graph: a short prompt should not wait for the launches that build them."""
-        tables = self.layout
+        call, tables = self.call, self.layout
         shape: tuple[Any, ...] = (tables.heads, q_len, kv_len, q_start, 0, None, [], *tables.block, tables.width, tables.split)
-        name = f"tables_{hashlib.sha256(repr((str(tables.mask), shape)).encode()).hexdigest()[:16]}"
+        name = f"tables_{hashlib.sha256(repr((str(tables.mask), shape, call.device)).encode()).hexdigest()[:16]}"
         count = 6 if tables.split else 4
         if hasattr(self.gm, f"{name}_0"):
             return [self.graph.get_attr(f"{name}_{k}") for k in range(count)]
         with unset_fake_temporarily():
-            made = block_tables_op(to_json(tables.mask), *shape, torch.device(self.call.device))
+            made = block_tables_op(to_json(tables.mask), *shape, torch.device(call.device))
         return [self._constant(f"{name}_{k}", table) for k, table in enumerate(made)]
 
     def _blocks(self, length: int | Node | None) -> int | Node:
@@ -233,7 +238,15 @@ class _Lowering:
             return self.graph.call_module(name, (q, k, v, prepared, *scores))
         k, v = self._as_buffer(k, others=()), self._as_buffer(v, others=(k,))
         spec = Spec(
-            self.mask, self.heads, call.scale, call.score_mod, tables.block, tables.options, tables.group, tables.starts
+            mask=self.mask,
+            heads=self.heads,
+            scale=call.scale,
+            score_mod=call.score_mod,
+            block=tables.block,
+            options=tables.options,
+            group=tables.group,
+            starts=tables.starts,
+            gradients=self.target.gradients,
         )
         if self.target.inner != "inductor":
             operands = (q, k, v, prepared, tuple(captures), tuple(scores), to_text(spec))

@@ -329,3 +329,19 @@ def test_tables_of_captured_tensors_wait_for_no_pair_grid() -> None:
 def test_a_mask_with_an_unbound_name_says_so() -> None:
     with pytest.raises(ValueError, match="attention_mask stands for a tensor of the compiled graph: bind"):
         padding(Captured.symbol("attention_mask")).block_mask(4, 4)
+
+
+def test_what_is_sure_may_differ_between_heads_where_what_is_possible_does_not() -> None:
+    mask = causal & padding(torch.ones(2, 40, dtype=torch.bool)) & ~explicit(torch.rand(1, 4, 40, 40) > 0.5)
+    found = mask.block_mask(40, 40, block_size=16)
+    seen = (
+        torch.nn.functional.pad(mask.dense(40, 40, batch=2, heads=4), (0, 8, 0, 8)).unflatten(3, (3, 16)).unflatten(2, (3, 16))
+    )
+    assert found.full_kv_num_blocks is not None
+    listed = found.kv_num_blocks + found.full_kv_num_blocks
+    assert (listed >= seen.any(5).any(3).sum(-1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64])
+def test_lengths_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    assert prefix(torch.tensor([3, 100], dtype=dtype)).density(300, 300) == 103 / 600

@@ -113,6 +113,16 @@ def test_documents_of_a_policy_reach_the_kernel() -> None:
     assert_fused(backend)
 
 
+def test_tensors_of_a_policy_with_lists_for_query_and_for_kv_heads() -> None:
+    """Spread over the query heads, the policy names its tensors in another order than before."""
+    one, other = (document(torch.arange(40).div(n, rounding_mode="floor")[None]) for n in (7, 11))
+    policy = per_head([one, other]) & per_head([other & one, one, other, other])
+    fused, dense, _ = both(Projections(), policy=policy)
+    x = torch.randn(2, 40, 32)
+    with torch.no_grad():
+        assert_equal(fused(x), dense(x))
+
+
 @pytest.mark.parametrize("pattern", [[causal, STREAMING], [STREAMING, causal]], ids=str)
 def test_heads_of_two_kernels_come_back_in_order(pattern: list[Mask]) -> None:
     model, x = Projections(), torch.randn(2, 300, 32)

@@ -197,6 +197,20 @@ def test_groups_of_heads_come_back_in_order(pattern: list[Mask]) -> None:
     assert [site.kernel for site in backend.report.sites] == ["SDPA"]
 
 
+def test_the_output_of_groups_lies_in_memory_as_that_of_one_kernel() -> None:
+    def viewed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2).view(2, 40, -1)  # fails on a tensor whose heads do not lie inside positions
+
+    q, k, v = torch.randn(3, 2, 40, 8, 16).transpose(2, 3).unbind()
+    with torch.no_grad():
+        wanted = viewed(q, k, v)
+        got = torch.compile(viewed, backend=sc.Backend(per_head([full, full & full] * 4), inner="aot_eager"))(q, k, v)
+        torch.testing.assert_close(got, wanted)
+        run: Any = torch.compile(viewed, backend=sc.Backend(per_head([full, causal] * 4), inner="aot_eager"))
+        assert run(q, k, v).shape == wanted.shape
+
+
 @pytest.mark.parametrize(
     ("pattern", "groups"),
     [
