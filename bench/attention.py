@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.shapes import DTYPE, GEMMA3, LLAMA2, LLAMA3, MISTRAL, SMALL, Shape, compiled, decode, operands, prefill
-from bench.timing import CUDA, DEVICE, Row, Timing, bandwidth, environment, in_graph, matmul_rate, measure, print_row
+from bench.shapes import DTYPE, GEMMA3, LLAMA2, LLAMA3, MISTRAL, SMALL, WINDOW, Shape, compiled, decode, operands, prefill
+from bench.timing import CUDA, DEVICE, Row, Timing, bandwidth, in_graph, matmul_rate, measure, measured
 from sparse_compile.masks import Mask, causal, per_head, sink, sliding_window
 from sparse_compile.passes import kernels
 
-WINDOW = causal & (sink(64) | sliding_window(1024))
 NARROW = causal & (sink(64) | sliding_window(256))
 LAYERS = 8  # of a decode step: a model builds tables once for all of its layers
 SDPA = "SDPA, dense causal"
@@ -136,15 +135,12 @@ def _back_to_back(run: Callable[[], Any], length: int) -> Timing:
         for _ in range(times):
             run()
 
-    timing = measure(several)
-    return Timing(timing.p20 / times, timing.p50 / times, timing.p80 / times, timing.peak_gib)
+    return measure(several).per(times)
 
 
 def _per_layer(step: Callable[[], Any]) -> Timing:
     times = 5
-    timing = measure(in_graph(step, times=times)) if CUDA else measure(step)
-    share = LAYERS * (times if CUDA else 1)
-    return Timing(timing.p20 / share, timing.p50 / share, timing.p80 / share, timing.peak_gib)
+    return measure(in_graph(step, times=times)).per(LAYERS * times) if CUDA else measure(step).per(LAYERS)
 
 
 @contextmanager
@@ -166,7 +162,11 @@ def _row(
     bench: str, what: str, shape: Shape, mask: Mask, density: float, lengths: tuple[int, int], backend: Any,
     timing: Timing, baseline: str, dense: Timing, bound: float = float("nan"), note: str = "",
 ) -> Row:  # fmt: skip
-    made = Row(
+    return measured(
+        timing,
+        baseline=baseline,
+        slow=dense,
+        bound=bound,
         bench=bench,
         what=what,
         shape=str(shape),
@@ -176,17 +176,5 @@ def _row(
         kv_len=lengths[1],
         dtype=str(DTYPE).removeprefix("torch."),
         kernel=backend.report.sites[0].kernel,
-        p20=timing.p20,
-        p50=timing.p50,
-        p80=timing.p80,
-        peak_gib=timing.peak_gib,
-        baseline=baseline,
-        baseline_p50=dense.p50,
-        ratio=dense.p50 / timing.p50,
-        bound_ms=bound,
-        share=bound / timing.p50,
         note=note,
-        **environment(),
     )
-    print_row(made)
-    return made

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.timing import CUDA, DEVICE, Row, environment, print_row
+from bench.timing import CUDA, DEVICE, Row, Timing, measured
 
 LAYERS = 32
 
@@ -30,7 +30,10 @@ def run_compile(*, smoke: bool = False) -> list[Row]:
     for run in ("cold", "warm"):
         ours, stock = found[f"ours {run}"], found[f"stock {run}"]
         rows.append(
-            Row(
+            measured(
+                _once(ours),
+                baseline="stock torch.compile",
+                slow=_once(stock),
                 bench="compile",
                 what=f"first call, {run} caches",
                 shape=f"Llama, {layers} layers",
@@ -40,19 +43,16 @@ def run_compile(*, smoke: bool = False) -> list[Row]:
                 kv_len=length,
                 dtype="bfloat16" if CUDA else "float32",
                 kernel=ours["kernel"],
-                p20=ours["seconds"] * 1e3,
-                p50=ours["seconds"] * 1e3,
-                p80=ours["seconds"] * 1e3,
-                peak_gib=0.0,
-                baseline="stock torch.compile",
-                baseline_p50=stock["seconds"] * 1e3,
-                ratio=stock["seconds"] / ours["seconds"],
                 note=f"Inductor cache hits: {ours['hits']} (stock {stock['hits']})",
-                **environment(),
             )
         )
-        print_row(rows[-1])
     return rows
+
+
+def _once(result: dict[str, Any]) -> Timing:
+    """The first call of a process, which happens once."""
+    ms = result["seconds"] * 1e3
+    return Timing(ms, ms, ms, 0.0)
 
 
 def _in_a_process(name: str, layers: int, length: int, caches: str) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from bench.attention import WINDOW
-from bench.timing import DEVICE, Row, environment, measure, print_row
+from bench.shapes import WINDOW
+from bench.timing import DEVICE, Row, measure, measured
 from sparse_compile.masks import causal, per_head
 
 HEADS = 32
@@ -31,7 +31,10 @@ def run_masks(*, smoke: bool = False) -> list[Row]:
     slow = measure(
         lambda: create_block_mask(mod, 1, 1, other, other, device=str(DEVICE), _compile=not smoke), repeat=3, warm_up=1
     )
-    row = Row(
+    row = measured(
+        timing,
+        baseline=f"create_block_mask, one head, {other}",
+        slow=slow,
         bench="masks",
         what=f"{HEADS} heads, half streaming",
         shape="block tables",
@@ -41,15 +44,6 @@ def run_masks(*, smoke: bool = False) -> list[Row]:
         kv_len=length,
         dtype="int32",
         kernel="",
-        p20=timing.p20,
-        p50=timing.p50,
-        p80=timing.p80,
-        peak_gib=timing.peak_gib,
-        baseline=f"create_block_mask, one head, {other}",
-        baseline_p50=slow.p50,
-        ratio=slow.p50 / timing.p50,
         note=f"{size / 2**20:.1f} MiB of tables",
-        **environment(),
     )
-    print_row(row)
     return [row]

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Stati
 from transformers.models.gemma3 import Gemma3TextConfig
 
 import sparse_compile as sc
-from bench.attention import STOCK, WINDOW, relative_error
-from bench.timing import CUDA, DEVICE, Row, Timing, bandwidth, environment, measure, print_row
+from bench.attention import STOCK, relative_error
+from bench.shapes import WINDOW
+from bench.timing import CUDA, DEVICE, Row, Timing, bandwidth, measure, measured
 from sparse_compile.masks import Mask, causal
 
 LLAMA3_8B = LlamaConfig(
@@ -81,8 +82,7 @@ def _timed(run: Callable[[], Any], *, share: int = 1, **options: Any) -> tuple[T
     if CUDA:
         torch.cuda.synchronize()
     first = time.perf_counter() - began
-    timing = measure(run, warm_up=2, **options)
-    return Timing(timing.p20 / share, timing.p50 / share, timing.p80 / share, timing.peak_gib), first
+    return measure(run, warm_up=2, **options).per(share), first
 
 
 def _prefill(model: Any, name: str, length: int, policies: tuple[Mask | None, ...] = (None, WINDOW)) -> list[Row]:
@@ -116,8 +116,6 @@ def _prefill(model: Any, name: str, length: int, policies: tuple[Mask | None, ..
         kernel = _kernels(backend)
         rows.append(_row(what, name, mask, 1, length, kernel, timing, STOCK, slow, note=note))
         rows.append(_row(what, name, mask, 1, length, kernel, timing, "eager", eager))
-    for row in rows:
-        print_row(row)
     return rows
 
 
@@ -166,7 +164,6 @@ def _decode(model: Any, name: str, length: int, batch: int, policies: tuple[Mask
         bound = (weights + density * size) / bandwidth() * 1e3
         what = f"decode step, {'exact' if policy is None else 'all streaming'}, batch {batch}"
         rows.append(_row(what, name, mask, density, length, _kernels(backend), timing, f"{STOCK}, {mode}", slow, bound, note))
-        print_row(rows[-1])
     return rows
 
 
@@ -178,7 +175,11 @@ def _row(
     what: str, name: str, mask: Mask, density: float, length: int, kernel: str,
     timing: Timing, baseline: str, slow: Timing, bound: float = float("nan"), note: str = "",
 ) -> Row:  # fmt: skip
-    return Row(
+    return measured(
+        timing,
+        baseline=baseline,
+        slow=slow,
+        bound=bound,
         bench="model",
         what=what,
         shape=name,
@@ -188,15 +189,5 @@ def _row(
         kv_len=length,
         dtype="bfloat16" if CUDA else "float32",
         kernel=kernel,
-        p20=timing.p20,
-        p50=timing.p50,
-        p80=timing.p80,
-        peak_gib=timing.peak_gib,
-        baseline=baseline,
-        baseline_p50=slow.p50,
-        ratio=slow.p50 / timing.p50,
-        bound_ms=bound,
-        share=bound / timing.p50,
         note=note,
-        **environment(),
     )

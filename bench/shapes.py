@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import sparse_compile as sc
 from bench.timing import CUDA, DEVICE
-from sparse_compile.masks import Mask
+from sparse_compile.masks import Mask, causal, sink, sliding_window
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ LLAMA2 = Shape("Llama-2-7B", 32, 32, 128)
 MISTRAL = Shape("Mistral-7B", 32, 8, 128)
 GEMMA3 = Shape("Gemma-3-4B", 8, 4, 256)
 SMALL = Shape("small", 4, 2, 64)
+WINDOW = causal & (sink(64) | sliding_window(1024))  # all streaming
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 
 

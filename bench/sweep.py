@@ -12,13 +12,12 @@ from unittest import mock
 
 import torch
 
-from bench.shapes import Shape, compiled, decode, operands, prefill
-from bench.timing import CUDA, Row, Timing, environment, in_graph, measure, print_row
-from sparse_compile.masks import Mask, causal, sink, sliding_window
+from bench.shapes import WINDOW, Shape, compiled, decode, operands, prefill
+from bench.timing import CUDA, Row, Timing, in_graph, measure, measured
+from sparse_compile.masks import Mask, causal
 from sparse_compile.passes import options
 from sparse_compile.passes.options import Phase, Tiles
 
-WINDOW = causal & (sink(64) | sliding_window(1024))
 PREFILL = [
     *(Tiles(128, 64, w, s) for w, s in ((8, 3), (4, 3), (8, 2), (4, 2))),
     *(Tiles(128, 128, w, s) for w, s in ((8, 2), (8, 3), (4, 3), (4, 2))),
@@ -62,8 +61,8 @@ class Trial:
             run(q, k, v, position)
             if not timed:
                 return Timing(0, 0, 0, 0)
-            # In a graph, less the tables, which a model computes once for all layers.
-            return measure(in_graph(lambda: run(q, k, v, position)), seconds=0.2)
+            # Tables included, equally for all tiles; a model computes them once for all layers.
+            return measure(in_graph(lambda: run(q, k, v, position), times=10), seconds=0.2).per(10)
 
 
 @contextmanager
@@ -99,7 +98,7 @@ def trials(*, smoke: bool = False) -> list[Trial]:
 def _compile_only(trial: Trial) -> str:
     try:
         trial.run(timed=False)
-    except Exception as error:  # noqa: BLE001 - tiles that do not fit the GPU are part of the sweep
+    except RuntimeError as error:  # tiles that do not fit the GPU are part of the sweep
         return str(error).splitlines()[0][:80]
     return ""
 
@@ -118,10 +117,11 @@ def sweep(*, smoke: bool = False) -> list[Row]:
         if not problem:
             try:
                 timing = trial.run()
-            except Exception as error:  # noqa: BLE001 - as above
+            except RuntimeError as error:
                 problem = str(error).splitlines()[0][:80]
         rows.append(
-            Row(
+            measured(
+                timing,
                 bench="sweep",
                 what=trial.phase,
                 shape=f"{trial.batch} x {trial.shape}",
@@ -131,13 +131,7 @@ def sweep(*, smoke: bool = False) -> list[Row]:
                 kv_len=trial.length,
                 dtype="bfloat16",
                 kernel=f"{options.as_text(trial.tiles)} programs={trial.programs}",
-                p20=timing.p20,
-                p50=timing.p50,
-                p80=timing.p80,
-                peak_gib=timing.peak_gib,
                 note=problem,
-                **environment(),
             )
         )
-        print_row(rows[-1])
     return rows

@@ -64,6 +64,21 @@ class Timing:
     p80: float
     peak_gib: float
 
+    def per(self, parts: int) -> Timing:
+        """The time of one of ``parts`` equal parts."""
+        return Timing(self.p20 / parts, self.p50 / parts, self.p80 / parts, self.peak_gib)
+
+
+def measured(
+    timing: Timing, *, baseline: str = "", slow: Timing | None = None, bound: float = float("nan"), **what: Any
+) -> Row:
+    """A row of ``timing``, beside the baseline and the bound in milliseconds; printed at once."""
+    if slow is not None:
+        what |= {"baseline": baseline, "baseline_p50": slow.p50, "ratio": slow.p50 / timing.p50}
+    row = Row(**asdict(timing), bound_ms=bound, share=bound / timing.p50, **what, **environment())
+    print_row(row)
+    return row
+
 
 def measure(run: Callable[[], Any], *, repeat: int = 20, warm_up: int = 3, seconds: float = 2.0) -> Timing:
     """Time ``run`` by device events on CUDA and by the clock elsewhere: at most ``repeat`` times, for about ``seconds``."""

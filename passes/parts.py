@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, reduce
 
-import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-from sparse_compile.masks import Mask, full, per_head
-from sparse_compile.masks.algebra import Not
-from sparse_compile.masks.blocks import live_width, query_blocks
+from sparse_compile.masks import Mask, per_head
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.given import Explicit
 from sparse_compile.masks.heads import PerHead
@@ -77,38 +71,3 @@ def _merged(
     if rest:
         merged[per_head([rest[head] for head in sorted(rest)])] = tuple(sorted(rest))
     return merged
-
-
-def per_kv_head(mask: Mask, heads: int, kv_heads: int) -> Mask:
-    """What any query head of each KV head sees: a mask of the KV heads, as lists of a folded decode step need it."""
-    if not any(isinstance(node, PerHead) for node in mask.walk()):
-        return mask
-    group = heads // kv_heads
-    seen = [[mask.for_head(head, heads) for head in range(k * group, (k + 1) * group)] for k in range(kv_heads)]
-    unions = [reduce(lambda a, b: a | b, dict.fromkeys(masks)) for masks in seen]
-    return unions[0] if len(set(unions)) == 1 else per_head(unions)
-
-
-@lru_cache(maxsize=256)
-def table_width(mask: Mask, q_len: int, kv_len: int, q_start: int, block: tuple[int, int]) -> int:
-    """The most key blocks that a query block of a static shape visits; masks that read tensors of the graph count as full."""
-    with unset_fake_temporarily(), torch.device("cpu"):
-        lo, hi = query_blocks(q_len, block[0], "cpu")
-        return live_width(without_symbols(mask), lo + q_start, hi + q_start, kv_len, block[1])
-
-
-@lru_cache(maxsize=256)
-def step_width(mask: Mask, kv_len: int, block: int) -> int:
-    """The most key blocks that a single query visits, wherever among ``kv_len`` keys it stands."""
-    with unset_fake_temporarily(), torch.device("cpu"):
-        at = torch.arange(kv_len)
-        return live_width(without_symbols(mask), at, at, kv_len, block)
-
-
-def without_symbols(mask: Mask, *, visible: bool = True) -> Mask:
-    """The mask with every part that reads a tensor of the running graph taken as visible (under ``~``: as hidden)."""
-    if isinstance(mask, Not):
-        return ~without_symbols(mask.mask, visible=not visible)
-    if mask.children():
-        return mask.rebuild([without_symbols(child, visible=visible) for child in mask.children()])
-    return (full if visible else ~full) if any(c.is_symbol for c in mask.captures()) else mask

@@ -17,7 +17,7 @@ from transformers import StaticCache
 import sparse_compile as sc
 from models import DECODERS, tokens
 from sparse_compile.masks import Mask, causal, chunked, document, full, per_head, prefix, sink, sliding_window
-from sparse_compile.passes import inner, kernels, lower, options, parts, tables
+from sparse_compile.passes import inner, kernels, layout, lower, options, parts, tables
 from sparse_compile.passes.options import Tiles
 
 STREAMING = causal & (sink(4) | sliding_window(64))
@@ -293,7 +293,7 @@ masks_of_one_head = st.sampled_from(
 
 @given(masks_of_one_head, st.integers(1, 90), st.integers(1, 90), st.integers(0, 40), st.sampled_from([8, 16]))
 def test_narrow_tables_hold_every_visited_block(mask: Mask, q_len: int, kv_len: int, start: int, block: int) -> None:
-    width = parts.table_width(mask, q_len, kv_len, start, (block, block))
+    width = layout.table_width(mask, q_len, kv_len, start, (block, block))
     dense = mask.dense(q_len, kv_len, q_offset=start)[0, 0]
     padded = F.pad(dense, (0, -kv_len % block, 0, -q_len % block))
     blocks = padded.unflatten(1, (-1, block)).unflatten(0, (-1, block)).any(3).any(1)
@@ -304,16 +304,16 @@ def test_narrow_tables_hold_every_visited_block(mask: Mask, q_len: int, kv_len: 
 def test_the_width_of_a_step_serves_every_position(mask: Mask, kv_len: int, block: int) -> None:
     dense = mask.dense(kv_len, kv_len)[0, 0]
     blocks = F.pad(dense, (0, -kv_len % block)).unflatten(1, (-1, block)).any(2)
-    assert parts.step_width(mask, kv_len, block) >= int(blocks.sum(1).max())
+    assert layout.step_width(mask, kv_len, block) >= int(blocks.sum(1).max())
 
 
 @pytest.mark.parametrize("heads", [4, 8])
 def test_a_kv_head_lists_what_any_of_its_query_heads_sees(heads: int) -> None:
     pattern = [causal & sliding_window(n + 1) for n in range(heads)]
-    found = parts.per_kv_head(per_head(pattern), heads, 4).for_heads(4).dense(9, 9, heads=4)
+    found = layout.per_kv_head(per_head(pattern), heads, 4).for_heads(4).dense(9, 9, heads=4)
     seen = per_head(pattern).dense(9, 9, heads=heads).unflatten(1, (4, -1)).any(2)
     assert (found >= seen).all()
-    assert parts.per_kv_head(causal, heads, 4) == causal
+    assert layout.per_kv_head(causal, heads, 4) == causal
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
