@@ -18,7 +18,7 @@ BOOL = (torch.bool,)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _capture(mask: Mask, field: str, rank: int, shape: str, dtypes: tuple[torch.dtype, ...]) -> None:
+def capture(mask: Mask, field: str, rank: int, shape: str, dtypes: tuple[torch.dtype, ...]) -> None:
     captured = Captured.of(getattr(mask, field))
     if not captured.is_symbol:
         tensor = captured.tensor
@@ -77,7 +77,7 @@ class Prefix(Mask):
         if isinstance(self.lengths, int):
             at_least("prefix length", self.lengths, least=0)
         else:
-            _capture(self, "lengths", 1, "[batch]", INTEGERS)
+            capture(self, "lengths", 1, "[batch]", INTEGERS)
 
     def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
         if isinstance(self.lengths, int):
@@ -123,7 +123,7 @@ class Document(Mask):
     name: ClassVar[str] = "document"
 
     def __post_init__(self) -> None:
-        _capture(self, "ids", 2, "[batch, positions]", INTEGERS)
+        capture(self, "ids", 2, "[batch, positions]", INTEGERS)
 
     def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
         ids = Captured.of(self.ids).tensor
@@ -187,7 +187,7 @@ class Padding(Mask):
     name: ClassVar[str] = "padding"
 
     def __post_init__(self) -> None:
-        _capture(self, "valid", 2, "[batch, positions]", BOOL + INTEGERS)
+        capture(self, "valid", 2, "[batch, positions]", BOOL + INTEGERS)
 
     def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
         valid = Captured.of(self.valid).tensor
@@ -231,10 +231,10 @@ class Explicit(Mask):
     name: ClassVar[str] = "explicit"
 
     def __post_init__(self) -> None:
-        _capture(self, "visible", 4, "[batch, heads, queries, keys]", BOOL)
+        capture(self, "visible", 4, "[batch, heads, queries, keys]", BOOL)
         for field in ("q_start", "kv_start"):
             if not isinstance(getattr(self, field), int):
-                _capture(self, field, 1, "[1]", INTEGERS)
+                capture(self, field, 1, "[1]", INTEGERS)
 
     def _local(self, q_idx: Index, kv_idx: Index) -> tuple[Any, Any]:
         q_start = self.q_start if isinstance(self.q_start, int) else Captured.of(self.q_start).tensor[0]

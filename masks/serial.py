@@ -15,13 +15,14 @@ from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.mask import Mask
 from sparse_compile.masks.neighborhood import Neighborhood
 from sparse_compile.masks.patterns import Causal, Chunked, Dilated, Sink, SlidingWindow, Strided
+from sparse_compile.masks.placed import Placed, Relaxed
 
 VERSION = 1
 PATTERNS: dict[str, type[Mask]] = {
     pattern.name: pattern
     for pattern in (
         *(Full, Causal, Sink, SlidingWindow, Chunked, Strided, Dilated),
-        *(Prefix, Document, Padding, Explicit, Neighborhood, PerHead),
+        *(Prefix, Document, Padding, Explicit, Neighborhood, PerHead, Placed, Relaxed),
     )
 }
 
@@ -83,12 +84,16 @@ def _encode_value(value: Any) -> Any:
         if value.is_symbol:
             return {"symbol": value.name}
         return {"dtype": str(value.tensor.dtype).removeprefix("torch."), "tensor": value.tolist()}
+    if isinstance(value, Mask):
+        return {"mask": encode(value)}
     if isinstance(value, tuple):
         return [encode(item) if isinstance(item, Mask) else item for item in value]
     return value
 
 
 def _decode_value(value: Any) -> Any:
+    if isinstance(value, dict) and "mask" in value:
+        return decode(value["mask"])
     if isinstance(value, dict) and "symbol" in value:
         return Captured.symbol(value["symbol"])
     if isinstance(value, dict) and "tensor" in value:

@@ -31,7 +31,8 @@ class AttentionCall:
     ``node`` computes the output ``[B, Hq, Q, Dv]`` and is what a pass replaces. ``k`` and ``v`` are ``[B, Hkv, KV, D]``,
     un-repeated. ``attn_mask``, ``is_causal``, ``score_steps`` and ``sink`` are what the model wrote; the lift pass turns them
     into ``mask``, ``score_mod`` and ``positions``, with ``sources`` naming the tensors those read; the assign pass fills
-    ``policy``.
+    ``policy``. ``cache`` is the update of a ``SparseCache`` whose keys these are, ``cache_was_empty`` if the call looks at the
+    new tokens alone; the kv pass cuts such a call into ``pieces``.
     """
 
     node: Node
@@ -50,6 +51,9 @@ class AttentionCall:
     sources: dict[str, Any] = field(default_factory=dict)
     policy: Mask | None = None
     policy_reason: str = ""
+    cache: Node | None = None
+    cache_was_empty: bool = False
+    pieces: tuple[AttentionCall, ...] = ()
 
     @property
     def mask_nodes(self) -> tuple[Node, ...]:

@@ -206,14 +206,26 @@ def inline(node: Node, function: Callable[..., Any], *args: Any) -> Any:
     with graph.inserting_before(node):
         proxies: Any = map_aggregate(args, _proxy(tracer))
         result = function(*proxies)
-    # Example values belong to the mode Dynamo traced in; the mode that is active by now is another one.
-    fake = next((v.fake_mode for n in before if isinstance(v := value_of(n), FakeTensor)), None)
-    for new in graph.nodes:
-        if new not in before:
-            new.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
-            with fake or nullcontext():
-                new.meta["example_value"] = _run(new)
+    _describe([new for new in graph.nodes if new not in before], node)
     return result.node if isinstance(result, Proxy) else result
+
+
+def emit(point: Node, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+    """One node ``function(*args, **kwargs)`` before ``point``, with its example value."""
+    with point.graph.inserting_before(point):
+        new = point.graph.call_function(function, args, kwargs)
+    _describe([new], point)
+    return new
+
+
+def _describe(nodes: list[Node], like: Node) -> None:
+    """Give new nodes example values, and the module of ``like``."""
+    # Example values belong to the mode Dynamo traced in; the mode that is active by now is another one.
+    fake = next((v.fake_mode for n in like.graph.nodes if isinstance(v := value_of(n), FakeTensor)), None)
+    for new in nodes:
+        new.meta["nn_module_stack"] = like.meta.get("nn_module_stack")
+        with fake or nullcontext():
+            new.meta["example_value"] = _run(new)
 
 
 def _proxy(tracer: GraphAppendingTracer) -> Any:

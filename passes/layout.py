@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from sparse_compile.masks import Mask, full, per_head
-from sparse_compile.masks.algebra import Not
+from sparse_compile.masks import Mask, per_head
 from sparse_compile.masks.blocks import live_width, query_blocks
 from sparse_compile.masks.given import Explicit
 from sparse_compile.masks.heads import PerHead
+from sparse_compile.masks.unknown import without_symbols
 from sparse_compile.passes.call import AttentionCall
 from sparse_compile.passes.graph import hint_of, value_of
 from sparse_compile.passes.kernels import FLEX, Kernel, Target, is_decode_step
@@ -140,12 +140,3 @@ def step_width(mask: Mask, kv_len: int, block: int) -> int:
     with unset_fake_temporarily(), torch.device("cpu"):
         at = torch.arange(kv_len)
         return live_width(without_symbols(mask), at, at, kv_len, block)
-
-
-def without_symbols(mask: Mask, *, visible: bool = True) -> Mask:
-    """The mask with every part that reads a tensor of the running graph taken as visible (under ``~``: as hidden)."""
-    if isinstance(mask, Not):
-        return ~without_symbols(mask.mask, visible=not visible)
-    if mask.children():
-        return mask.rebuild([without_symbols(child, visible=visible) for child in mask.children()])
-    return (full if visible else ~full) if any(c.is_symbol for c in mask.captures()) else mask

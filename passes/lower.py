@@ -16,11 +16,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_compile.masks import Captured, Mask
 from sparse_compile.masks.given import Explicit
-from sparse_compile.masks.heads import PerHead, consecutive
+from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.serial import to_json
 from sparse_compile.passes.attention import FlexAttention, Spec
 from sparse_compile.passes.call import AttentionCall, Left
 from sparse_compile.passes.graph import Order, emit_int, expr_of, hint_of, inline, op_name, value_of
+from sparse_compile.passes.heads import join_heads, pick_heads
 from sparse_compile.passes.kernels import FLEX, Target, plain_form
 from sparse_compile.passes.layout import layout_of
 from sparse_compile.passes.opaque import attention_op, to_text
@@ -66,13 +67,14 @@ class _Lowering:
             if isinstance(out, Left):
                 return out
             outs.append(out)
-        out = outs[0] if len(outs) == 1 else self._in_order(parts, outs)
+        out = outs[0] if len(outs) == 1 else join_heads(self.call.node, [part.heads or () for part in parts], outs)
         out.meta = dict(self.call.node.meta)
         self.call.node.replace_all_uses_with(out)
         return out
 
     def _lower(self, part: Part) -> Node | Left:
-        q, k, v = self._heads(self.call.q, part.heads), *(self._heads(x, part.kv_heads) for x in (self.call.k, self.call.v))
+        q = pick_heads(self.call.node, self.call.q, part.heads)
+        k, v = (pick_heads(self.call.node, x, part.kv_heads) for x in (self.call.k, self.call.v))
         form = plain_form(self.call, part.mask) if part.kernel.name == "sdpa" else None
         if form is not None:
             return self._sdpa(q, k, v, form == "causal")
@@ -99,43 +101,6 @@ class _Lowering:
         out: Node = inline(self.call.node, attend, q, k, v)
         return out
 
-    def _heads(self, x: Node, heads: tuple[int, ...] | None) -> Node:
-        """Some heads of q, k or v; a view where they are neighbours."""
-        if heads is None:
-            return x
-        runs = consecutive(heads)
-        picked: Node = inline(
-            self.call.node,
-            lambda x: x[:, slice(*runs[0])] if len(runs) == 1 else torch.cat([x[:, slice(*run)] for run in runs], dim=1),
-            x,
-        )
-        return picked
-
-    def _in_order(self, parts: list[Part], outs: list[Node]) -> Node:
-        """The outputs of all parts as one tensor, heads in the order of the call.
-
-        In memory heads lie inside positions, as kernels leave them: a model may ask for a view of ``[B, Q, H * D]``.
-        """
-        place = {head: (k, at) for k, part in enumerate(parts) for at, head in enumerate(part.heads or ())}
-        pieces: list[list[int]] = []  # part, first head of it, end
-        for head in sorted(place):
-            part, at = place[head]
-            if pieces and pieces[-1][0] == part and pieces[-1][2] == at:
-                pieces[-1][2] = at + 1
-            else:
-                pieces.append([part, at, at + 1])
-        example = value_of(self.call.node)
-        with self.graph.inserting_before(self.call.node):
-            by_position = [self.graph.call_method("transpose", (out, 1, 2)) for out in outs]
-            slices = []
-            for part, start, stop in pieces:
-                index = (slice(None), slice(None), slice(start, stop))
-                slices.append(self.graph.call_function(operator.getitem, (by_position[part], index)))
-            joined = self.graph.call_function(torch.cat, (slices,), {"dim": 2})
-            out = self.graph.call_method("transpose", (joined, 1, 2))
-        out.meta["example_value"] = example
-        return out
-
     def _per_head(self) -> bool:
         for node in self.mask.walk():
             if isinstance(node, PerHead):
@@ -143,7 +108,7 @@ class _Lowering:
             if isinstance(node, Explicit):
                 visible = Captured.of(node.visible)
                 source = self.call.sources.get(visible.name)
-                shape = self.constants[visible.name].shape if source is None else source_shape(source)
+                shape = self.constants[visible.name].shape if source is None else source.shape
                 if shape[1] != 1:
                     return True
         return False
@@ -305,11 +270,6 @@ class _Lowering:
         name = f"sparse_{prefix}_{count}"
         self.gm.add_submodule(name, module)
         return name
-
-
-def source_shape(source: Source) -> tuple[Any, ...]:
-    """The shape of what a lifted mask reads."""
-    return tuple(source.read(value_of(source.node)).shape)
 
 
 def _score_names(call: AttentionCall) -> tuple[Captured, ...]:

@@ -1,4 +1,4 @@
-"""The passes, in order: unfuse, read, lift, assign, lower, clean. They change the graph in place and account for every call."""
+"""The passes, in order: unfuse, read, lift, assign, keep, lower, clean. They change the graph in place and account for every call."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch.fx import GraphModule, Node
 from sparse_compile.masks import Mask, causal, full
 from sparse_compile.passes.ancestry import is_self_attention
 from sparse_compile.passes.call import AttentionCall, Left, Phase, read_sdpa
-from sparse_compile.passes.graph import Order, erase_dead, expr_of, op_name
+from sparse_compile.passes.graph import Order, erase_dead, expr_of, is_one, op_name
 from sparse_compile.passes.kernels import Target
+from sparse_compile.passes.kv import CacheUse, find_cache, keep
 from sparse_compile.passes.lift import lift_call
 from sparse_compile.passes.lower import lower_call
 from sparse_compile.passes.parts import Part, parts_of
@@ -34,6 +35,7 @@ class Rewrite:
     left: list[Left] = field(default_factory=list)
     parts: dict[Node, list[Part]] = field(default_factory=dict)
     replaced: list[Node] = field(default_factory=list)
+    cache_uses: list[CacheUse] = field(default_factory=list)
 
     def keep(self, results: list[AttentionCall | Left]) -> None:
         """Sort what a pass made of the calls into calls and calls that stay."""
@@ -84,7 +86,7 @@ def lift_masks(rewrite: Rewrite) -> int:
     """Recover the mask, the score mod and the positions of every call."""
     order = Order(rewrite.gm.graph)
     calls = [replace(call, is_self_attention=is_self_attention(call)) for call in rewrite.calls]
-    rewrite.keep([_settled(lift_call(call, order)) for call in calls])
+    rewrite.keep([find_cache(_settled(lift_call(call, order))) for call in calls])
     return 0
 
 
@@ -114,20 +116,34 @@ def assign_policy(rewrite: Rewrite) -> int:
     return 0
 
 
+def keep_in_cache(rewrite: Rewrite) -> int:
+    """Cut calls over a ``SparseCache`` into one for each way its heads are kept, and write the new tokens there.
+
+    Raises ``SparseCacheError`` if the cache is used by anything but attention that was read.
+    """
+    rewrite.calls, rewrite.cache_uses = keep(rewrite.gm, rewrite.calls, rewrite.left, phase_of)
+    return sum(len(call.pieces) for call in rewrite.calls)
+
+
 def lower_attention(rewrite: Rewrite) -> int:
     """Replace every call by a module that runs it, with tables shared between calls of equal mask and shape."""
     shared: dict[object, Node] = {}
     lowered: list[AttentionCall] = []
     for call in rewrite.calls:
-        parts = parts_of(call, rewrite.target)
-        run = parts_of(call, Target(inner="eager")) if rewrite.dry else parts
-        result = lower_call(rewrite.gm, call, run, rewrite.target, shared)
-        if isinstance(result, Left):
-            rewrite.left.append(result)
-            continue
-        rewrite.parts[call.node] = parts
-        rewrite.replaced.append(call.node)
-        lowered.append(call)
+        done: list[Part] = []
+        for piece in call.pieces or (call,):
+            parts = parts_of(piece, rewrite.target)
+            run = parts_of(piece, Target(inner="eager")) if rewrite.dry else parts
+            result = lower_call(rewrite.gm, piece, run, rewrite.target, shared)
+            if isinstance(result, Left):
+                rewrite.left.append(result)
+                break
+            done += parts
+            rewrite.replaced.append(piece.node)
+        else:
+            rewrite.parts[call.node] = done
+            rewrite.replaced.append(call.node)
+            lowered.append(call)
     rewrite.calls = lowered
     return len(lowered)
 
@@ -146,6 +162,7 @@ PASSES: tuple[Callable[[Rewrite], int], ...] = (
     read_attention,
     lift_masks,
     assign_policy,
+    keep_in_cache,
     lower_attention,
     remove_dead_code,
 )
@@ -172,6 +189,8 @@ def phase_of(call: AttentionCall) -> Phase:
     if not call.is_self_attention:
         return "other"
     q_len = call.size("q", 2)
+    if call.cache is not None:
+        return "decode" if is_one(q_len) else "prefill"
     if isinstance(q_len, int) and q_len == 1 and expr_of(call.size("k", 2)) != sympy.Integer(1):
         return "decode"
     return "prefill" if call.mask is not None and call.mask.implies(causal) else "other"

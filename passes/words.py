@@ -68,6 +68,11 @@ class Source:
             tensor = tensor.permute(self.order)
         return tensor[self.add] if any(k != slice(None) for k in self.add) else tensor
 
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """The shape of what is read."""
+        return tuple(self.read(value_of(self.node)).shape)
+
 
 class Words:
     """The masks of one call in words. ``sources`` collects the tensors they read, by the names they use for them."""

@@ -1,19 +1,43 @@
 """Attention sparsity as a PyTorch compiler pass: ``torch.compile(model, backend=sparse_compile.backend)``."""
 
-from sparse_compile import masks
+from typing import TYPE_CHECKING, Any
+
+from sparse_compile import masks, policies
 from sparse_compile.dynamo import Backend, SparseCompileError, SparseCompileWarning, backend, compile, explain
 from sparse_compile.policy import Policy
 from sparse_compile.report import Report, Site
+
+if TYPE_CHECKING:
+    from sparse_compile.cache.sparse_cache import SparseCache
+    from sparse_compile.passes.cache_ops import SparseCacheError
 
 __all__ = [
     "Backend",
     "Policy",
     "Report",
     "Site",
+    "SparseCache",
+    "SparseCacheError",
     "SparseCompileError",
     "SparseCompileWarning",
     "backend",
     "compile",
     "explain",
     "masks",
+    "policies",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``SparseCache`` is a class of transformers', which is imported when somebody asks for it."""
+    if name == "SparseCache":
+        try:
+            from sparse_compile.cache.sparse_cache import SparseCache
+        except ModuleNotFoundError as missing:
+            raise ImportError("SparseCache needs transformers: pip install 'sparse-compile[hf]'") from missing
+        return SparseCache
+    if name == "SparseCacheError":
+        from sparse_compile.passes.cache_ops import SparseCacheError
+
+        return SparseCacheError
+    raise AttributeError(f"module 'sparse_compile' has no attribute {name!r}")

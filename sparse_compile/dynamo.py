@@ -17,6 +17,7 @@ from sparse_compile.report import Report
 
 if TYPE_CHECKING:  # the passes import sympy and Dynamo, which cost a second: not before something is compiled
     from sparse_compile.passes.call import AttentionCall
+    from sparse_compile.passes.kv import CacheUse
     from sparse_compile.passes.pipeline import Rewrite
 
 INNER = ("inductor", "aot_eager", "cudagraphs", "tensorrt", "eager")
@@ -105,9 +106,17 @@ class Backend:
         if note and note not in self.report.notes:
             self.report.notes.append(note)
 
+        uses = [] if self._dry else rewrite.cache_uses
+
         def run(*args: Any) -> Any:
             self.calls += 1
-            return compiled(*args)
+            told = [(args[use.argument].sparse_cache_books, *_sizes(use, args), use) for use in uses]
+            for books, batch, tokens, use in told:
+                books.admit(batch, tokens, use.layers, empty=use.empty)
+            result = compiled(*args)
+            for books, batch, tokens, use in told:
+                books.note(batch, tokens, use.layers, last=use.last)
+            return result
 
         return run
 
@@ -191,6 +200,18 @@ class Backend:
         if self.strict:
             raise SparseCompileError(message)
         warnings.warn(message, SparseCompileWarning, stacklevel=3)
+
+
+def _sizes(use: CacheUse, args: Sequence[Any]) -> tuple[int, int]:
+    """Rows and new tokens that a run of a graph brings to a cache."""
+
+    def read(size: int | tuple[int, int | None]) -> int:
+        if isinstance(size, int):
+            return size
+        argument, axis = size
+        return int(args[argument] if axis is None else args[argument].shape[axis])
+
+    return read(use.batch), read(use.tokens)
 
 
 def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:

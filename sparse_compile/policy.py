@@ -82,6 +82,11 @@ class Policy:
         """Whether the policy tells layers or modules apart."""
         return bool(self.layers) or any(phase is not None and phase.names_layers() for phase in (self.prefill, self.decode))
 
+    def names_modules(self) -> bool:
+        """Whether the policy has entries for modules by path."""
+        phases = (phase for phase in (self.prefill, self.decode) if phase is not None)
+        return any(isinstance(key, str) for key, _ in self.layers) or any(phase.names_modules() for phase in phases)
+
     def check_layers(self, layers: int) -> None:
         """Raise ``ValueError`` if the policy names a layer that a model of so many layers does not have."""
         for key, _ in self.layers:

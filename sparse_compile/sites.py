@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from sparse_compile.masks.unknown import without_symbols
 from sparse_compile.passes.call import AttentionCall, Left
 from sparse_compile.passes.graph import hint_of, layer_index, module_path
-from sparse_compile.passes.layout import without_symbols
 from sparse_compile.passes.pipeline import Rewrite, phase_of
 from sparse_compile.report import Site
 

@@ -1,0 +1,151 @@
+"""Masks over keys that are stored in another order than the text: what a cache looks like to a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sparse_compile.masks.captured import Captured
+from sparse_compile.masks.given import INTEGERS, Given, capture, look_up
+from sparse_compile.masks.intervals import INF, Bounds, Edge, Intervals
+from sparse_compile.masks.mask import Index, Mask
+from sparse_compile.masks.unknown import without_tensors
+
+
+@dataclass(frozen=True, repr=False)
+class Placed(Mask):
+    """``mask`` over queries and keys at positions of their own: pair ``(i, j)`` is pair ``(queries[b, i], keys[b, j])``.
+
+    ``queries`` ``[B, Q]`` and ``keys`` ``[B, KV]`` are integer tensors; a negative position sees and shows nothing. With
+    ``ordered`` both ascend (apart from negative ones), and tables are tight; otherwise every block is visited.
+
+        >>> print(placed(causal, [[1, 2]], [[2, -1, 0]]).draw(2, 3))
+        ··█
+        █·█
+    """
+
+    mask: Mask
+    queries: Given
+    keys: Given
+    ordered: bool = False
+    name: ClassVar[str] = "placed"
+
+    def __post_init__(self) -> None:
+        capture(self, "queries", 2, "[batch, queries]", INTEGERS)
+        capture(self, "keys", 2, "[batch, keys]", INTEGERS)
+
+    def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        i = look_up(Captured.of(self.queries).tensor, b, q_idx)
+        j = look_up(Captured.of(self.keys).tensor, b, kv_idx)
+        return (i >= 0) & (j >= 0) & self.mask.__call__(b, h, i, j)
+
+    def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
+        if not self.ordered:
+            return Bounds(Intervals.everything(lo), Intervals.nothing(lo))
+        queries, keys = _Ascending(Captured.of(self.queries).tensor), _Ascending(Captured.of(self.keys).tensor)
+        first, last, whole = queries.over(lo, hi)  # [B, 1, rows]
+        inner = without_tensors(self.mask).bounds(first, last).maybe
+        sure = without_tensors(self.mask, visible=False).bounds(first, last).surely
+        maybe = keys.places(inner, some=first <= last)
+        return Bounds(maybe, keys.places(sure, some=whole, all_of_them=True))
+
+    def children(self) -> tuple[Mask, ...]:
+        return (self.mask,)
+
+    def rebuild(self, children: Sequence[Mask]) -> Mask:
+        return replace(self, mask=children[0])
+
+    def sizes(self) -> tuple[int, int]:
+        return Captured.of(self.queries).tensor.shape[0], self.mask.sizes()[1]
+
+    def check(self, batch: int, heads: int, q_len: int, kv_len: int, q_offset: int = 0) -> None:
+        """The mask inside is asked about other positions than those of the attention, so only heads can be checked."""
+        self.mask.check(1, heads, 1, 1)
+
+
+class _Ascending:
+    """Positions ``[B, n]`` that ascend, with negative ones in between that count for nothing."""
+
+    def __init__(self, at: Tensor) -> None:
+        at = at.long()
+        valid = at >= 0
+        self.reached = at.cummax(dim=1).values  # the latest position so far
+        ahead = torch.where(valid, at, INF).flip(1).cummin(dim=1).values.flip(1)  # the next position from here on
+        self.ahead = ahead
+        self.count = torch.nn.functional.pad(valid.cumsum(dim=1), (1, 0))  # valid ones before: [B, n + 1]
+
+    def over(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """First and last position of each run of places, and whether none of it is negative: ``[B, 1, rows]``."""
+        last_place = self.reached.shape[1] - 1
+        lo, hi = lo.clamp(0, last_place), hi.clamp(0, last_place)
+        whole = self.count[:, hi + 1] - self.count[:, lo] == hi - lo + 1
+        return self.ahead[:, lo].unsqueeze(1), self.reached[:, hi].unsqueeze(1), whole.unsqueeze(1)
+
+    def places(self, seen: Intervals, *, some: Tensor, all_of_them: bool = False) -> Intervals:
+        """The places of a set of positions; none where ``some`` is false. ``all_of_them`` drops runs with negative places."""
+        start, stop = [self._first(edge) for edge, _ in seen.columns], [self._first(edge) for _, edge in seen.columns]
+        edges = torch.broadcast_tensors(*start, *stop)
+        starts, stops = torch.stack(edges[: len(start)], dim=-1), torch.stack(edges[len(start) :], dim=-1)
+        keep = some.unsqueeze(-1).expand(starts.shape[0], starts.shape[1], *some.shape[2:], starts.shape[3])
+        starts, stops = starts.expand(keep.shape), stops.expand(keep.shape)
+        if all_of_them:
+            rows = self.count.view(self.count.shape[0], 1, 1, -1).expand(*starts.shape[:-1], -1)
+            keep = keep & (rows.gather(-1, stops) - rows.gather(-1, starts) == stops - starts)
+        return Intervals.stacked(starts, torch.where(keep, stops, starts))
+
+    def _first(self, edge: Edge) -> Tensor:
+        """The first place at or beyond a position: ``[B, H|1, rows|1]``."""
+        batch = self.reached.shape[0]
+        if isinstance(edge, int):
+            edge = torch.full((batch, 1, 1), edge, device=self.reached.device)
+        edge = edge.clamp(min=0).expand(batch, *edge.shape[1:])
+        found: Tensor = torch.searchsorted(self.reached, edge.reshape(batch, -1).contiguous())
+        return found.view(edge.shape)
+
+
+@dataclass(frozen=True, repr=False)
+class Relaxed(Mask):
+    """Every key from ``start[b]`` on, and what ``mask`` showed the position before it: a chunk that attends to itself.
+
+    DuoAttention prefills its streaming heads so: each chunk sees the sink, the window before the chunk, and itself (variant D
+    of https://arxiv.org/abs/2410.10819's code). ``start`` is an integer tensor ``[B]``.
+
+        >>> print((causal & relaxed(sliding_window(1), [2])).draw(4, 4))
+        ····
+        ·█··
+        ·██·
+        ·███
+    """
+
+    mask: Mask
+    start: Given
+    name: ClassVar[str] = "relaxed"
+
+    def __post_init__(self) -> None:
+        capture(self, "start", 1, "[batch]", INTEGERS)
+
+    def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        start = look_up(Captured.of(self.start).tensor, b)
+        return (kv_idx >= start) | self.mask.__call__(b, h, start - 1 + q_idx * 0, kv_idx)
+
+    def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
+        start = Captured.of(self.start).tensor.long().view(-1, 1, 1) + lo * 0
+        chunk = Intervals.of(start, INF)
+        return Bounds(chunk, chunk) | without_tensors(self.mask).bounds(start - 1, start - 1)
+
+    def children(self) -> tuple[Mask, ...]:
+        return (self.mask,)
+
+    def rebuild(self, children: Sequence[Mask]) -> Mask:
+        return replace(self, mask=children[0])
+
+    def sizes(self) -> tuple[int, int]:
+        return Captured.of(self.start).tensor.shape[0], self.mask.sizes()[1]
+
+
+placed = Placed
+relaxed = Relaxed

@@ -1,0 +1,165 @@
+"""What a cache does while a compiled graph runs: the op that marks an update, and where new tokens go.
+
+Transformers traces ``SparseCache.update`` into ``cache_update``, which stands for keys and values that exist nowhere in that
+shape. The kv pass replaces it; if that does not happen, running it is an error, before anything was written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_compile.passes.tables import bind, given, parse
+
+UNCOMPILED = (
+    "a SparseCache is read by compiled attention only, and this model runs without the sparse_compile backend: compile it with "
+    "sparse_compile.compile(model, policy), or use a DynamicCache. Nothing was written to the cache"
+)
+
+
+class SparseCacheError(RuntimeError):
+    """A cache cannot be used as asked. It holds what it held before."""
+
+
+@torch.library.custom_op("sparse_compile::cache_update", mutates_args=())
+def cache_update(
+    k: Tensor,
+    v: Tensor,
+    columns: Tensor,
+    texts: Tensor,
+    page_texts: Tensor | None,
+    rings: list[Tensor],
+    buffers: list[Tensor],
+    plan: str,
+) -> tuple[Tensor, Tensor]:
+    """The keys and values ``[B, Hkv, max_length, D]`` that attention would see if they existed; see ``LayerPlan`` for ``plan``.
+
+    ``columns`` counts the tokens seen, padding included, int64 ``[]``; ``texts`` without padding, int64 ``[max_batch]``.
+    ``page_texts`` ``[max_batch, max_length]`` is the text position of each column, -1 for padding. ``rings`` are text
+    position and column of each slot, ``[max_batch, slots]``, two for each of ``plan.rings``. ``buffers`` are keys and values of
+    each storage, ``[max_batch, heads, slots, D]``.
+    """
+    raise SparseCacheError(UNCOMPILED)
+
+
+@cache_update.register_fake
+def _(
+    k: Tensor,
+    v: Tensor,
+    columns: Tensor,
+    texts: Tensor,
+    page_texts: Tensor | None,
+    rings: list[Tensor],
+    buffers: list[Tensor],
+    plan: str,
+) -> tuple[Tensor, Tensor]:
+    from sparse_compile.passes.storage import LayerPlan
+
+    length = LayerPlan.from_text(plan).max_length
+    return k.new_empty(*k.shape[:2], length, k.shape[3]), v.new_empty(*v.shape[:2], length, v.shape[3])
+
+
+@torch.library.custom_op("sparse_compile::cache_tokens", mutates_args=())
+def cache_tokens(
+    k: Tensor, columns: Tensor, texts: Tensor, mask: str, captures: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the new tokens of ``k`` ``[B, Hkv, Q, D]`` stand: column and text position ``[B, Q]``, and the texts' new lengths.
+
+    A token that the model's ``mask`` hides from itself is padding, at text position -1. An empty ``mask`` has no padding.
+    """
+    batch, _, q_len, _ = k.shape
+    column = (torch.arange(q_len, device=k.device) + columns).expand(batch, q_len)
+    before = texts[:batch]
+    if not mask:
+        text = torch.arange(q_len, device=k.device) + before.unsqueeze(1)
+        return column.clone(), text, before + q_len
+    tree = parse(mask)
+    first = columns.view(1)
+    row = torch.arange(batch, device=k.device).unsqueeze(1)
+    valid = bind(tree, given(tree), captures, first, torch.zeros_like(first))(row, row * 0, column, column)
+    count = valid.expand(batch, q_len).cumsum(dim=1)
+    return column.clone(), torch.where(valid, before.unsqueeze(1) + count - 1, -1), before + count[:, -1]
+
+
+@cache_tokens.register_fake
+def _(k: Tensor, columns: Tensor, texts: Tensor, mask: str, captures: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, q_len, _ = k.shape
+    return columns.new_empty(batch, q_len), columns.new_empty(batch, q_len), texts.new_empty(batch)
+
+
+@torch.library.custom_op("sparse_compile::page_positions", mutates_args=())
+def page_positions(page_texts: Tensor, column: Tensor, text: Tensor) -> Tensor:
+    """``page_texts`` of the rows in use, with the new tokens at their columns: ``[B, max_length]``."""
+    return page_texts[: column.shape[0]].scatter(1, column, text.to(page_texts.dtype))
+
+
+@page_positions.register_fake
+def _(page_texts: Tensor, column: Tensor, text: Tensor) -> Tensor:
+    return page_texts.new_empty(column.shape[0], page_texts.shape[1])
+
+
+@torch.library.custom_op("sparse_compile::ring_step", mutates_args=())
+def ring_step(
+    ring_texts: Tensor, ring_columns: Tensor, sink: int, column: Tensor, text: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A ring after one token per row: text position and column of each slot ``[B, slots]``.
+
+    Also the slot of the token, ``[B, 1]``, and whether that slot keeps what it has, as it does if the token is padding.
+    """
+    batch, slots = column.shape[0], ring_texts.shape[1]
+    known, at = ring_texts[:batch], ring_columns[:batch]
+    slot = torch.where(text < sink, text.clamp(min=0), sink + (text - sink) % max(slots - sink, 1))
+    kept = text < 0
+    if slots == sink:
+        kept, slot = kept | (text >= sink), slot.clamp(max=slots - 1)
+    new_text = known.scatter(1, slot, torch.where(kept, known.gather(1, slot), text))
+    new_column = at.scatter(1, slot, torch.where(kept, at.gather(1, slot), column))
+    return new_text, new_column, slot, kept
+
+
+@ring_step.register_fake
+def _(
+    ring_texts: Tensor, ring_columns: Tensor, sink: int, column: Tensor, text: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = (column.shape[0], ring_texts.shape[1])
+    new = ring_texts.new_empty(shape), ring_columns.new_empty(shape)
+    return *new, text.new_empty(text.shape), text.new_empty(text.shape, dtype=torch.bool)
+
+
+@torch.library.custom_op("sparse_compile::ring_chunk", mutates_args=())
+def ring_chunk(
+    ring_texts: Tensor, ring_columns: Tensor, sink: int, column: Tensor, text: Tensor, texts: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A ring and a chunk of tokens behind it, ``[ring in the order of its text | chunk]``: ``[B, slots + Q]`` in all.
+
+    Returns the order of the slots ``[B, slots]``, text position and column of each place, the place that each slot takes
+    its content from afterwards, and text position and column of the slots then.
+    """
+    batch, slots = column.shape[0], ring_texts.shape[1]
+    known, at = ring_texts[:batch], ring_columns[:batch]
+    order = known.argsort(dim=1, stable=True)
+    place = order.argsort(dim=1)
+    all_texts = torch.cat([known.gather(1, order), text], dim=1)
+    all_columns = torch.cat([at.gather(1, order), column], dim=1)
+    slot = torch.arange(slots, device=text.device).expand(batch, slots)
+    last = texts.unsqueeze(1) - 1
+    # The latest text position that belongs in each slot. Nothing does beyond the sink of a ring without any other slots.
+    latest = last - (last - slot) % max(slots - sink, 1)
+    wanted = torch.where(slot < sink, slot, latest)
+    ahead = torch.where(text >= 0, 1, 0).cumsum(dim=1)
+    before = texts.unsqueeze(1) - ahead[:, -1:]
+    new = (wanted >= before) & (wanted <= last) & ((slot < sink) | (wanted >= sink))
+    within = torch.searchsorted(ahead, (wanted - before + 1).contiguous()).clamp(max=text.shape[1] - 1)
+    source = torch.where(new, slots + within, place)
+    return order, all_texts, all_columns, source, all_texts.gather(1, source), all_columns.gather(1, source)
+
+
+@ring_chunk.register_fake
+def _(
+    ring_texts: Tensor, ring_columns: Tensor, sink: int, column: Tensor, text: Tensor, texts: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, slots = column.shape[0], ring_texts.shape[1]
+    places = slots + column.shape[1]
+    sizes = (slots, places, places, slots, slots, slots)
+    order, texts_, columns_, source, new_text, new_column = (column.new_empty(batch, size) for size in sizes)
+    return order, texts_, columns_, source, new_text, new_column

@@ -1,0 +1,94 @@
+"""A SparseCache as a safetensors file: the tokens in use, and a header that says whose they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sparse_compile.masks.serial import encode
+from sparse_compile.passes.storage import Pages
+
+if TYPE_CHECKING:
+    from sparse_compile.cache.sparse_cache import SparseCache
+
+FORMAT = "sparse_compile.SparseCache"
+VERSION = 1
+
+
+def save(cache: SparseCache, path: str | Path) -> None:
+    """See ``SparseCache.save``."""
+    from safetensors.torch import save_file
+
+    rows, columns = cache.books.batch or 0, cache.books.columns
+    tensors = {name: part.contiguous().cpu() for name, part in _parts(cache, rows, columns).items() if part.numel()}
+    header = {"format": FORMAT, "version": str(VERSION), "rows": str(rows), "columns": str(columns), "cache": _identity(cache)}
+    save_file(tensors, str(path), metadata=header)
+
+
+def load(cache: SparseCache, path: str | Path) -> None:
+    """See ``SparseCache.load``."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no cache file {path}")
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except SafetensorError as broken:
+        raise ValueError(f"{path} is no file of a SparseCache: {broken}") from broken
+    if header.get("format") != FORMAT or header.get("version") != str(VERSION):
+        raise ValueError(f"{path} is no file of a SparseCache of version {VERSION}: it says {header or 'nothing about itself'}")
+    if header.get("cache") != _identity(cache):
+        raise ValueError(f"{path} was saved from a cache of another model, policy, mode, page size or dtype than this one")
+    rows, columns = int(header["rows"]), int(header["columns"])
+    if rows > cache.max_batch or columns > cache.max_length:
+        raise ValueError(
+            f"{path} holds {rows} sequences of {columns} tokens, and the cache takes {cache.max_batch} of {cache.max_length}"
+        )
+    parts = _parts(cache, rows, columns)
+    wrong = [name for name, part in parts.items() if part.numel() and not _fits(tensors.get(name), part)]
+    if wrong:
+        raise ValueError(f"{path} is broken: {wrong[0]} is missing or has another shape")
+    cache.reset()
+    for name, part in parts.items():
+        if part.numel():
+            part.copy_(tensors[name])
+    cache.positions.columns.fill_(columns)
+    cache.books.columns, cache.books.batch = columns, rows or None
+
+
+def _fits(tensor: Tensor | None, part: Tensor) -> bool:
+    return tensor is not None and tensor.shape == part.shape and tensor.dtype == part.dtype
+
+
+def _parts(cache: SparseCache, rows: int, columns: int) -> dict[str, Tensor]:
+    """The parts of a cache's tensors that are in use, as views."""
+    at = cache.positions
+    parts = {"texts": at.texts[:rows]}
+    if at.page_texts is not None:
+        parts["page_texts"] = at.page_texts[:rows, :columns]
+    parts |= {f"ring_{number}": table[:rows] for number, table in enumerate(at.rings)}
+    for number, layer in enumerate(cache.layers):
+        for which, buffer in enumerate(layer.buffers):
+            pages = isinstance(layer.plan.storages[which // 2], Pages)
+            parts[f"layer_{number}_{which}"] = buffer[:rows, :, :columns] if pages else buffer[:rows]
+    return parts
+
+
+def _identity(cache: SparseCache) -> str:
+    """A digest of all that decides what the tensors mean; not of ``max_length``, which may differ."""
+    layers: list[Any] = []
+    for layer in cache.layers:
+        plan = layer.plan
+        masks = [None if mask is None else encode(mask) for mask in (plan.model, plan.prefill, plan.decode)]
+        kept = [[s.heads, "pages" if isinstance(s, Pages) else [s.sink, s.slots]] for s in plan.storages]
+        layers.append([masks, kept, plan.rings])
+    geometry = cache.geometry
+    sizes = [geometry.heads, geometry.kv_heads, geometry.key_dim, geometry.value_dim]
+    content = json.dumps([sizes, layers, cache.mode, str(cache.layers[0].dtype)])
+    return hashlib.sha256(content.encode()).hexdigest()

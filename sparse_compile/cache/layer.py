@@ -1,0 +1,125 @@
+"""One layer of a SparseCache, as transformers sees it: ``update`` and a few sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from sparse_compile.cache.books import Books
+from sparse_compile.passes import cache_ops  # noqa: F401  # registers the op that update() calls
+from sparse_compile.passes.storage import LayerPlan, Ring
+
+
+class SparseCacheLayer(CacheLayerMixin):
+    """The keys and values of one layer: two buffers ``[max_batch, heads, slots, D]`` for each way in which heads are kept."""
+
+    is_compileable = True
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, plan: LayerPlan, buffers: list[Tensor], positions: Positions, books: Books) -> None:
+        super().__init__()
+        self.plan, self.buffers, self.positions, self.books = plan, buffers, positions, books
+        self.text = plan.to_text()
+        self.kv_heads = sum(len(storage.heads) for storage in plan.storages)
+        self.key_dim, self.value_dim = buffers[0].shape[3], buffers[1].shape[3]
+        self.dtype, self.device = buffers[0].dtype, buffers[0].device
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing is left to do: addresses have to be there before a graph is traced."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take new keys and values ``[B, Hkv, Q, D]``; what comes back is for the backend to replace.
+
+        Raises ``ValueError`` for tensors of another model, dtype or device, and ``SparseCacheError`` without the backend.
+        """
+        self._check(key_states, value_states)
+        at = self.positions
+        k, v = torch.ops.sparse_compile.cache_update(
+            key_states, value_states, at.columns, at.texts, at.page_texts, at.rings, self.buffers, self.text
+        )
+        return k, v
+
+    def _check(self, k: Tensor, v: Tensor) -> None:
+        batch, heads, _, dim = k.shape
+        if (heads, dim, v.shape[3]) != (self.kv_heads, self.key_dim, self.value_dim):
+            raise ValueError(
+                f"layer {self.plan.layer} of the cache was built for {self.kv_heads} KV heads of {self.key_dim} "
+                f"(values {self.value_dim}), got {heads} of {dim} ({v.shape[3]}): build it from the config of this model"
+            )
+        if k.dtype != self.dtype or v.dtype != self.dtype:
+            raise ValueError(f"the cache was built with dtype={self.dtype}, got keys of {k.dtype}: build it with dtype={k.dtype}")
+        if k.device.type != self.device.type or (k.device.index or 0) != (self.device.index or 0):
+            raise ValueError(f"the cache was built with device={self.device}, got keys on {k.device}: build it on that device")
+        if batch > self.positions.max_batch:
+            raise ValueError(
+                f"the cache was built with max_batch={self.positions.max_batch}, got {batch} sequences: build it with a "
+                "larger max_batch"
+            )
+
+    def get_seq_length(self) -> Any:
+        """The tokens seen so far, padding included: a tensor while a graph is traced, else a number."""
+        return self.positions.columns if torch.compiler.is_compiling() else self.books.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks are written over all columns there may ever be, like those of a ``StaticCache``; none is built that big."""
+        return self.plan.max_length, 0
+
+    def get_max_length(self) -> int:
+        """The most tokens the cache takes."""
+        return self.plan.max_length
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of keys and values, as they are kept."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    @property
+    def head_nbytes(self) -> tuple[int, ...]:
+        """The bytes of each KV head."""
+        each = {
+            head: sum(buffer.nbytes for buffer in pair) // len(storage.heads)
+            for storage, pair in zip(self.plan.storages, zip(self.buffers[::2], self.buffers[1::2], strict=True), strict=True)
+            for head in storage.heads
+        }
+        return tuple(each[head] for head in sorted(each))
+
+    def __repr__(self) -> str:
+        kept = [
+            f"{len(s.heads)} heads x {s.slots} slots"
+            + (f" (sink {s.sink}, recent {s.recent})" if isinstance(s, Ring) else "")
+            for s in self.plan.storages
+        ]
+        return f"SparseCacheLayer({', '.join(kept)})"
+
+
+class Positions:
+    """The positions of a cache, shared by its layers; see ``cache_update`` for the tensors."""
+
+    def __init__(self, max_batch: int, page_columns: int, rings: tuple[tuple[int, int], ...], device: torch.device) -> None:
+        self.max_batch = max_batch
+        self.columns = torch.zeros((), dtype=torch.int64, device=device)
+        self.texts = torch.zeros(max_batch, dtype=torch.int64, device=device)
+        self.page_texts = (
+            torch.full((max_batch, page_columns), -1, dtype=torch.int32, device=device) if page_columns else None
+        )
+        self.rings = [
+            torch.full((max_batch, slots), -1, dtype=torch.int64, device=device) for _, slots in rings for _ in range(2)
+        ]
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        pages = [] if self.page_texts is None else [self.page_texts]
+        return [self.columns, self.texts, *pages, *self.rings]
+
+    def clear(self) -> None:
+        """No token at all."""
+        self.columns.zero_()
+        self.texts.zero_()
+        for table in self.tensors()[2:]:
+            table.fill_(-1)

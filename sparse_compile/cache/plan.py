@@ -1,0 +1,149 @@
+"""Plan a cache: ask the masks of a model and a policy what they need of the past, and choose how each KV head is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparse_compile.masks import Mask, causal, chunked, sliding_window
+from sparse_compile.masks.past import Past
+from sparse_compile.passes.storage import MODES, LayerPlan, Pages, Ring, Storage, needed_past
+from sparse_compile.policy import Policy
+
+KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a cache has to know of a model: its attention layers, their heads and sizes, and the masks its config announces."""
+
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    masks: tuple[Mask, ...]
+
+    @staticmethod
+    def of(config: Any) -> Geometry:
+        """Read a transformers config. Raises ``ValueError`` for models with layers that are not attention."""
+        config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        layers, heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
+        if not (isinstance(layers, int) and isinstance(heads, int)):
+            raise ValueError(
+                "a SparseCache needs a config with num_hidden_layers and num_attention_heads, got "
+                f"{type(config).__name__}: pass model.config"
+            )
+        layers -= getattr(config, "num_kv_shared_layers", 0) or 0
+        return Geometry(heads, _kv_heads(config, heads), *_dims(config, heads), _masks(config, layers))
+
+
+def _kv_heads(config: Any, heads: int) -> int:
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):  # Falcon
+        return 1
+    named = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
+    return named if isinstance(named, int) else heads
+
+
+def _dims(config: Any, heads: int) -> tuple[int, int]:
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    parts = getattr(config, "qk_nope_head_dim", None), getattr(config, "qk_rope_head_dim", None)
+    if isinstance(parts[0], int) and isinstance(parts[1], int):  # multi-head latent attention
+        return parts[0] + parts[1], config.v_head_dim
+    return dim, dim
+
+
+def _masks(config: Any, layers: int) -> tuple[Mask, ...]:
+    """The mask of each layer, as transformers sizes its own caches."""
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if window else "chunked_attention" if chunk else "full_attention"] * layers
+    unknown = sorted(set(kinds[:layers]) - KINDS)
+    if unknown:
+        raise ValueError(f"a SparseCache keeps keys and values of attention, and the model has layers of kind {unknown[0]!r}")
+    masks = {"full_attention": causal}
+    if window:
+        masks["sliding_attention"] = causal & sliding_window(window)
+    if chunk:
+        masks["chunked_attention"] = causal & chunked(chunk)
+    return tuple(masks.get(kind, causal) for kind in kinds[:layers])
+
+
+def plan_layers(
+    geometry: Geometry, policy: Policy | None, *, max_length: int, page_size: int, rollback: int, mode: str
+) -> tuple[LayerPlan, ...]:
+    """How each layer is kept: KV heads whose masks see a sink and a window in a ring, all others in pages."""
+    if mode not in MODES:
+        raise ValueError(f"mode needs to be one of {', '.join(MODES)}, got {mode!r}")
+    if policy is not None:
+        policy.check(len(geometry.masks), geometry.heads, geometry.kv_heads)
+        if policy.names_modules():
+            raise ValueError(
+                "a SparseCache knows layers by number, and the policy names modules: write it with layer indices or ranges"
+            )
+    kept = []
+    for layer, model in enumerate(geometry.masks):
+        masks = tuple(None if policy is None else policy.mask_for("", layer, phase) for phase in ("prefill", "decode"))
+        kept.append((model, *masks, _storages(geometry, (model, *masks), max_length, page_size, rollback, mode)))
+    rings = tuple(dict.fromkeys((s.sink, s.slots) for *_, storages in kept for s in storages if isinstance(s, Ring)))
+    last = len(kept) - 1
+    return tuple(
+        LayerPlan(layer, layer == last, max_length, rings, storages, model, prefill, decode, mode)
+        for layer, (model, prefill, decode, storages) in enumerate(kept)
+    )
+
+
+def _storages(
+    geometry: Geometry, masks: tuple[Mask | None, ...], max_length: int, page_size: int, rollback: int, mode: str
+) -> tuple[Storage, ...]:
+    model, *policies = masks
+    assert model is not None
+    group = geometry.heads // geometry.kv_heads
+    pages: list[int] = []
+    rings: dict[tuple[int, int], list[tuple[int, int]]] = {}  # sink and slots: head and recent
+    most = -(-max_length // page_size) * page_size
+    for head in range(geometry.kv_heads):
+        queries = range(head * group, (head + 1) * group)
+        seen = {
+            model if policy is None else model & policy.for_head(query, geometry.heads) for policy in policies for query in queries
+        }
+        past = _union([needed_past(mask, mode, max_length) for mask in seen])
+        slots = most if past is None else -(-(past.sink + past.recent + rollback) // page_size) * page_size
+        if past is None or slots >= most:
+            pages.append(head)
+        else:
+            rings.setdefault((past.sink, slots), []).append((head, past.recent))
+    storages: list[Storage] = [Pages(tuple(pages), most)] if pages else []
+    for (sink, slots), members in rings.items():
+        heads, recent = zip(*members, strict=True)
+        storages.append(Ring(tuple(heads), slots, sink, max(recent)))
+    return tuple(storages)
+
+
+def _union(pasts: list[Past | None]) -> Past | None:
+    known = [past for past in pasts if past is not None]
+    if len(known) < len(pasts):
+        return None
+    return Past(max(past.sink for past in known), max(past.recent for past in known))
+
+
+def check_sizes(max_length: int, max_batch: int, page_size: int, rollback: int) -> None:
+    """Raise ``ValueError`` for sizes that make no cache."""
+    for name, value, least in (
+        ("max_length", max_length, 1),
+        ("max_batch", max_batch, 1),
+        ("page_size", page_size, 1),
+        ("rollback", rollback, 0),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} needs an integer, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} needs to be at least {least}, got {value}")
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise ``ValueError`` unless keys and values can be kept in ``dtype``."""
+    if not dtype.is_floating_point:
+        raise ValueError(f"a SparseCache keeps floating point numbers, got dtype {dtype}")

@@ -1,0 +1,218 @@
+"""SparseCache: a transformers cache that holds what its policy still sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from sparse_compile.cache.books import Books
+from sparse_compile.cache.layer import Positions, SparseCacheLayer
+from sparse_compile.cache.plan import Geometry, check_dtype, check_sizes, plan_layers
+from sparse_compile.masks import Mask
+from sparse_compile.passes.cache_ops import SparseCacheError
+from sparse_compile.passes.storage import Pages, Ring
+from sparse_compile.policy import Policy, as_policy
+
+
+class SparseCache(Cache):
+    """A KV cache whose memory follows the policy: ``model.generate(..., past_key_values=cache)`` on a compiled model.
+
+    KV heads whose masks see no more than a sink and a window keep a ring of those tokens; all others keep every token. Which
+    is which is asked of the masks, the model's own (sliding windows of the config) and the policy's, for prefill and decode
+    together. Compile the model with the same policy, or with none: the masks of both apply.
+
+    ``max_length`` is the most tokens of a sequence, prompt and padding included; everything is allocated now, for
+    ``max_batch`` sequences, in ``dtype`` (the config's) on ``device``. Rings are as long as whole pages of ``page_size``
+    tokens that hold sink, window and ``rollback`` more tokens, which ``crop`` may take back at any time.
+
+    ``mode`` is ``strict`` (each query sees exactly what the mask says, however a prompt is cut into chunks) or
+    ``chunk_relaxed`` (each chunk sees itself, and of what came before what the mask shows to the position before it:
+    DuoAttention's published prefill, which depends on the chunks).
+
+        >>> policy = sc.policies.streaming_llm(sink=4, recent=28)
+        >>> cache = sc.SparseCache(model.config, policy, max_length=4096)
+        >>> model = sc.compile(model, policy, inner="eager")
+        >>> model.generate(tokens, max_new_tokens=2, past_key_values=cache).shape
+        torch.Size([1, 10])
+        >>> cache.nbytes < cache.dense_nbytes / 10
+        True
+
+    Raises ``ValueError`` or ``TypeError`` for sizes, a policy or a config that make no cache. In use: ``SparseCacheError`` without
+    the backend, beyond ``max_length``, and where a ring no longer has what is asked for; ``ValueError`` for tensors of another
+    model, dtype, device or a larger batch. The cache then holds what it held before.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        policy: Policy | Mask | None = None,
+        *,
+        max_length: int,
+        max_batch: int = 1,
+        page_size: int = 64,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        mode: str = "strict",
+        rollback: int = 0,
+    ) -> None:
+        check_sizes(max_length, max_batch, page_size, rollback)
+        dtype = dtype or getattr(config, "dtype", None) or torch.get_default_dtype()
+        check_dtype(dtype)
+        device = torch.device(device) if device is not None else torch.get_default_device()
+        self.geometry, self.policy = Geometry.of(config), as_policy(policy)
+        self.max_length, self.max_batch, self.mode = max_length, max_batch, mode
+        plans = plan_layers(
+            self.geometry, self.policy, max_length=max_length, page_size=page_size, rollback=rollback, mode=mode
+        )
+        has_pages = any(isinstance(storage, Pages) for plan in plans for storage in plan.storages)
+        self.positions = Positions(max_batch, max_length if has_pages else 0, plans[0].rings, device)
+        self.books = Books(max_length, max_batch, len(plans))
+        dims = self.geometry.key_dim, self.geometry.value_dim
+        layers = []
+        for plan in plans:
+            shapes = [(max_batch, len(storage.heads), storage.slots, dim) for storage in plan.storages for dim in dims]
+            # Not ``empty``: a masked value takes part with weight 0, and 0 * NaN is NaN.
+            buffers = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+            layers.append(SparseCacheLayer(plan, buffers, self.positions, self.books))
+        super().__init__(layers=layers)
+        self.positions.columns.sparse_cache_books = self.books  # type: ignore[attr-defined]  # how the backend finds the books
+        for tensor in self._tensors():
+            torch._dynamo.mark_static_address(tensor)
+
+    # -- what it holds ----------------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are resident: keys, values and positions."""
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    @property
+    def dense_nbytes(self) -> int:
+        """The bytes of a dense cache of the same lengths, as ``StaticCache`` allocates it."""
+        geometry, each = self.geometry, self.layers[0].dtype.itemsize
+        token = len(self.layers) * geometry.kv_heads * (geometry.key_dim + geometry.value_dim) * each
+        return token * self.max_batch * self.max_length
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` should write out masks itself, which keeps the shapes of decode steps.
+
+        A padded prompt is better off with the two-dimensional mask, which the backend reads as padding.
+        """
+        return torch.compiler.is_compiling() or self.max_batch == 1 or self.books.columns > 0
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.positions.tensors(), *(buffer for layer in self.layers for buffer in layer.buffers)]
+
+    def __repr__(self) -> str:
+        held = f"{self.books.columns} of {self.max_length} tokens, {self.nbytes / 2**20:.1f} MiB"
+        return f"SparseCache({held}, dense {self.dense_nbytes / 2**20:.1f} MiB, layers={self.layers})"
+
+    # -- what can be done to it -------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget everything. Addresses stay."""
+        self.positions.clear()
+        self.books.forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last ``-tokens_to_remove`` tokens: ``crop(-3)`` is as if they had never been there.
+
+        Raises ``SparseCacheError`` if a ring has already overwritten what would be visible again; ``rollback`` of the
+        constructor makes room. Raises ``ValueError`` for positive numbers and for more tokens than there are.
+        """
+        remove = -tokens_to_remove
+        if remove < 0:
+            raise ValueError(f"crop takes back tokens and needs a number of at most 0, got {tokens_to_remove}: crop(-n)")
+        if remove > self.books.columns:
+            raise ValueError(f"the cache holds {self.books.columns} tokens, and {remove} cannot be taken back")
+        if remove == 0:
+            return
+        at, rows = self.positions, self.books.batch or 0
+        first = self.books.columns - remove  # the first column that goes
+        texts = self._texts_without(first, rows)
+        recents = {(s.sink, s.slots): 0 for layer in self.layers for s in layer.plan.storages if isinstance(s, Ring)}
+        for layer in self.layers:
+            for s in layer.plan.storages:
+                if isinstance(s, Ring):
+                    recents[s.sink, s.slots] = max(recents[s.sink, s.slots], s.recent)
+        for ring, (sink, slots) in enumerate(self.layers[0].plan.rings):
+            kept = at.rings[2 * ring][:rows]
+            start = (texts - (recents[sink, slots] - 1)).clamp(min=sink).unsqueeze(1)
+            there = ((kept >= start) & (kept < texts.unsqueeze(1))).sum(dim=1)
+            if bool((there < (texts - start.squeeze(1)).clamp(min=0)).any()):
+                raise SparseCacheError(
+                    f"{remove} tokens cannot be taken back: a ring of {slots} slots has overwritten what would be visible "
+                    f"again. Build the cache with rollback={remove} or more. It holds what it held before"
+                )
+        for ring in range(0, len(at.rings), 2):
+            gone = at.rings[ring] >= torch.nn.functional.pad(texts, (0, self.max_batch - rows)).unsqueeze(1)
+            at.rings[ring].masked_fill_(gone, -1)
+            at.rings[ring + 1].masked_fill_(gone, -1)
+        if at.page_texts is not None:
+            at.page_texts[:, first:] = -1
+        at.texts[:rows] = texts
+        at.columns.sub_(remove)
+        self.books.columns = first
+
+    def _texts_without(self, first: int, rows: int) -> Tensor:
+        """The text lengths ``[rows]`` without the columns from ``first`` on."""
+        at = self.positions
+        if at.page_texts is not None:
+            return (at.page_texts[:rows, :first] >= 0).sum(dim=1)
+        gone = [(table[:rows] >= first).sum(dim=1) for table in at.rings[1::2]]
+        smallest = min(table.shape[1] for table in at.rings)
+        if self.books.columns - first > smallest:
+            raise SparseCacheError(
+                f"{self.books.columns - first} tokens cannot be taken back from rings of {smallest} slots. The cache holds what "
+                "it held before"
+            )
+        return at.texts[:rows] - torch.stack(gone).amax(dim=0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row ``i`` goes on from what row ``beam_idx[i]`` held: beam search."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``, in that order."""
+        indices = torch.as_tensor(indices)
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row ``repeats`` times, one after the other. Raises ``ValueError`` beyond ``max_batch`` rows."""
+        rows = self.books.batch or 0
+        self._select(torch.arange(rows).repeat_interleave(repeats))
+
+    def _select(self, rows: Tensor) -> None:
+        if rows.numel() > self.max_batch:
+            raise ValueError(
+                f"the cache was built with max_batch={self.max_batch}, got {rows.numel()} sequences: build it with a larger max_batch"
+            )
+        rows = rows.to(self.positions.columns.device)
+        for tensor in self._tensors():
+            if tensor.dim():
+                tensor[: rows.numel()] = tensor.index_select(0, rows)
+        self.books.batch = rows.numel() or None
+
+    # -- files ------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write what the cache holds to a safetensors file, to go on from the same prompt later."""
+        from sparse_compile.cache.files import save
+
+        save(self, path)
+
+    def load(self, path: str | Path) -> None:
+        """Read ``save`` back into a cache of the same model, policy and mode, of any ``max_length`` that is enough.
+
+        Raises ``ValueError`` for files that are broken or belong to another cache; the cache then holds what it held before.
+        """
+        from sparse_compile.cache.files import load
+
+        load(self, path)
