@@ -158,6 +158,10 @@ def _flex(
         # The C++ template unpacks the layout of a 4-D buffer and fails on view(linear(x)); a product makes a buffer, and
         # Inductor fuses it into whatever computed q.
         q, scale = q * scale, 1.0
+    elif options.get("BACKEND") == "TRITON_DECODE":
+        # The decode template views q anew and forgets where a view began: of ``q[:, 2:4]`` it silently reads ``q[:, :2]``
+        # (torch 2.11). A product makes a buffer; by a half, which rounds nothing.
+        q, scale = q * 0.5, scale * 2
     settings = {
         "PRESCALE_QK": False,
         "ROWS_GUARANTEED_SAFE": False,

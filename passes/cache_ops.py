@@ -60,9 +60,7 @@ def _(
 
 
 @torch.library.custom_op("sparse_compile::cache_tokens", mutates_args=())
-def cache_tokens(
-    k: Tensor, columns: Tensor, texts: Tensor, mask: str, captures: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def cache_tokens(k: Tensor, columns: Tensor, texts: Tensor, mask: str, captures: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Where the new tokens of ``k`` ``[B, Hkv, Q, D]`` stand: column and text position ``[B, Q]``, and the texts' new lengths.
 
     A token that the model's ``mask`` hides from itself is padding, at text position -1. An empty ``mask`` has no padding.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import sympy
@@ -220,12 +220,15 @@ def emit(point: Node, function: Callable[..., Any], *args: Any, **kwargs: Any) -
 
 def _describe(nodes: list[Node], like: Node) -> None:
     """Give new nodes example values, and the module of ``like``."""
-    # Example values belong to the mode Dynamo traced in; the mode that is active by now is another one.
-    fake = next((v.fake_mode for n in like.graph.nodes if isinstance(v := value_of(n), FakeTensor)), None)
     for new in nodes:
         new.meta["nn_module_stack"] = like.meta.get("nn_module_stack")
-        with fake or nullcontext():
+        with fake_mode_of(like.graph):
             new.meta["example_value"] = _run(new)
+
+
+def fake_mode_of(graph: Graph) -> AbstractContextManager[Any]:
+    """The mode that example values belong to, which Dynamo traced in; the mode that is active by now is another one."""
+    return next((v.fake_mode for n in graph.nodes if isinstance(v := value_of(n), FakeTensor)), nullcontext())
 
 
 def _proxy(tracer: GraphAppendingTracer) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -28,6 +28,8 @@ def pick_heads(point: Node, x: Node, heads: Sequence[int] | None) -> Node:
 def join_heads(point: Node, groups: Sequence[Sequence[int]], outs: Sequence[Node]) -> Node:
     """The outputs of all groups as one tensor ``[B, H, N, D]``, heads in ascending order, before ``point``.
 
+    Nodes need example values: without one AOTAutograd takes a method call for something that it cannot cache.
+
     In memory heads lie inside positions, as kernels leave them: a model may ask for a view of ``[B, Q, H * D]``.
     """
     place = {head: (k, at) for k, heads in enumerate(groups) for at, head in enumerate(heads)}
@@ -38,12 +40,10 @@ def join_heads(point: Node, groups: Sequence[Sequence[int]], outs: Sequence[Node
             pieces[-1][2] = at + 1
         else:
             pieces.append([group, at, at + 1])
-    graph = point.graph
-    with graph.inserting_before(point):
-        by_position = [graph.call_method("transpose", (out, 1, 2)) for out in outs]
-        slices = []
-        for group, start, stop in pieces:
-            index = (slice(None), slice(None), slice(start, stop))
-            slices.append(graph.call_function(operator.getitem, (by_position[group], index)))
-        joined = graph.call_function(torch.cat, (slices,), {"dim": 2})
-        return graph.call_method("transpose", (joined, 1, 2))
+
+    def join(*outs: Any) -> Any:
+        by_position = [out.transpose(1, 2) for out in outs]
+        return torch.cat([by_position[group][:, :, start:stop] for group, start, stop in pieces], dim=2).transpose(1, 2)
+
+    joined: Node = inline(point, join, *outs)
+    return joined

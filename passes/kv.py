@@ -29,7 +29,6 @@ from sparse_compile.masks.unknown import without_tensors
 from sparse_compile.passes.cache_ops import (
     SparseCacheError,
     cache_tokens,
-    cache_update,
     page_positions,
     ring_chunk,
     ring_step,
@@ -408,7 +407,10 @@ class _Cache:
         if self.one:
             texts, columns, slot, keeps = step
             empty = storage.slots == storage.sink
-            k, v = (self._write(buffer, x, slot, keeps if self.padded or empty else None) for buffer, x in zip(kept, new, strict=True))
+            k, v = (
+                self._write(buffer, x, slot, keeps if self.padded or empty else None)
+                for buffer, x in zip(kept, new, strict=True)
+            )
         else:
             order, texts, columns, source, *_ = step
             k, v = (self._behind(buffer, x, order, source) for buffer, x in zip(kept, new, strict=True))
@@ -473,4 +475,6 @@ def _size_of(size: Any, inputs: list[Node]) -> int | tuple[int, int | None]:
         for axis, there in enumerate(getattr(value, "shape", ())):
             if expr_of(there) == size.node.expr:
                 return number, axis
-    raise SparseCacheError(f"a SparseCache takes batch and length from the inputs of the model, and {size} is none of their sizes")
+    raise SparseCacheError(
+        f"a SparseCache takes batch and length from the inputs of the model, and {size} is none of their sizes"
+    )

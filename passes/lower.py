@@ -20,7 +20,7 @@ from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.serial import to_json
 from sparse_compile.passes.attention import FlexAttention, Spec
 from sparse_compile.passes.call import AttentionCall, Left
-from sparse_compile.passes.graph import Order, emit_int, expr_of, hint_of, inline, op_name, value_of
+from sparse_compile.passes.graph import Order, emit_int, expr_of, fake_mode_of, hint_of, inline, op_name, value_of
 from sparse_compile.passes.heads import join_heads, pick_heads
 from sparse_compile.passes.kernels import FLEX, Target, plain_form
 from sparse_compile.passes.layout import layout_of
@@ -66,6 +66,10 @@ class _Lowering:
             out = self._lower(part)
             if isinstance(out, Left):
                 return out
+            if "example_value" not in out.meta:
+                with fake_mode_of(self.graph):
+                    heads = self.call.heads if part.heads is None else len(part.heads)
+                    out.meta["example_value"] = value_of(self.call.node)[:, :heads]
             outs.append(out)
         out = outs[0] if len(outs) == 1 else join_heads(self.call.node, [part.heads or () for part in parts], outs)
         out.meta = dict(self.call.node.meta)

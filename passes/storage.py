@@ -66,9 +66,7 @@ class LayerPlan:
         content = {
             "layer": [self.layer, self.last, self.max_length, self.mode],
             "rings": self.rings,
-            "storages": [
-                [list(s.heads), s.slots, *([s.sink, s.recent] if isinstance(s, Ring) else [])] for s in self.storages
-            ],
+            "storages": [[list(s.heads), s.slots, *([s.sink, s.recent] if isinstance(s, Ring) else [])] for s in self.storages],
             **{name: None if mask is None else encode(mask) for name, mask in masks.items()},
         }
         return json.dumps(content)

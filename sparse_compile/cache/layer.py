@@ -53,7 +53,9 @@ class SparseCacheLayer(CacheLayerMixin):
                 f"(values {self.value_dim}), got {heads} of {dim} ({v.shape[3]}): build it from the config of this model"
             )
         if k.dtype != self.dtype or v.dtype != self.dtype:
-            raise ValueError(f"the cache was built with dtype={self.dtype}, got keys of {k.dtype}: build it with dtype={k.dtype}")
+            raise ValueError(
+                f"the cache was built with dtype={self.dtype}, got keys of {k.dtype}: build it with dtype={k.dtype}"
+            )
         if k.device.type != self.device.type or (k.device.index or 0) != (self.device.index or 0):
             raise ValueError(f"the cache was built with device={self.device}, got keys on {k.device}: build it on that device")
         if batch > self.positions.max_batch:
@@ -91,8 +93,7 @@ class SparseCacheLayer(CacheLayerMixin):
 
     def __repr__(self) -> str:
         kept = [
-            f"{len(s.heads)} heads x {s.slots} slots"
-            + (f" (sink {s.sink}, recent {s.recent})" if isinstance(s, Ring) else "")
+            f"{len(s.heads)} heads x {s.slots} slots" + (f" (sink {s.sink}, recent {s.recent})" if isinstance(s, Ring) else "")
             for s in self.plan.storages
         ]
         return f"SparseCacheLayer({', '.join(kept)})"
@@ -105,9 +106,7 @@ class Positions:
         self.max_batch = max_batch
         self.columns = torch.zeros((), dtype=torch.int64, device=device)
         self.texts = torch.zeros(max_batch, dtype=torch.int64, device=device)
-        self.page_texts = (
-            torch.full((max_batch, page_columns), -1, dtype=torch.int32, device=device) if page_columns else None
-        )
+        self.page_texts = torch.full((max_batch, page_columns), -1, dtype=torch.int32, device=device) if page_columns else None
         self.rings = [
             torch.full((max_batch, slots), -1, dtype=torch.int64, device=device) for _, slots in rings for _ in range(2)
         ]

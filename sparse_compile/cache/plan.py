@@ -107,7 +107,9 @@ def _storages(
     for head in range(geometry.kv_heads):
         queries = range(head * group, (head + 1) * group)
         seen = {
-            model if policy is None else model & policy.for_head(query, geometry.heads) for policy in policies for query in queries
+            model if policy is None else model & policy.for_head(query, geometry.heads)
+            for policy in policies
+            for query in queries
         }
         past = _union([needed_past(mask, mode, max_length) for mask in seen])
         slots = most if past is None else -(-(past.sink + past.recent + rollback) // page_size) * page_size
