@@ -90,7 +90,7 @@ def find_cache(call: AttentionCall | Left) -> AttentionCall | Left:
 def _first_tokens(node: Node, call: AttentionCall) -> Node | None:
     """``x`` where ``node`` is ``x[:, :, :q_len, :]`` with as many keys as there are queries."""
     everything = slice(None, None, None)
-    index = node.args[1] if op_name(node) == "getitem" else None
+    index: Any = node.args[1] if op_name(node) == "getitem" else None
     if not (isinstance(index, tuple) and len(index) == 4 and all(isinstance(part, slice) for part in index)):
         return None
     same = expr_of(value_of(node).shape[2]) == expr_of(call.size("q", 2))
@@ -154,8 +154,9 @@ class _Cache:
         """Columns and text positions of the new tokens."""
         self.first = call
         assert call.cache is not None
-        k, _, columns, texts, pages, rings, _, _ = call.cache.args
-        self.k, self.columns, self.texts, self.pages, self.rings = k, columns, texts, pages, list(rings)  # type: ignore[arg-type]
+        arguments: Any = call.cache.args
+        k, _, columns, texts, pages, rings, _, _ = arguments
+        self.k, self.columns, self.texts, self.pages, self.rings = k, columns, texts, pages, list(rings)
         self.point = call.cache
         self.one = is_one(call.size("q", 2))
         # The mask that says what is padding: any of the layers', as tokens are padding for all of them.
@@ -373,11 +374,10 @@ class _Cache:
 
     def _paged_mask(self, model: Mask, policy: Mask, plan: LayerPlan, sources: dict[str, Source]) -> Mask:
         """Text and columns are one unless there is padding; then the policy looks the text up."""
-        if policy == full or model.implies(policy) or policy == causal:
+        if policy in (full, causal) or model.implies(policy):
             return model & policy
         if not self.padded:
             if plan.mode == "chunk_relaxed":
-                assert isinstance(self.columns, Node)
                 policy = relaxed(policy, _capture(sources, self.columns, Source(self.columns, (), (), (None,))))
             return model & policy
         texts = _capture(sources, self._new_page_texts())
@@ -475,6 +475,4 @@ def _size_of(size: Any, inputs: list[Node]) -> int | tuple[int, int | None]:
         for axis, there in enumerate(getattr(value, "shape", ())):
             if expr_of(there) == size.node.expr:
                 return number, axis
-    raise SparseCacheError(
-        f"a SparseCache takes batch and length from the inputs of the model, and {size} is none of their sizes"
-    )
+    raise SparseCacheError(f"a SparseCache takes batch and length from the inputs of the model, and {size} is not one")

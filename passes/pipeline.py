@@ -1,4 +1,4 @@
-"""The passes, in order: unfuse, read, lift, assign, keep, lower, clean. They change the graph in place and account for every call."""
+"""The passes, in order: unfuse, read, lift, assign, keep, lower, clean. They work in place and account for every call."""
 
 from __future__ import annotations
 

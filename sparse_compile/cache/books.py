@@ -30,8 +30,8 @@ class Books:
             )
         if self.columns + tokens > self.max_length:
             raise SparseCacheError(
-                f"the cache has room for max_length={self.max_length} tokens, holds {self.columns}, and was given {tokens} more: "
-                "build it with a larger max_length, or crop or reset it. It holds what it held before"
+                f"the cache has room for max_length={self.max_length} tokens, holds {self.columns}, and was given {tokens} "
+                "more: build it with a larger max_length, or crop or reset it. It holds what it held before"
             )
         if self.batch not in (None, batch):
             raise SparseCacheError(

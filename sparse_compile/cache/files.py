@@ -73,7 +73,7 @@ def _parts(cache: SparseCache, rows: int, columns: int) -> dict[str, Tensor]:
     if at.page_texts is not None:
         parts["page_texts"] = at.page_texts[:rows, :columns]
     parts |= {f"ring_{number}": table[:rows] for number, table in enumerate(at.rings)}
-    for number, layer in enumerate(cache.layers):
+    for number, layer in enumerate(cache.kept):
         for which, buffer in enumerate(layer.buffers):
             pages = isinstance(layer.plan.storages[which // 2], Pages)
             parts[f"layer_{number}_{which}"] = buffer[:rows, :, :columns] if pages else buffer[:rows]
@@ -83,12 +83,12 @@ def _parts(cache: SparseCache, rows: int, columns: int) -> dict[str, Tensor]:
 def _identity(cache: SparseCache) -> str:
     """A digest of all that decides what the tensors mean; not of ``max_length``, which may differ."""
     layers: list[Any] = []
-    for layer in cache.layers:
+    for layer in cache.kept:
         plan = layer.plan
         masks = [None if mask is None else encode(mask) for mask in (plan.model, plan.prefill, plan.decode)]
         kept = [[s.heads, "pages" if isinstance(s, Pages) else [s.sink, s.slots]] for s in plan.storages]
         layers.append([masks, kept, plan.rings])
     geometry = cache.geometry
     sizes = [geometry.heads, geometry.kv_heads, geometry.key_dim, geometry.value_dim]
-    content = json.dumps([sizes, layers, cache.mode, str(cache.layers[0].dtype)])
+    content = json.dumps([sizes, layers, cache.mode, str(cache.kept[0].dtype)])
     return hashlib.sha256(content.encode()).hexdigest()

@@ -53,9 +53,7 @@ class SparseCacheLayer(CacheLayerMixin):
                 f"(values {self.value_dim}), got {heads} of {dim} ({v.shape[3]}): build it from the config of this model"
             )
         if k.dtype != self.dtype or v.dtype != self.dtype:
-            raise ValueError(
-                f"the cache was built with dtype={self.dtype}, got keys of {k.dtype}: build it with dtype={k.dtype}"
-            )
+            raise ValueError(f"the cache was built with dtype={self.dtype}, got keys of {k.dtype}: build it with that dtype")
         if k.device.type != self.device.type or (k.device.index or 0) != (self.device.index or 0):
             raise ValueError(f"the cache was built with device={self.device}, got keys on {k.device}: build it on that device")
         if batch > self.positions.max_batch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ def _masks(config: Any, layers: int) -> tuple[Mask, ...]:
     unknown = sorted(set(kinds[:layers]) - KINDS)
     if unknown:
         raise ValueError(f"a SparseCache keeps keys and values of attention, and the model has layers of kind {unknown[0]!r}")
-    masks = {"full_attention": causal}
+    masks: dict[str, Mask] = {"full_attention": causal}
     if window:
         masks["sliding_attention"] = causal & sliding_window(window)
     if chunk:
@@ -83,23 +83,25 @@ def plan_layers(
             raise ValueError(
                 "a SparseCache knows layers by number, and the policy names modules: write it with layer indices or ranges"
             )
-    kept = []
+    plans = []
     for layer, model in enumerate(geometry.masks):
-        masks = tuple(None if policy is None else policy.mask_for("", layer, phase) for phase in ("prefill", "decode"))
-        kept.append((model, *masks, _storages(geometry, (model, *masks), max_length, page_size, rollback, mode)))
-    rings = tuple(dict.fromkeys((s.sink, s.slots) for *_, storages in kept for s in storages if isinstance(s, Ring)))
-    last = len(kept) - 1
-    return tuple(
-        LayerPlan(layer, layer == last, max_length, rings, storages, model, prefill, decode, mode)
-        for layer, (model, prefill, decode, storages) in enumerate(kept)
-    )
+        prefill, decode = (None if policy is None else policy.mask_for("", layer, phase) for phase in ("prefill", "decode"))
+        storages = _storages(geometry, model, [prefill, decode], max_length, page_size, rollback, mode)
+        last = layer == len(geometry.masks) - 1
+        plans.append(LayerPlan(layer, last, max_length, (), storages, model, prefill, decode, mode))
+    rings = dict.fromkeys((s.sink, s.slots) for plan in plans for s in plan.storages if isinstance(s, Ring))
+    return tuple(replace(plan, rings=tuple(rings)) for plan in plans)
 
 
 def _storages(
-    geometry: Geometry, masks: tuple[Mask | None, ...], max_length: int, page_size: int, rollback: int, mode: str
+    geometry: Geometry,
+    model: Mask,
+    policies: list[Mask | None],
+    max_length: int,
+    page_size: int,
+    rollback: int,
+    mode: str,
 ) -> tuple[Storage, ...]:
-    model, *policies = masks
-    assert model is not None
     group = geometry.heads // geometry.kv_heads
     pages: list[int] = []
     rings: dict[tuple[int, int], list[tuple[int, int]]] = {}  # sink and slots: head and recent

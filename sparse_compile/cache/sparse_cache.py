@@ -41,9 +41,9 @@ class SparseCache(Cache):
         >>> cache.nbytes < cache.dense_nbytes / 10
         True
 
-    Raises ``ValueError`` or ``TypeError`` for sizes, a policy or a config that make no cache. In use: ``SparseCacheError`` without
-    the backend, beyond ``max_length``, and where a ring no longer has what is asked for; ``ValueError`` for tensors of another
-    model, dtype, device or a larger batch. The cache then holds what it held before.
+    Raises ``ValueError`` or ``TypeError`` for sizes, a policy or a config that make no cache. In use: ``SparseCacheError``
+    without the backend, beyond ``max_length``, and where a ring no longer has what is asked for; ``ValueError`` for tensors of
+    another model, dtype, device or a larger batch. The cache then holds what it held before.
     """
 
     def __init__(
@@ -72,12 +72,14 @@ class SparseCache(Cache):
         self.positions = Positions(max_batch, max_length if has_pages else 0, plans[0].rings, device)
         self.books = Books(max_length, max_batch, len(plans))
         dims = self.geometry.key_dim, self.geometry.value_dim
-        layers = []
+        kept = []
         for plan in plans:
             shapes = [(max_batch, len(storage.heads), storage.slots, dim) for storage in plan.storages for dim in dims]
             # Not ``empty``: a masked value takes part with weight 0, and 0 * NaN is NaN.
             buffers = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-            layers.append(SparseCacheLayer(plan, buffers, self.positions, self.books))
+            kept.append(SparseCacheLayer(plan, buffers, self.positions, self.books))
+        self.kept = tuple(kept)  # ``layers``, by their own type
+        layers: list[Any] = kept
         super().__init__(layers=layers)
         self.positions.columns.sparse_cache_books = self.books  # type: ignore[attr-defined]  # how the backend finds the books
         for tensor in self._tensors():
@@ -93,8 +95,8 @@ class SparseCache(Cache):
     @property
     def dense_nbytes(self) -> int:
         """The bytes of a dense cache of the same lengths, as ``StaticCache`` allocates it."""
-        geometry, each = self.geometry, self.layers[0].dtype.itemsize
-        token = len(self.layers) * geometry.kv_heads * (geometry.key_dim + geometry.value_dim) * each
+        geometry, each = self.geometry, self.kept[0].dtype.itemsize
+        token = len(self.kept) * geometry.kv_heads * (geometry.key_dim + geometry.value_dim) * each
         return token * self.max_batch * self.max_length
 
     @property
@@ -106,7 +108,7 @@ class SparseCache(Cache):
         return torch.compiler.is_compiling() or self.max_batch == 1 or self.books.columns > 0
 
     def _tensors(self) -> list[Tensor]:
-        return [*self.positions.tensors(), *(buffer for layer in self.layers for buffer in layer.buffers)]
+        return [*self.positions.tensors(), *(buffer for layer in self.kept for buffer in layer.buffers)]
 
     def __repr__(self) -> str:
         held = f"{self.books.columns} of {self.max_length} tokens, {self.nbytes / 2**20:.1f} MiB"
@@ -135,12 +137,12 @@ class SparseCache(Cache):
         at, rows = self.positions, self.books.batch or 0
         first = self.books.columns - remove  # the first column that goes
         texts = self._texts_without(first, rows)
-        recents = {(s.sink, s.slots): 0 for layer in self.layers for s in layer.plan.storages if isinstance(s, Ring)}
-        for layer in self.layers:
+        recents = {(s.sink, s.slots): 0 for layer in self.kept for s in layer.plan.storages if isinstance(s, Ring)}
+        for layer in self.kept:
             for s in layer.plan.storages:
                 if isinstance(s, Ring):
                     recents[s.sink, s.slots] = max(recents[s.sink, s.slots], s.recent)
-        for ring, (sink, slots) in enumerate(self.layers[0].plan.rings):
+        for ring, (sink, slots) in enumerate(self.kept[0].plan.rings):
             kept = at.rings[2 * ring][:rows]
             start = (texts - (recents[sink, slots] - 1)).clamp(min=sink).unsqueeze(1)
             there = ((kept >= start) & (kept < texts.unsqueeze(1))).sum(dim=1)
@@ -168,8 +170,8 @@ class SparseCache(Cache):
         smallest = min(table.shape[1] for table in at.rings)
         if self.books.columns - first > smallest:
             raise SparseCacheError(
-                f"{self.books.columns - first} tokens cannot be taken back from rings of {smallest} slots. The cache holds what "
-                "it held before"
+                f"{self.books.columns - first} tokens cannot be taken back from rings of {smallest} slots. It holds what it "
+                "held before"
             )
         return at.texts[:rows] - torch.stack(gone).amax(dim=0)
 
@@ -192,7 +194,8 @@ class SparseCache(Cache):
     def _select(self, rows: Tensor) -> None:
         if rows.numel() > self.max_batch:
             raise ValueError(
-                f"the cache was built with max_batch={self.max_batch}, got {rows.numel()} sequences: build it with a larger max_batch"
+                f"the cache was built with max_batch={self.max_batch}, got {rows.numel()} sequences: build it with a larger "
+                "max_batch"
             )
         rows = rows.to(self.positions.columns.device)
         for tensor in self._tensors():
