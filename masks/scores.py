@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
+import torch
+
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.given import Given, look_up
 from sparse_compile.masks.mask import Index
@@ -199,8 +201,33 @@ class SinkLogits(ScoreMod):
         )
 
 
+@dataclass(frozen=True, repr=False)
+class SinkScores(ScoreMod):
+    """Scores of the first keys of a text that were computed elsewhere: ``scores[b, h, i, keys[b, j]]`` in the place of theirs.
+
+    ``scores`` is ``[B, H, Q, n]`` and ``keys`` ``[B, KV]`` holds the text position of each key; those below ``n`` (and not
+    negative) are replaced.
+    """
+
+    scores: Given
+    keys: Given
+    name: ClassVar[str] = "sink_scores"
+
+    def __post_init__(self) -> None:
+        _capture(self, "scores", 4, "[batch, heads, queries, keys]")
+        _capture(self, "keys", 2, "[batch, keys]")
+
+    def __call__(self, score: Any, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        scores = Captured.of(self.scores).tensor
+        position = look_up(Captured.of(self.keys).tensor, b, kv_idx)
+        count = scores.shape[3]
+        replaced = scores[b, h, q_idx, position.clamp(min=0, max=count - 1)]
+        return torch.where((position >= 0) & (position < count), replaced.to(score.dtype), score)
+
+
 alibi = Alibi
 softcap = Softcap
 log_weight = LogWeight
 bias = Bias
 sink_logits = SinkLogits
+sink_scores = SinkScores

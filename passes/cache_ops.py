@@ -30,6 +30,7 @@ def cache_update(
     page_texts: Tensor | None,
     rings: list[Tensor],
     buffers: list[Tensor],
+    stream: list[Tensor],
     plan: str,
 ) -> tuple[Tensor, Tensor]:
     """The keys and values ``[B, Hkv, max_length, D]`` that attention would see if they existed; see ``LayerPlan`` for ``plan``.
@@ -37,7 +38,8 @@ def cache_update(
     ``columns`` counts the tokens seen, padding included, int64 ``[]``; ``texts`` without padding, int64 ``[max_batch]``.
     ``page_texts`` ``[max_batch, max_length]`` is the text position of each column, -1 for padding. ``rings`` are text
     position and column of each slot, ``[max_batch, slots]``, two for each of ``plan.rings``. ``buffers`` are keys and values of
-    each storage, ``[max_batch, heads, slots, D]``.
+    each storage, ``[max_batch, heads, slots, D]``. ``stream`` is empty, or for positions in the cache: the rotary position
+    of the next token ``[]``, text position less rotary position of the keys ``[max_batch]``, and the frequencies of the layer.
     """
     raise SparseCacheError(UNCOMPILED)
 
@@ -51,6 +53,7 @@ def _(
     page_texts: Tensor | None,
     rings: list[Tensor],
     buffers: list[Tensor],
+    stream: list[Tensor],
     plan: str,
 ) -> tuple[Tensor, Tensor]:
     from sparse_compile.passes.storage import LayerPlan

@@ -32,7 +32,8 @@ class AttentionCall:
     un-repeated. ``attn_mask``, ``is_causal``, ``score_steps`` and ``sink`` are what the model wrote; the lift pass turns them
     into ``mask``, ``score_mod`` and ``positions``, with ``sources`` naming the tensors those read; the assign pass fills
     ``policy``. ``cache`` is the update of a ``SparseCache`` whose keys these are, ``cache_was_empty`` if the call looks at the
-    new tokens alone; the kv pass cuts such a call into ``pieces``.
+    new tokens alone; the kv pass cuts such a call into ``pieces``, and notes the bytes of
+    its layer and of a dense one.
     """
 
     node: Node
@@ -53,6 +54,7 @@ class AttentionCall:
     policy_reason: str = ""
     cache: Node | None = None
     cache_was_empty: bool = False
+    cache_nbytes: tuple[int, int] | None = None
     pieces: tuple[AttentionCall, ...] = ()
 
     @property

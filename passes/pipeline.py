@@ -10,10 +10,11 @@ from torch.fx import GraphModule, Node
 
 from sparse_compile.masks import Mask, causal, full
 from sparse_compile.passes.ancestry import is_self_attention
+from sparse_compile.passes.cache_ops import SparseCacheError
 from sparse_compile.passes.call import AttentionCall, Left, Phase, read_sdpa
 from sparse_compile.passes.graph import Order, erase_dead, expr_of, is_one, op_name
 from sparse_compile.passes.kernels import Target
-from sparse_compile.passes.kv import CacheUse, find_cache, keep
+from sparse_compile.passes.kv import CacheRefused, CacheUse, find_cache, keep
 from sparse_compile.passes.lift import lift_call
 from sparse_compile.passes.lower import lower_call
 from sparse_compile.passes.parts import Part, parts_of
@@ -119,9 +120,12 @@ def assign_policy(rewrite: Rewrite) -> int:
 def keep_in_cache(rewrite: Rewrite) -> int:
     """Cut calls over a ``SparseCache`` into one for each way its heads are kept, and write the new tokens there.
 
-    Raises ``SparseCacheError`` if the cache is used by anything but attention that was read.
+    Raises ``CacheRefused`` if the cache is used by anything but attention that was read, or does not fit the model.
     """
-    rewrite.calls, rewrite.cache_uses = keep(rewrite.gm, rewrite.calls, rewrite.left, phase_of)
+    try:
+        rewrite.calls, rewrite.cache_uses = keep(rewrite.gm, rewrite.calls, rewrite.left, phase_of)
+    except (SparseCacheError, ValueError) as error:
+        raise CacheRefused(error) from error
     return sum(len(call.pieces) for call in rewrite.calls)
 
 

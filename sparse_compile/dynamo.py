@@ -17,7 +17,7 @@ from sparse_compile.report import Report
 
 if TYPE_CHECKING:  # the passes import sympy and Dynamo, which cost a second: not before something is compiled
     from sparse_compile.passes.call import AttentionCall
-    from sparse_compile.passes.kv import CacheUse
+    from sparse_compile.passes.kv import CacheRefused, CacheUse
     from sparse_compile.passes.pipeline import Rewrite
 
 INNER = ("inductor", "aot_eager", "cudagraphs", "tensorrt", "eager")
@@ -95,11 +95,15 @@ class Backend:
     ) -> Callable[..., Any]:
         """Compile one graph; ``torch.compile`` calls this."""
         from sparse_compile.passes.inner import check_mode, compile_inner
+        from sparse_compile.passes.kv import CacheRefused
 
         check_mode(mode)
         if options:
             return self._with(options)(gm, inputs, mode=mode)
-        rewrite = self._rewrite(gm, inputs)
+        try:
+            rewrite = self._rewrite(gm, inputs)
+        except CacheRefused as refused:
+            return _refusing(refused)
         self._record(rewrite)
         inner = "eager" if self._dry else self.inner
         compiled, note = compile_inner(gm, inputs, inner=inner, mode=mode, config=self._config())
@@ -200,6 +204,15 @@ class Backend:
         if self.strict:
             raise SparseCompileError(message)
         warnings.warn(message, SparseCompileWarning, stacklevel=3)
+
+
+def _refusing(why: CacheRefused) -> Callable[..., Any]:
+    """A graph that says why it cannot run. Raised while compiling, the error would reach the user as torch's."""
+
+    def run(*args: Any) -> Any:
+        raise why.error from None
+
+    return run
 
 
 def _sizes(use: CacheUse, args: Sequence[Any]) -> tuple[int, int]:

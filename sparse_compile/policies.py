@@ -1,10 +1,23 @@
-"""The published policies by name, as masks of one language."""
+"""The published policies by name, each a few masks of one language. Sizes count a token itself among its recent ones."""
 
 from __future__ import annotations
 
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
 from sparse_compile import masks
-from sparse_compile.masks import Mask, causal, sliding_window
+from sparse_compile.masks import Mask, causal, per_head, sliding_window
 from sparse_compile.policy import Policy
+
+log = logging.getLogger(__name__)
+Pattern = str | Path | Tensor | Sequence[Sequence[float]]
 
 
 def dense() -> Policy:
@@ -17,9 +30,117 @@ def dense() -> Policy:
 
 
 def streaming_llm(sink: int = 4, recent: int = 1020) -> Policy:
-    """Every head sees the first ``sink`` tokens and the last ``recent``, its own included."""
+    """Every head sees the first ``sink`` tokens and the last ``recent`` (StreamingLLM, https://arxiv.org/abs/2309.17453).
+
+    ``SparseCache(..., cache_positions=True)`` places queries as the paper does, at their place in the cache. Its code counts
+    ``recent`` without the token itself: its 2000 are 2001 here.
+
+        >>> streaming_llm(sink=4, recent=28)
+        Policy(causal & (sink(4) | sliding_window(28)))
+    """
     return Policy(_streaming(sink, recent))
+
+
+def duo_attention(pattern: Pattern, sparsity: float = 0.5, sink: int | None = 64, recent: int | None = 256) -> Policy:
+    """A share ``sparsity`` of all KV heads streams, those with the lowest gates (DuoAttention, https://arxiv.org/abs/2410.10819).
+
+    ``pattern`` is a published folder (``full_attention_heads.tsv`` and ``config.json``), a tsv file, or the gates themselves,
+    ``[layers, KV heads]``. ``sink`` and ``recent`` of None take the sizes from ``config.json``. See ``full_heads`` for ties.
+
+        >>> duo_attention([[0.9, 0.1], [0.2, 0.3]], sparsity=0.5, sink=2, recent=4).layers[1][1]
+        per_head([causal & (sink(2) | sliding_window(4)), causal])
+
+    Raises ``ValueError`` for gates that are no table, and ``FileNotFoundError`` for files that are not there.
+    """
+    gates, sizes = _gates(pattern)
+    sink, recent = (given if given is not None else sizes.get(name) for name, given in (("sink", sink), ("recent", recent)))
+    if sink is None or recent is None:
+        raise ValueError(f"{pattern} has no config.json with sink_size and recent_size: give sink and recent")
+    return Policy(layers=_layers(full_heads(gates, sparsity).full, _streaming(sink, recent)))
+
+
+def lserve_static(
+    pattern: Pattern, sparsity: float = 0.5, sink: int = 128, recent: int = 256, prefill_recent: int = 8192
+) -> Policy:
+    """The static half of LServe (https://arxiv.org/abs/2502.14866): DuoAttention's heads, with a wide window while prefilling.
+
+        >>> policy = lserve_static([[0.9, 0.1]], sink=2, recent=4, prefill_recent=8)
+        >>> policy.mask_for("", 0, "decode")
+        per_head([causal, causal & (sink(2) | sliding_window(4))])
+
+    Raises as ``duo_attention``.
+    """
+    full = full_heads(_gates(pattern)[0], sparsity).full
+    return Policy(
+        prefill=Policy(layers=_layers(full, _streaming(sink, prefill_recent))),
+        decode=Policy(layers=_layers(full, _streaming(sink, recent))),
+    )
+
+
+@dataclass(frozen=True)
+class FullHeads:
+    """Which KV heads see everything, ``[layers][heads]``, and how many heads tied for how many of the last places."""
+
+    full: tuple[tuple[bool, ...], ...]
+    tied: int = 0
+    places: int = 0
+
+
+def full_heads(gates: Tensor | Sequence[Sequence[float]], sparsity: float) -> FullHeads:
+    """The heads whose gates reach the ``sparsity`` quantile of all gates, clipped to [0, 1], as DuoAttention chooses them.
+
+    Its code breaks ties with random noise; here lower layers and heads win, and the ties are logged. ``sparsity`` of 1 and
+    more leaves no head, of 0 and less every head.
+
+        >>> full_heads([[1.0, 1.0], [1.0, 0.0]], 0.5)
+        FullHeads(full=((True, True), (False, False)), tied=3, places=2)
+    """
+    table = [[min(max(float(gate), 0.0), 1.0) for gate in row] for row in gates]
+    if not table or len({len(row) for row in table}) != 1 or not table[0]:
+        raise ValueError("gates are a table with a row for each layer and a column for each KV head, and this is none")
+    ranked = sorted((-gate, layer, head) for layer, row in enumerate(table) for head, gate in enumerate(row))
+    # As many as reach numpy's quantile, which lies between two neighbours unless it is one of them.
+    count = len(ranked) - max(0, math.ceil((len(ranked) - 1) * sparsity - 1e-9)) if sparsity > 0 else len(ranked)
+    count = 0 if sparsity >= 1 else count
+    chosen = {(layer, head) for _, layer, head in ranked[:count]}
+    full = tuple(tuple((layer, head) in chosen for head in range(len(row))) for layer, row in enumerate(table))
+    if not 0 < count < len(ranked) or ranked[count - 1][0] != ranked[count][0]:
+        return FullHeads(full)
+    edge = ranked[count][0]
+    tied, places = sum(gate == edge for gate, *_ in ranked), sum(gate == edge for gate, *_ in ranked[:count])
+    told = (tied, -edge, places, sparsity)
+    log.warning("%d heads tie at gate %g for %d places at sparsity %g: lower layers and heads won", *told)
+    return FullHeads(full, tied, places)
 
 
 def _streaming(sink: int, recent: int) -> Mask:
     return causal & (masks.sink(sink) | sliding_window(recent))
+
+
+def _layers(full: tuple[tuple[bool, ...], ...], streaming: Mask) -> dict[int | range | str, Mask]:
+    return {
+        layer: causal if all(row) else per_head([causal if sees_all else streaming for sees_all in row])
+        for layer, row in enumerate(full)
+    }
+
+
+def _gates(pattern: Pattern) -> tuple[Sequence[Sequence[float]], dict[str, int]]:
+    """The gates, and the sizes that a published folder suggests."""
+    if isinstance(pattern, Tensor):
+        if pattern.dim() != 2:
+            raise ValueError(f"gates need shape [layers, KV heads], got {list(pattern.shape)}")
+        return pattern.to(torch.float64).tolist(), {}
+    if not isinstance(pattern, str | Path):
+        return pattern, {}
+    path, sizes = Path(pattern), {}
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    if config.is_file():
+        content = json.loads(config.read_text("utf-8"))
+        sizes = {name: content[f"{name}_size"] for name in ("sink", "recent") if f"{name}_size" in content}
+    path = path / "full_attention_heads.tsv" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no pattern {path}: give a folder with full_attention_heads.tsv, or a tsv file")
+    try:
+        return [[float(cell) for cell in line.split()] for line in path.read_text("utf-8").splitlines() if line.strip()], sizes
+    except ValueError as wrong:
+        raise ValueError(f"{path} holds gates, one layer a line, and this is no number: {wrong}") from wrong

@@ -20,7 +20,8 @@ class Site:
     ``module`` is the path of the module that makes the call and ``layer`` the first number in it. ``q_len`` and ``kv_len``
     are text, symbols where a length is dynamic. ``model_mask`` is the mask recovered from the model, ``policy_mask`` what
     the policy added. ``action`` is ``exact`` (rewritten, same result), ``sparse`` (a policy removed keys) or ``left`` (not
-    touched); ``reason`` says why a call was left, ran a slower kernel, or went without its policy.
+    touched); ``reason`` says why a call was left, ran a slower kernel, or went without its policy. ``kv_nbytes`` are the
+    resident bytes of the layer in a ``SparseCache`` and ``kv_dense_nbytes`` what a dense cache would hold; None without one.
     """
 
     module: str
@@ -38,6 +39,8 @@ class Site:
     heads: int = 1
     kv_heads: int = 1
     traced: tuple[int, int, int] = (0, 0, 0)  # q_len, kv_len and position of the first query in the traced example
+    kv_nbytes: int | None = None
+    kv_dense_nbytes: int | None = None
     mask: Mask | None = field(default=None, compare=False, repr=False)
 
     @cached_property
@@ -99,6 +102,10 @@ class Report:
             head = ("graph", "module", "calls", "phase", "q x kv", "model mask", "policy", "density", "kernel")
             lines += _table([head, *[row[:-1] for row in rows]])
             lines += _reasons(self.sites)
+        kept = {site.module: site for site in self.sites if site.kv_nbytes is not None}
+        if kept:
+            held, dense = (sum(getattr(site, name) for site in kept.values()) for name in ("kv_nbytes", "kv_dense_nbytes"))
+            lines.append(f"  SparseCache: {held / 2**20:.1f} MiB of keys and values, dense {dense / 2**20:.1f} MiB")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 

@@ -45,7 +45,10 @@ def load(cache: SparseCache, path: str | Path) -> None:
         raise ValueError(f"{path} is no file of a SparseCache of version {VERSION}: it says {header or 'nothing about itself'}")
     if header.get("cache") != _identity(cache):
         raise ValueError(f"{path} was saved from a cache of another model, policy, mode, page size or dtype than this one")
-    rows, columns = int(header["rows"]), int(header["columns"])
+    sizes = [header.get(name, "") for name in ("rows", "columns")]
+    if not all(size.isdecimal() for size in sizes):
+        raise ValueError(f"{path} is broken: its header counts {sizes[0]!r} rows of {sizes[1]!r} columns")
+    rows, columns = map(int, sizes)
     if rows > cache.max_batch or columns > cache.max_length:
         raise ValueError(
             f"{path} holds {rows} sequences of {columns} tokens, and the cache takes {cache.max_batch} of {cache.max_length}"

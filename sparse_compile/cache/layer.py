@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sparse_compile.cache.books import Books
 from sparse_compile.passes import cache_ops  # noqa: F401  # registers the op that update() calls
-from sparse_compile.passes.storage import LayerPlan, Ring
+from sparse_compile.passes.storage import LayerPlan, Ring, misfit
 
 
 class SparseCacheLayer(CacheLayerMixin):
@@ -21,12 +21,13 @@ class SparseCacheLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, plan: LayerPlan, buffers: list[Tensor], positions: Positions, books: Books) -> None:
-        super().__init__()
+    def __init__(
+        self, plan: LayerPlan, buffers: list[Tensor], positions: Positions, books: Books, frequencies: Tensor | None
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers'
         self.plan, self.buffers, self.positions, self.books = plan, buffers, positions, books
         self.text = plan.to_text()
-        self.kv_heads = sum(len(storage.heads) for storage in plan.storages)
-        self.key_dim, self.value_dim = buffers[0].shape[3], buffers[1].shape[3]
+        self.stream = [] if frequencies is None else [*positions.stream, frequencies]
         self.dtype, self.device = buffers[0].dtype, buffers[0].device
         self.is_initialized = True
 
@@ -38,33 +39,24 @@ class SparseCacheLayer(CacheLayerMixin):
 
         Raises ``ValueError`` for tensors of another model, dtype or device, and ``SparseCacheError`` without the backend.
         """
-        self._check(key_states, value_states)
+        # While a graph is traced the kv pass checks: of an error here Dynamo makes a model that runs un-compiled from then on.
+        why = "" if torch.compiler.is_compiling() else misfit(key_states, value_states, self.buffers, self.plan)
+        if why:
+            raise ValueError(why)
         at = self.positions
         k, v = torch.ops.sparse_compile.cache_update(
-            key_states, value_states, at.columns, at.texts, at.page_texts, at.rings, self.buffers, self.text
+            key_states, value_states, at.columns, at.texts, at.page_texts, at.rings, self.buffers, self.stream, self.text
         )
         return k, v
 
-    def _check(self, k: Tensor, v: Tensor) -> None:
-        batch, heads, _, dim = k.shape
-        if (heads, dim, v.shape[3]) != (self.kv_heads, self.key_dim, self.value_dim):
-            raise ValueError(
-                f"layer {self.plan.layer} of the cache was built for {self.kv_heads} KV heads of {self.key_dim} "
-                f"(values {self.value_dim}), got {heads} of {dim} ({v.shape[3]}): build it from the config of this model"
-            )
-        if k.dtype != self.dtype or v.dtype != self.dtype:
-            raise ValueError(f"the cache was built with dtype={self.dtype}, got keys of {k.dtype}: build it with that dtype")
-        if k.device.type != self.device.type or (k.device.index or 0) != (self.device.index or 0):
-            raise ValueError(f"the cache was built with device={self.device}, got keys on {k.device}: build it on that device")
-        if batch > self.positions.max_batch:
-            raise ValueError(
-                f"the cache was built with max_batch={self.positions.max_batch}, got {batch} sequences: build it with a "
-                "larger max_batch"
-            )
-
     def get_seq_length(self) -> Any:
-        """The tokens seen so far, padding included: a tensor while a graph is traced, else a number."""
-        return self.positions.columns if torch.compiler.is_compiling() else self.books.columns
+        """The tokens seen so far, padding included: a tensor while a graph is traced, else a number.
+
+        A traced model takes the rotary position of its next token from here.
+        """
+        if not torch.compiler.is_compiling():
+            return self.books.columns
+        return self.positions.stream[0] if self.stream else self.positions.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks are written over all columns there may ever be, like those of a ``StaticCache``; none is built that big."""
@@ -108,15 +100,16 @@ class Positions:
         self.rings = [
             torch.full((max_batch, slots), -1, dtype=torch.int64, device=device) for _, slots in rings for _ in range(2)
         ]
+        self.stream = [torch.zeros_like(self.columns), torch.zeros_like(self.texts)]
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
         pages = [] if self.page_texts is None else [self.page_texts]
-        return [self.columns, self.texts, *pages, *self.rings]
+        return [self.columns, self.texts, *self.stream, *pages, *self.rings]
 
     def clear(self) -> None:
         """No token at all."""
-        self.columns.zero_()
-        self.texts.zero_()
-        for table in self.tensors()[2:]:
+        for count in self.tensors()[:4]:
+            count.zero_()
+        for table in self.tensors()[4:]:
             table.fill_(-1)

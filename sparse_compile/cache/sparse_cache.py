@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from sparse_compile.cache.books import Books
 from sparse_compile.cache.layer import Positions, SparseCacheLayer
 from sparse_compile.cache.plan import Geometry, check_dtype, check_sizes, plan_layers
+from sparse_compile.cache.rotation import in_cache_positions
 from sparse_compile.masks import Mask
 from sparse_compile.passes.cache_ops import SparseCacheError
 from sparse_compile.passes.storage import Pages, Ring
@@ -27,11 +28,15 @@ class SparseCache(Cache):
 
     ``max_length`` is the most tokens of a sequence, prompt and padding included; everything is allocated now, for
     ``max_batch`` sequences, in ``dtype`` (the config's) on ``device``. Rings are as long as whole pages of ``page_size``
-    tokens that hold sink, window and ``rollback`` more tokens, which ``crop`` may take back at any time.
+    tokens that hold sink, window and ``rollback`` more tokens, which ``crop`` may take back of a full ring.
 
     ``mode`` is ``strict`` (each query sees exactly what the mask says, however a prompt is cut into chunks) or
     ``chunk_relaxed`` (each chunk sees itself, and of what came before what the mask shows to the position before it:
     DuoAttention's published prefill, which depends on the chunks).
+
+    With ``cache_positions`` a query stands where it would in the cache, not in the text (StreamingLLM,
+    https://arxiv.org/abs/2309.17453): the sink stays near, and texts may be longer than any position the model knows. It needs
+    rotary position embeddings, and a policy under which every head forgets; ``max_length`` may then be as large as you like.
 
         >>> policy = sc.policies.streaming_llm(sink=4, recent=28)
         >>> cache = sc.SparseCache(model.config, policy, max_length=4096)
@@ -57,6 +62,7 @@ class SparseCache(Cache):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         mode: str = "strict",
+        cache_positions: bool = False,
         rollback: int = 0,
     ) -> None:
         check_sizes(max_length, max_batch, page_size, rollback)
@@ -68,22 +74,34 @@ class SparseCache(Cache):
         plans = plan_layers(
             self.geometry, self.policy, max_length=max_length, page_size=page_size, rollback=rollback, mode=mode
         )
+        frequencies: list[Tensor | None] = [None] * len(plans)
+        if cache_positions:
+            plans, frequencies = in_cache_positions(plans, config, self.geometry.key_dim, device)
         has_pages = any(isinstance(storage, Pages) for plan in plans for storage in plan.storages)
         self.positions = Positions(max_batch, max_length if has_pages else 0, plans[0].rings, device)
         self.books = Books(max_length, max_batch, len(plans))
         dims = self.geometry.key_dim, self.geometry.value_dim
         kept = []
-        for plan in plans:
+        for plan, own in zip(plans, frequencies, strict=True):
             shapes = [(max_batch, len(storage.heads), storage.slots, dim) for storage in plan.storages for dim in dims]
             # Not ``empty``: a masked value takes part with weight 0, and 0 * NaN is NaN.
             buffers = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-            kept.append(SparseCacheLayer(plan, buffers, self.positions, self.books))
+            kept.append(SparseCacheLayer(plan, buffers, self.positions, self.books, own))
         self.kept = tuple(kept)  # ``layers``, by their own type
         layers: list[Any] = kept
         super().__init__(layers=layers)
         self.positions.columns.sparse_cache_books = self.books  # type: ignore[attr-defined]  # how the backend finds the books
         for tensor in self._tensors():
             torch._dynamo.mark_static_address(tensor)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take the new keys and values of a layer; models call this. See ``SparseCacheLayer.update``."""
+        if layer_idx >= len(self.kept) and not torch.compiler.is_compiling():
+            raise ValueError(f"the cache has {len(self.kept)} layers, and the model a layer {layer_idx}: use its own config")
+        # A layer too many, traced, gets the last one's place; the kv pass refuses that.
+        return self.kept[min(layer_idx, len(self.kept) - 1)].update(key_states, value_states)
 
     # -- what it holds ----------------------------------------------------------------------------------------------
 
@@ -108,11 +126,16 @@ class SparseCache(Cache):
         return torch.compiler.is_compiling() or self.max_batch == 1 or self.books.columns > 0
 
     def _tensors(self) -> list[Tensor]:
-        return [*self.positions.tensors(), *(buffer for layer in self.kept for buffer in layer.buffers)]
+        frequencies = {id(layer.stream[2]): layer.stream[2] for layer in self.kept if layer.stream}
+        return [*self.positions.tensors(), *frequencies.values(), *(buffer for layer in self.kept for buffer in layer.buffers)]
 
     def __repr__(self) -> str:
         held = f"{self.books.columns} of {self.max_length} tokens, {self.nbytes / 2**20:.1f} MiB"
         return f"SparseCache({held}, dense {self.dense_nbytes / 2**20:.1f} MiB, layers={self.layers})"
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """The column of the next token: a tensor while a graph is traced, else a number."""
+        return self.positions.columns if torch.compiler.is_compiling() else self.books.columns
 
     # -- what can be done to it -------------------------------------------------------------------------------------
 
@@ -132,7 +155,9 @@ class SparseCache(Cache):
             raise ValueError(f"crop takes back tokens and needs a number of at most 0, got {tokens_to_remove}: crop(-n)")
         if remove > self.books.columns:
             raise ValueError(f"the cache holds {self.books.columns} tokens, and {remove} cannot be taken back")
-        if remove == 0:
+        if remove == self.books.columns:
+            self.reset()
+        if remove == 0 or self.books.columns == 0:
             return
         at, rows = self.positions, self.books.batch or 0
         first = self.books.columns - remove  # the first column that goes
@@ -146,10 +171,12 @@ class SparseCache(Cache):
             kept = at.rings[2 * ring][:rows]
             start = (texts - (recents[sink, slots] - 1)).clamp(min=sink).unsqueeze(1)
             there = ((kept >= start) & (kept < texts.unsqueeze(1))).sum(dim=1)
-            if bool((there < (texts - start.squeeze(1)).clamp(min=0)).any()):
+            missing = int(((texts - start.squeeze(1)).clamp(min=0) - there).max())
+            if missing > 0:
+                room = slots - sink - recents[sink, slots] + missing
                 raise SparseCacheError(
                     f"{remove} tokens cannot be taken back: a ring of {slots} slots has overwritten what would be visible "
-                    f"again. Build the cache with rollback={remove} or more. It holds what it held before"
+                    f"again. Build the cache with rollback={room} or more. It holds what it held before"
                 )
         for ring in range(0, len(at.rings), 2):
             gone = at.rings[ring] >= torch.nn.functional.pad(texts, (0, self.max_batch - rows)).unsqueeze(1)
@@ -159,6 +186,7 @@ class SparseCache(Cache):
             at.page_texts[:, first:] = -1
         at.texts[:rows] = texts
         at.columns.sub_(remove)
+        at.stream[0].sub_(remove)
         self.books.columns = first
 
     def _texts_without(self, first: int, rows: int) -> Tensor:
@@ -197,9 +225,12 @@ class SparseCache(Cache):
                 f"the cache was built with max_batch={self.max_batch}, got {rows.numel()} sequences: build it with a larger "
                 "max_batch"
             )
+        held = self.books.batch or 0
+        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < max(held, 1):
+            raise ValueError(f"the cache holds {held} sequences, and the rows {rows.tolist()} are not all among them")
         rows = rows.to(self.positions.columns.device)
         for tensor in self._tensors():
-            if tensor.dim():
+            if tensor.dim() and tensor.shape[0] == self.max_batch and tensor.dtype != torch.float64:
                 tensor[: rows.numel()] = tensor.index_select(0, rows)
         self.books.batch = rows.numel() or None
 

@@ -1,0 +1,203 @@
+"""The attention of one layer over a SparseCache, cut into a call for each way in which its heads are kept.
+
+Heads that keep everything are a static cache of their own: a buffer ``[B, heads, slots, D]`` with column ``n`` in slot ``n``.
+Heads of a ring see ``[ring in the order of its text | chunk]`` in a prefill and the ring as it lies in a decode step, under
+masks that look positions up (``Placed``). One buffer for each way rather than one pool with page lists for all: a group of
+equal heads is an ordinary dense tensor, which every kernel reads at full speed (SDPA and FlexAttention's C++ template read
+no page lists, and the template ignores where a view begins).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.nn.functional import scaled_dot_product_attention
+
+from sparse_compile.masks import Captured, Mask, causal, full, per_head
+from sparse_compile.masks.placed import placed, relaxed
+from sparse_compile.masks.scores import sink_scores
+from sparse_compile.passes.cached import CacheInGraph, ring_of
+from sparse_compile.passes.call import AttentionCall
+from sparse_compile.passes.graph import inline, value_of
+from sparse_compile.passes.heads import join_heads, pick_heads
+from sparse_compile.passes.positions import Positions
+from sparse_compile.passes.storage import LayerPlan, Pages, Ring, Storage
+from sparse_compile.passes.tables import Q_START
+from sparse_compile.passes.words import Source
+
+
+class Pieces:
+    """The pieces of one call. ``policy`` of the call is what both the cache and the backend ask for."""
+
+    def __init__(self, cache: CacheInGraph, call: AttentionCall, plan: LayerPlan) -> None:
+        assert call.cache is not None and call.mask is not None
+        self.cache, self.call, self.plan, self.model = cache, call, plan, call.mask
+        self.point = cache.point = call.node
+        self.sources = dict(call.sources)
+        self.group = call.heads // call.kv_heads
+
+    def run(self) -> AttentionCall:
+        """The call with its pieces, joined where the call stood."""
+        made = [self._piece(number, storage) for number, storage in enumerate(self.plan.storages)]
+        outs = [piece.node for piece in made]
+        out = outs[0]
+        if len(outs) > 1:
+            out = join_heads(self.point, [self.heads_of(storage) for storage in self.plan.storages], outs)
+        self.point.replace_all_uses_with(out)
+        return replace(self.call, pieces=tuple(made))
+
+    def heads_of(self, storage: Storage) -> tuple[int, ...]:
+        """The query heads of the KV heads that are kept in one way."""
+        return tuple(head * self.group + g for head in storage.heads for g in range(self.group))
+
+    def _piece(self, number: int, storage: Storage) -> AttentionCall:
+        """The attention of some heads: their keys and values where they are kept, and the mask over those."""
+        call, plan, arguments = self.call, self.plan, self._arguments()
+        whole = len(plan.storages) == 1
+        heads = self.heads_of(storage)
+        q = pick_heads(self.point, call.q, None if whole else heads)
+        new = [pick_heads(self.point, x, None if whole else storage.heads) for x in arguments[:2]]
+        kept = arguments[6][2 * number : 2 * number + 2]
+        policy, score_mod, positions = self._policy(heads), call.score_mod, call.positions
+        if call.cache_was_empty and not plan.rotation:
+            self._fill(kept, new, storage)
+            k, v = new
+            mask = self.model & policy if plan.mode == "strict" else self.model  # all is one chunk, which sees itself
+        elif isinstance(storage, Pages):
+            k, v = (self._append(buffer, x) for buffer, x in zip(kept, new, strict=True))
+            mask = self._paged_mask(policy)
+        else:
+            stream = self.cache.stream(call, plan) if plan.rotation else None
+            if stream is not None:
+                self.cache.commit(kept[0], stream.joined(self.point, self.cache.rows(kept[0]), storage))
+                new = [stream.settled(self.point, new[0], storage), new[1]]
+            k, v, columns, texts = self._ring(kept, new, storage)
+            mask, positions = self._ring_mask(policy, columns, texts), Positions()
+            if stream is not None and storage.sink:
+                scores = stream.sink_scores(self.point, q, k, texts, storage, call.scale, one=self.cache.one)
+                replaced = sink_scores(self._capture(scores), self._capture(texts))
+                score_mod = replaced if score_mod is None else replaced >> score_mod
+
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            return scaled_dot_product_attention(q, k, v, scale=call.scale, enable_gqa=self.group > 1)
+
+        node: Node = inline(self.point, attend, q, k, v)
+        where: dict[str, Any] = {"mask": mask, "policy": None, "positions": positions, "cache": None}
+        return replace(call, node=node, q=q, k=k, v=v, score_mod=score_mod, sources=self.sources, **where)
+
+    def _arguments(self) -> Any:
+        assert self.call.cache is not None
+        return self.call.cache.args
+
+    def _policy(self, heads: tuple[int, ...]) -> Mask:
+        """What the policy shows to some query heads."""
+        if self.call.policy is None:
+            return full
+        masks = [self.call.policy.for_head(head, self.call.heads) for head in heads]
+        return masks[0] if len(set(masks)) == 1 else per_head(masks)
+
+    def _fill(self, kept: list[Node], new: list[Node], storage: Storage) -> None:
+        """Write the first tokens, which attend to one another as they are."""
+        for buffer, x in zip(kept, new, strict=True):
+            if isinstance(storage, Pages):
+                self._append(buffer, x)
+            else:
+                order, _, _, source, *_ = self.cache.step(self.plan, *ring_of(storage))
+                self._behind(buffer, x, order, source)
+
+    def _capture(self, node: Any, source: Source | None = None) -> Captured:
+        """A symbol for a tensor of the graph, or for what ``source`` reads of it."""
+        axes = len(value_of(node).shape)
+        source = source or Source(node, (slice(None),) * axes, tuple(range(axes)), (slice(None),) * axes)
+        name = f"{node.name}_kept"
+        while self.sources.setdefault(name, source) != source:
+            name += "_"
+        return Captured.symbol(name)
+
+    def _first_column(self) -> Captured:
+        """The column of the first new token, ``[1]``."""
+        return self._capture(self.cache.columns, Source(self.cache.columns, (), (), (None,)))
+
+    def _relaxed(self, policy: Mask) -> Mask:
+        """The policy, or in a relaxed chunk what it shows to the position before the chunk, and the chunk."""
+        if self.plan.mode == "strict" or policy in (full, causal):
+            return policy
+        before = inline(self.point, lambda texts, rows: texts[: rows.shape[0]], self.cache.texts, self.cache.column)
+        return relaxed(policy, self._capture(before))
+
+    # -- pages ------------------------------------------------------------------------------------------------------
+
+    def _append(self, buffer: Node, new: Node) -> Node:
+        """The rows in use of a buffer of pages, with new tokens at their columns."""
+        if self.cache.row_count() == value_of(buffer).shape[0]:
+            write = (buffer, self.cache.column, new)
+            inline(self.point, lambda buffer, column, new: buffer.index_copy_(2, column[0], new), *write)
+        else:
+            self.cache.put(buffer, self.cache.column, new)
+        return self.cache.rows(buffer)
+
+    def _paged_mask(self, policy: Mask) -> Mask:
+        """Text and columns are one unless there is padding; then the policy looks the text up."""
+        if policy in (full, causal) or self.model.implies(policy):
+            return self.model & policy
+        if not self.cache.padded:
+            return self.model & (policy if self.plan.mode == "strict" else relaxed(policy, self._first_column()))
+        texts = self._capture(self.cache.new_page_texts())
+        return self.model & placed(self._relaxed(policy), texts, texts, ordered=True)
+
+    # -- rings ------------------------------------------------------------------------------------------------------
+
+    def _ring(self, kept: list[Node], new: list[Node], storage: Ring) -> tuple[Node, Node, Node, Node]:
+        """Keys and values of a ring with the new tokens, and the column and text position of each place."""
+        step = self.cache.step(self.plan, *ring_of(storage))
+        if self.cache.one:
+            texts, columns, slot, keeps = step
+            may_keep = self.cache.padded or storage.slots == storage.sink
+            k, v = (self._write(b, x, slot, keeps if may_keep else None) for b, x in zip(kept, new, strict=True))
+        else:
+            order, texts, columns, source, *_ = step
+            k, v = (self._behind(b, x, order, source) for b, x in zip(kept, new, strict=True))
+        return k, v, columns, texts
+
+    def _ring_mask(self, policy: Mask, columns: Node, texts: Node) -> Mask:
+        """The masks over the places of a ring and its chunk."""
+        policy, ordered = self._relaxed(policy), not self.cache.one
+        by_text = self._capture(self.cache.text), self._capture(texts)
+        if not self.model.captures():
+            return placed(self.model & policy, *by_text, ordered=ordered)
+        # The model's own mask counts columns, padding included; a tensor of it begins at the first new column.
+        model = self.model.bind({Q_START: self._first_column()})
+        by_column = placed(model, self._capture(self.cache.column), self._capture(columns), ordered=ordered)
+        return by_column & placed(policy, *by_text, ordered=ordered)
+
+    def _write(self, buffer: Node, new: Node, slot: Node, keeps: Node | None) -> Node:
+        """The rows in use of a ring, with one new token in each; where ``keeps`` is true the slot keeps what it has."""
+        _, heads, _, dim = value_of(buffer).shape
+        if keeps is not None:
+
+            def unless_kept(rows: Any, new: Any, slot: Any, keeps: Any) -> Any:
+                return torch.where(keeps[:, None, :, None], _gathered(rows, slot, heads=heads, dim=dim), new)
+
+            new = inline(self.point, unless_kept, self.cache.rows(buffer), new, slot, keeps)
+        self.cache.put(buffer, slot, new)
+        return self.cache.rows(buffer)
+
+    def _behind(self, buffer: Node, new: Node, order: Node, source: Node) -> Node:
+        """What a chunk attends to: the ring in order and the chunk behind it. The ring takes from it what it keeps."""
+        _, heads, _, dim = value_of(buffer).shape
+
+        def in_order(rows: Any, order: Any, new: Any) -> Any:
+            return torch.cat([_gathered(rows, order, heads=heads, dim=dim), new], dim=2)
+
+        keys: Node = inline(self.point, in_order, self.cache.rows(buffer), order, new)
+        kept = inline(self.point, lambda keys, source: _gathered(keys, source, heads=heads, dim=dim), keys, source)
+        self.cache.commit(buffer, kept)
+        return keys
+
+
+def _gathered(x: Any, slot: Any, *, heads: int, dim: int) -> Any:
+    """``x`` ``[B, H, N, D]`` at ``slot`` ``[B, n]``."""
+    return x.gather(2, slot[:, None, :, None].expand(-1, heads, -1, dim))
