@@ -9,7 +9,9 @@ from pathlib import Path
 
 from bench import timing
 from bench.attention import run_decode, run_prefill
+from bench.cache import run_cache, run_cache_attention
 from bench.compiling import run_compile
+from bench.generation import run_cache_generate, run_cache_prefill
 from bench.masks import run_masks
 from bench.model import run_model
 from bench.report import report
@@ -19,6 +21,10 @@ BENCHES = {
     "prefill": run_prefill,
     "decode": run_decode,
     "model": run_model,
+    "cache": run_cache,
+    "cache-attention": run_cache_attention,
+    "cache-prefill": run_cache_prefill,
+    "cache-generate": run_cache_generate,
     "masks": run_masks,
     "compile": run_compile,
     "sweep": sweep,

@@ -36,7 +36,7 @@ def with_table(text: str, folder: Path = RESULTS) -> str:
 
 def markdown(folder: Path) -> str:
     """The figures worth a line in the README."""
-    rows = [row for name in ("model", "prefill", "decode") for row in read(folder, name) if _is_headline(row)]
+    rows = [row for name in ("model", "cache", "prefill") for row in read(folder, name) if _is_headline(row)]
     lines = ["| what | keys | kernel | ms | against | ratio | of the bound |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         share = f"{float(row['share']):.0%}" if row["share"] else ""
@@ -52,14 +52,16 @@ def markdown(folder: Path) -> str:
     return "\n".join(lines)
 
 
+HEADLINES = {"Llama-3-8B": ("1000000", "327680", "131072"), "Llama-2-7B": ("200000",)}  # of a cache: its longest contexts
+
+
 def _is_headline(row: dict[str, str]) -> bool:
+    if row["bench"] == "cache":
+        return row["kv_len"] in HEADLINES.get(row["shape"].split(" ")[0], ()) and "dense" not in row["what"]
     if row["bench"] == "model":
-        return row["what"] != "prefill, eager" and (row["baseline"] != "eager" or _is_llama_exact(row))
-    return row["kv_len"] == "131072" and row["what"] != "exact, without FLASH"  # which is SDPA itself
-
-
-def _is_llama_exact(row: dict[str, str]) -> bool:
-    return row["shape"] == "Llama-3-8B" and row["what"] == "prefill, exact"
+        short = row["kv_len"] in ("8192", "16384")
+        return row["what"] not in ("prefill, eager", "prefill, all streaming") and row["baseline"] != "eager" and not short
+    return row["kv_len"] == "131072" and row["what"].endswith("streaming, with FLASH")
 
 
 def _short(number: str) -> str:

@@ -27,7 +27,7 @@ class Row:
     """One measurement. Times are milliseconds; ``ratio`` is the baseline's median over ours.
 
     ``bound_ms`` is what bytes over copy bandwidth or useful FLOPs over the matmul rate would take, both measured in the same
-    run, and ``share`` is ``bound_ms`` over our median.
+    run, and ``share`` is ``bound_ms`` over our median. ``kv_gib`` is what a cache of ``kv_len`` tokens holds on the device.
     """
 
     bench: str
@@ -43,6 +43,7 @@ class Row:
     p50: float
     p80: float
     peak_gib: float
+    kv_gib: float = float("nan")
     baseline: str = ""
     baseline_p50: float = float("nan")
     ratio: float = float("nan")

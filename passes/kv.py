@@ -16,7 +16,7 @@ from sparse_compile.masks.unknown import without_tensors
 from sparse_compile.passes.cache_ops import SparseCacheError
 from sparse_compile.passes.cached import CacheInGraph
 from sparse_compile.passes.call import AttentionCall, Left
-from sparse_compile.passes.graph import expr_of, memory_of, op_name, value_of
+from sparse_compile.passes.graph import expr_of, hint_of, memory_of, op_name, value_of
 from sparse_compile.passes.pieces import Pieces
 from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.storage import LayerPlan, Pages, Storage, misfit, needed_past
@@ -155,8 +155,13 @@ def _check_layers(updates: list[Node]) -> None:
 
 def _nbytes(update: Node, plan: LayerPlan) -> tuple[int, int]:
     """The bytes of the keys and values of a layer as they are kept, and as a dense cache would keep them."""
-    buffers: Any = map_aggregate(update.args[6], value_of)
-    return sum(b.nbytes for b in buffers), sum(b.nbytes // b.shape[2] * plan.max_length for b in buffers)
+    arguments: Any = update.args
+    held = dense = 0
+    for buffer in map(value_of, arguments[6]):
+        rows, heads, slots, dim = map(hint_of, buffer.shape)
+        held += rows * heads * slots * dim * buffer.itemsize
+        dense += rows * heads * plan.max_length * dim * buffer.itemsize
+    return held, dense
 
 
 def plan_of(call: AttentionCall) -> LayerPlan:

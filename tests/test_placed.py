@@ -68,6 +68,7 @@ def test_blocks_lose_nothing_and_full_blocks_are_full(
     shape = (len(queries[0]), len(keys[0]))
     dense = stored.dense(*shape, batch=len(queries), heads=heads)
     table = stored.block_mask(*shape, batch=len(queries), heads=heads, block_size=(q_block, kv_block))
+    assert table.full_kv_num_blocks is not None and table.full_kv_indices is not None
     for b, h, i, j in dense.nonzero().tolist():
         row, column = i // q_block, j // kv_block
         partial = table.kv_indices[b, h, row, : table.kv_num_blocks[b, h, row]].tolist()
@@ -85,6 +86,7 @@ def test_ordered_tables_are_tight() -> None:
     at = [list(range(4096, 4096 + 512))]
     stored = placed(causal & sliding_window(64), at, [[*range(64), *range(4000, 4608)]], ordered=True)
     table = stored.block_mask(512, 672, block_size=32)
+    assert table.full_kv_num_blocks is not None
     assert int(table.kv_num_blocks.max() + table.full_kv_num_blocks.max()) <= 5
 
 

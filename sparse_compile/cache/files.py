@@ -75,6 +75,8 @@ def _parts(cache: SparseCache, rows: int, columns: int) -> dict[str, Tensor]:
     parts = {"texts": at.texts[:rows]}
     if at.page_texts is not None:
         parts["page_texts"] = at.page_texts[:rows, :columns]
+    if at.stream:
+        parts |= {"rope": at.stream[0], "offsets": at.stream[1][:rows]}
     parts |= {f"ring_{number}": table[:rows] for number, table in enumerate(at.rings)}
     for number, layer in enumerate(cache.kept):
         for which, buffer in enumerate(layer.buffers):
@@ -93,5 +95,5 @@ def _identity(cache: SparseCache) -> str:
         layers.append([masks, kept, plan.rings])
     geometry = cache.geometry
     sizes = [geometry.heads, geometry.kv_heads, geometry.key_dim, geometry.value_dim]
-    content = json.dumps([sizes, layers, cache.mode, str(cache.kept[0].dtype)])
+    content = json.dumps([sizes, layers, cache.mode, cache.kept[0].plan.rotation, str(cache.kept[0].dtype)])
     return hashlib.sha256(content.encode()).hexdigest()

@@ -36,7 +36,8 @@ class SparseCache(Cache):
 
     With ``cache_positions`` a query stands where it would in the cache, not in the text (StreamingLLM,
     https://arxiv.org/abs/2309.17453): the sink stays near, and texts may be longer than any position the model knows. It needs
-    rotary position embeddings, and a policy under which every head forgets; ``max_length`` may then be as large as you like.
+    rotary position embeddings, and a policy under which every head forgets; ``max_length`` may then be as large as you like
+    when the model is called token by token or chunk by chunk. ``generate`` and padding write masks over all of ``max_length``.
 
         >>> policy = sc.policies.streaming_llm(sink=4, recent=28)
         >>> cache = sc.SparseCache(model.config, policy, max_length=4096)
@@ -78,7 +79,7 @@ class SparseCache(Cache):
         if cache_positions:
             plans, frequencies = in_cache_positions(plans, config, self.geometry.key_dim, device)
         has_pages = any(isinstance(storage, Pages) for plan in plans for storage in plan.storages)
-        self.positions = Positions(max_batch, max_length if has_pages else 0, plans[0].rings, device)
+        self.positions = Positions(max_batch, max_length if has_pages else 0, plans[0].rings, device, moving=cache_positions)
         self.books = Books(max_length, max_batch, len(plans))
         dims = self.geometry.key_dim, self.geometry.value_dim
         kept = []
@@ -93,6 +94,7 @@ class SparseCache(Cache):
         self.positions.columns.sparse_cache_books = self.books  # type: ignore[attr-defined]  # how the backend finds the books
         for tensor in self._tensors():
             torch._dynamo.mark_static_address(tensor)
+            torch._dynamo.mark_static(tensor)  # or a second cache of another size would make the sizes of both dynamic
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -186,7 +188,8 @@ class SparseCache(Cache):
             at.page_texts[:, first:] = -1
         at.texts[:rows] = texts
         at.columns.sub_(remove)
-        at.stream[0].sub_(remove)
+        for rope in at.stream[:1]:
+            rope.sub_(remove)
         self.books.columns = first
 
     def _texts_without(self, first: int, rows: int) -> Tensor:

@@ -1,0 +1,219 @@
+"""Decode over a SparseCache: steps of whole models by context, and attention alone; against dense caches and stock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig
+
+import sparse_compile as sc
+from bench.attention import LAYERS, STOCK
+from bench.filled import (
+    DENSE,
+    GIB,
+    GQA,
+    MHA,
+    MODE,
+    TINY_HALF,
+    Case,
+    fill,
+    fill_static,
+    first_call,
+    forget,
+    graphs,
+    randomize,
+    row,
+    static_cache,
+    weights,
+)
+from bench.model import STEPS, _build, _kernels
+from bench.shapes import DTYPE, LLAMA2, LLAMA3, SMALL, Shape, compiled, operands
+from bench.timing import CUDA, DEVICE, Row, Timing, bandwidth, in_graph, measure
+from sparse_compile.masks import Mask, causal
+
+GQA_BATCH = replace(GQA, contexts=(32768,), dense=32768, stock=(), batch=8)
+
+
+def run_cache(*, smoke: bool = False) -> list[Row]:
+    """DuoAttention's protocol: a decode step and the bytes of the cache, by context. And eight sequences of 32K."""
+    bandwidth()  # while the memory is free
+    if smoke:
+        return _protocol(TINY_HALF)
+    return _protocol(GQA, GQA_BATCH) + _protocol(MHA)
+
+
+def _protocol(*cases: Case) -> list[Row]:
+    """All cases of one model; what stock transformers does comes last, as it takes longest to compile."""
+    model = _build(cases[0].config)
+    rows, found = [], []
+    for case in cases:
+        sparse = _decode(model, case, case.mask, case.contexts)
+        dense = _decode(model, case, None, tuple(n for n in case.contexts if n <= case.dense))
+        found.append((case, (sparse, dense)))
+        for length in case.contexts:
+            rows.append(sparse.row(model, length, DENSE, dense.timings.get(length)))
+            if length in dense.timings and length not in case.stock:
+                rows.append(dense.row(model, length))
+    for case, both in found:
+        for length in case.stock:
+            slow, note = _stock(model, case, length)
+            rows += [variant.row(model, length, f"{STOCK}, StaticCache, {MODE}", slow, note) for variant in both]
+    return rows
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Decode steps of a case under one mask, by context. ``beside`` are the bytes at the peak beside weights and cache."""
+
+    case: Case
+    mask: Mask | None
+    timings: dict[int, Timing]
+    beside: int
+    kernel: str
+    note: str
+
+    def row(self, model: Any, length: int, baseline: str = "", slow: Timing | None = None, note: str = "") -> Row:
+        """Against the bytes that a step reads: weights without the embedding, and the visible keys and values."""
+        case, timing, mask = self.case, self.timings[length], causal if self.mask is None else self.mask
+        cache = case.cache(self.mask, length, "meta")
+        density = mask.density(1, length, q_offset=length - 1, heads=case.config.num_attention_heads)
+        embedding = model.get_input_embeddings().weight.nbytes  # of which a step reads a row
+        bound = (weights(model) - embedding + density * cache.dense_nbytes) / bandwidth()
+        sizes = [size / GIB for size in (weights(model), cache.nbytes, self.beside)]
+        parts = "{:.2f} weights + {:.2f} KV of this length + {:.2f} beside them".format(*sizes)
+        notes = [f"{case.batch * 1e3 / timing.p50:.1f} tokens/s", f"peak {parts}", self.note, note]
+        return row(
+            replace(timing, peak_gib=sum(sizes)),
+            baseline,
+            slow,
+            bound=bound * 1e3,
+            what=f"decode step, {case.what(self.mask)}, batch {case.batch}",
+            shape=case.name,
+            mask=mask,
+            density=density,
+            lengths=(1, length),
+            kernel=self.kernel,
+            kv_gib=sizes[1],
+            note="; ".join(filter(None, notes)),
+        )
+
+
+def _decode(model: Any, case: Case, mask: Mask | None, contexts: tuple[int, ...]) -> Variant:
+    """One graph over a cache of the longest context; the others differ in how full it is."""
+    forget()
+    cache = case.cache(mask, max(contexts))
+    randomize(cache)
+    backend = sc.Backend(mask)
+    fast: Any = torch.compile(model, backend=backend, mode=MODE, dynamic=False)
+    ids = torch.randint(model.config.vocab_size, (case.batch, 1), device=DEVICE)
+
+    def steps(length: int) -> None:
+        """The last steps of a context, one after the other, as a loop of generation issues them."""
+        fill(cache, length - STEPS)
+        _run_steps(fast, ids, cache)
+
+    beside, first = first_call(partial(steps, max(contexts)))
+    timings = {length: measure(partial(steps, length), repeat=5, warm_up=1).per(STEPS) for length in contexts}
+    note = f"one cache for {max(contexts):,} tokens, first call {first:.0f} s, graphs {graphs(backend)}"
+    return Variant(case, mask, timings, beside, _kernels(backend), note)
+
+
+def _stock(model: Any, case: Case, length: int) -> tuple[Timing, str]:
+    """The same with stock transformers and stock compilation."""
+    forget()
+    cache = static_cache(model, length)
+    stock: Any = torch.compile(model, mode=MODE, dynamic=False)
+    ids = torch.randint(model.config.vocab_size, (1, 1), device=DEVICE)
+
+    def steps() -> None:
+        fill_static(cache, length - STEPS)
+        _run_steps(stock, ids, cache)
+
+    beside, first = first_call(steps)
+    timing = measure(steps, repeat=3, warm_up=1).per(STEPS)
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    peak = (weights(model) + size + beside) / GIB
+    return timing, f"stock: peak {peak:.2f}, {beside / GIB:.2f} of it beside weights and cache; first call {first:.0f} s"
+
+
+def _run_steps(model: Any, ids: Tensor, cache: Any) -> None:
+    for _ in range(STEPS):
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+
+
+# -- attention alone ---
+
+
+def run_cache_attention(*, smoke: bool = False) -> list[Row]:
+    """Attention of a decode step through the cache, against SDPA over dense keys that lie there."""
+    if smoke:
+        return [_attention(SMALL, 2, 2048)]
+    return [_attention(LLAMA3, 2, 1_000_000), _attention(LLAMA2, 4, 200_000)]
+
+
+def _attention(shape: Shape, every: int, length: int) -> Row:
+    config = LlamaConfig(
+        hidden_size=shape.heads * shape.head_dim, num_hidden_layers=LAYERS, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+    )  # fmt: skip
+    case = Case(str(shape), config, every, (length,), dense=length)
+    forget()
+    layers = [operands(shape, 1, length) for _ in range(LAYERS)]
+
+    def dense() -> None:
+        for q, k, v in layers:
+            scaled_dot_product_attention(q, k, v, enable_gqa=shape.heads != shape.kv_heads)
+
+    slow = _per_layer(dense)
+    new = [(q, k[:, :, :1].contiguous(), v[:, :, :1].contiguous()) for q, k, v in layers]
+    layers.clear()
+    forget()
+    cache = case.cache(case.mask, length + 1024)  # each call appends a token
+    randomize(cache)
+    fill(cache, length)
+    run, backend = compiled(_attend, case.mask)
+    timing = _per_layer(lambda: run(new, cache))
+    density = case.mask.density(1, length, q_offset=length - 1, heads=shape.heads)
+    read = density * 2 * shape.kv_heads * length * shape.head_dim * DTYPE.itemsize
+    return row(
+        timing,
+        "SDPA, no mask",
+        slow,
+        bound=read / bandwidth() * 1e3,
+        what=f"decode attention, {case.what(case.mask)}, per layer",
+        shape=str(shape),
+        mask=case.mask,
+        density=density,
+        lengths=(1, length),
+        kernel=_kernels(backend),
+        kv_gib=case.cache(case.mask, length, "meta").nbytes / LAYERS / GIB,
+        note=f"{LAYERS} layers in a CUDA graph, appending included, graphs {graphs(backend)}",
+    )
+
+
+def _attend(layers: list[tuple[Tensor, Tensor, Tensor]], cache: Any) -> list[Tensor]:
+    """What transformers does between the projections."""
+    device = layers[0][0].device
+    at = torch.arange(1, device=device) + cache.get_seq_length()
+    seen = torch.arange(cache.max_length, device=device) <= at[:, None]
+    outs = []
+    for number, (q, k, v) in enumerate(layers):
+        k, v = cache.update(k, v, number)
+        group = q.shape[1] // k.shape[1]
+        k, v = (x[:, :, None].expand(-1, -1, group, -1, -1).reshape(x.shape[0], -1, *x.shape[2:]) for x in (k, v))
+        outs.append(scaled_dot_product_attention(q, k, v, attn_mask=seen[None, None]))
+    return outs
+
+
+def _per_layer(step: Callable[[], Any]) -> Timing:
+    times = 5
+    with torch.no_grad():
+        return measure(in_graph(step, times=times)).per(LAYERS * times) if CUDA else measure(step).per(LAYERS)

@@ -1,0 +1,165 @@
+"""Models over full caches: what is compared, caches that pretend to hold a text, memory, and rows of results."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, StaticCache
+
+import sparse_compile as sc
+from bench.model import LLAMA3_8B, TINY
+from bench.shapes import DTYPE
+from bench.timing import CUDA, DEVICE, Row, Timing, measured
+from sparse_compile.masks import Mask, causal, per_head, sink, sliding_window
+
+LLAMA2_7B = LlamaConfig(
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
+    vocab_size=32000, max_position_embeddings=1 << 18,
+)  # fmt: skip
+NARROW = causal & (sink(128) | sliding_window(256))  # DuoAttention's protocol
+DENSE = "SparseCache, dense"
+MODE = "reduce-overhead" if CUDA else None
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of which every ``every``-th KV head sees everything and the others NARROW, and contexts to decode at.
+
+    ``dense`` is the longest of them whose dense cache fits; ``stock`` are those at which stock transformers is measured.
+    """
+
+    name: str
+    config: Any
+    every: int
+    contexts: tuple[int, ...]
+    dense: int
+    stock: tuple[int, ...] = ()
+    batch: int = 1
+
+    @property
+    def mask(self) -> Mask:
+        """One mask for each KV head."""
+        return per_head([NARROW if head % self.every else causal for head in range(self.config.num_key_value_heads)])
+
+    def cache(self, mask: Mask | None, length: int, device: torch.device | str = DEVICE) -> Any:
+        """A SparseCache; on ``meta`` for its bytes alone."""
+        return sc.SparseCache(self.config, mask, max_length=length, max_batch=self.batch, dtype=DTYPE, device=device)
+
+    def what(self, mask: Mask | None) -> str:
+        """What is compared."""
+        return "dense" if mask is None else f"{100 // self.every} % full heads"
+
+
+def contexts(step: int) -> tuple[int, ...]:
+    return tuple(range(step, 10 * step + 1, step))
+
+
+TINY_HALF = Case("tiny Llama", TINY, 2, (1024,), dense=1024, stock=(1024,))
+GQA = Case("Llama-3-8B", LLAMA3_8B, 2, contexts(100_000), dense=900_000, stock=(100_000, 300_000))
+MHA = Case("Llama-2-7B", LLAMA2_7B, 4, contexts(20_000), dense=200_000, stock=(20_000, 100_000))
+
+
+def fill(cache: Any, tokens: int) -> None:
+    """Pretend that every row of ``cache`` holds ``tokens`` tokens, of whatever content is there."""
+    at, column = cache.positions, torch.arange(cache.max_length, device=DEVICE)
+    cache.books.columns, cache.books.batch = tokens, cache.max_batch
+    at.columns.fill_(tokens)
+    at.texts.fill_(tokens)
+    if at.page_texts is not None:
+        at.page_texts.copy_(torch.where(column < tokens, column, -1))
+    for number, (sunk, slots) in enumerate(cache.layers[0].plan.rings):
+        assert tokens >= slots
+        slot = torch.arange(slots, device=DEVICE)
+        latest = tokens - 1 - (tokens - 1 - slot) % (slots - sunk)
+        for table in at.rings[2 * number : 2 * number + 2]:
+            table.copy_(torch.where(slot < sunk, slot, latest))
+
+
+def randomize(cache: Any) -> None:
+    for layer in cache.layers:
+        for buffer in layer.buffers:
+            buffer.normal_()
+
+
+def static_cache(model: Any, length: int) -> Any:
+    config = model.config
+    cache: Any = StaticCache(config=config, max_cache_len=length)
+    cache.early_initialization(1, config.num_key_value_heads, config.hidden_size // config.num_attention_heads, DTYPE, DEVICE)
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+    return cache
+
+
+def fill_static(cache: Any, tokens: int) -> None:
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(tokens)
+
+
+def weights(model: Any) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def forget() -> None:
+    """Give back what was compiled and recorded for the variant before."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+
+
+def first_call(run: Callable[[], Any]) -> tuple[int, float]:
+    """The bytes that the first call of ``run`` took beside what was there, warm-up and recording included; its seconds."""
+    held = reset_peak()
+    seconds = seconds_of(run)
+    return peak() - held, seconds
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    run()
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def reset_peak() -> int:
+    if not CUDA:
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def peak() -> int:
+    return torch.cuda.max_memory_allocated() if CUDA else 0
+
+
+def graphs(backend: sc.Backend) -> str:
+    """How many graphs were compiled, and what else Dynamo and Inductor counted."""
+    counters = torch._dynamo.utils.counters
+    breaks, skips = sum(counters["graph_break"].values()), counters["inductor"]["cudagraph_skips"]
+    return f"{backend.report.compiles} (recompiles {backend.report.recompiles}, breaks {breaks}, without CUDA graph {skips})"
+
+
+def row(
+    timing: Timing, baseline: str, slow: Timing | None, *, mask: Mask, lengths: tuple[int, int], what: str, **rest: Any
+) -> Row:
+    return measured(
+        timing,
+        baseline=baseline,
+        slow=slow,
+        bench="cache",
+        what=what,
+        mask=str(mask) if len(str(mask)) < 60 else f"per_head: causal, {NARROW}",
+        q_len=lengths[0],
+        kv_len=lengths[1],
+        dtype=str(DTYPE).removeprefix("torch."),
+        **rest,
+    )
