@@ -33,7 +33,7 @@ class AttentionCall:
     into ``mask``, ``score_mod`` and ``positions``, with ``sources`` naming the tensors those read; the assign pass fills
     ``policy``. ``cache`` is the update of a ``SparseCache`` whose keys these are, ``cache_was_empty`` if the call looks at the
     new tokens alone; the kv pass cuts such a call into ``pieces``, and notes the bytes of
-    its layer and of a dense one.
+    each KV head and of a dense layer.
     """
 
     node: Node
@@ -54,7 +54,7 @@ class AttentionCall:
     policy_reason: str = ""
     cache: Node | None = None
     cache_was_empty: bool = False
-    cache_nbytes: tuple[int, int] | None = None
+    cache_nbytes: tuple[tuple[int, ...], int] | None = None
     pieces: tuple[AttentionCall, ...] = ()
 
     @property

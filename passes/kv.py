@@ -153,15 +153,17 @@ def _check_layers(updates: list[Node]) -> None:
         )
 
 
-def _nbytes(update: Node, plan: LayerPlan) -> tuple[int, int]:
-    """The bytes of the keys and values of a layer as they are kept, and as a dense cache would keep them."""
+def _nbytes(update: Node, plan: LayerPlan) -> tuple[tuple[int, ...], int]:
+    """The bytes of the keys and values of each KV head as they are kept, and of all of them in a dense cache."""
     arguments: Any = update.args
-    held = dense = 0
-    for buffer in map(value_of, arguments[6]):
-        rows, heads, slots, dim = map(hint_of, buffer.shape)
-        held += rows * heads * slots * dim * buffer.itemsize
-        dense += rows * heads * plan.max_length * dim * buffer.itemsize
-    return held, dense
+    heads: dict[int, int] = {}
+    dense = 0
+    for number, buffer in enumerate(map(value_of, arguments[6])):
+        storage = plan.storages[number // 2]
+        slot = hint_of(buffer.shape[0]) * hint_of(buffer.shape[3]) * buffer.itemsize
+        dense += slot * len(storage.heads) * plan.max_length
+        heads |= {head: heads.get(head, 0) + slot * storage.slots for head in storage.heads}
+    return tuple(heads[head] for head in sorted(heads)), dense
 
 
 def plan_of(call: AttentionCall) -> LayerPlan:

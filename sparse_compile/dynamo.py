@@ -110,7 +110,7 @@ class Backend:
         if note and note not in self.report.notes:
             self.report.notes.append(note)
 
-        uses = [] if self._dry else rewrite.cache_uses
+        uses = rewrite.cache_uses
 
         def run(*args: Any) -> Any:
             self.calls += 1
@@ -317,7 +317,8 @@ def explain(
     """Run ``model(*args, **kwargs)`` once through the passes, without code generation, and return the report.
 
     The kernels in the report are those that ``Backend(policy)`` would use, on ``device`` (``"cpu"``, ``"cuda"``) if that is
-    given; the model itself runs on the dense reference, without gradients, and is left as it was. Raises as ``Backend`` does.
+    given; the model itself runs on the dense reference, without gradients, and is left as it was. A cache that is passed
+    takes the tokens, as in any run. Raises as ``Backend`` does.
 
         >>> report = sc.explain(model, tokens, policy=causal & sliding_window(4))
         >>> [site.action for site in report.sites]

@@ -21,7 +21,8 @@ class Site:
     are text, symbols where a length is dynamic. ``model_mask`` is the mask recovered from the model, ``policy_mask`` what
     the policy added. ``action`` is ``exact`` (rewritten, same result), ``sparse`` (a policy removed keys) or ``left`` (not
     touched); ``reason`` says why a call was left, ran a slower kernel, or went without its policy. ``kv_nbytes`` are the
-    resident bytes of the layer in a ``SparseCache`` and ``kv_dense_nbytes`` what a dense cache would hold; None without one.
+    resident bytes of the layer in a ``SparseCache``, ``kv_head_nbytes`` those of each KV head, and ``kv_dense_nbytes`` what
+    a dense cache would hold; None without one.
     """
 
     module: str
@@ -40,6 +41,7 @@ class Site:
     kv_heads: int = 1
     traced: tuple[int, int, int] = (0, 0, 0)  # q_len, kv_len and position of the first query in the traced example
     kv_nbytes: int | None = None
+    kv_head_nbytes: tuple[int, ...] = ()
     kv_dense_nbytes: int | None = None
     mask: Mask | None = field(default=None, compare=False, repr=False)
 

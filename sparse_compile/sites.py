@@ -30,7 +30,7 @@ def _rewritten(call: AttentionCall, rewrite: Rewrite, graph: int) -> Site:
     at = call.positions
     mask = call.mask if call.policy is None else call.mask & call.policy
     start = hint_of(kv_len) - hint_of(q_len) if at.q_shift is not None or not at.q_start.is_Integer else int(at.q_start)
-    held, dense = call.cache_nbytes or (None, None)
+    held, dense = call.cache_nbytes or ((), None)
     return Site(
         module=call.module,
         layer=call.layer,
@@ -47,7 +47,8 @@ def _rewritten(call: AttentionCall, rewrite: Rewrite, graph: int) -> Site:
         heads=call.heads,
         kv_heads=call.kv_heads,
         traced=(hint_of(q_len), hint_of(kv_len), start),
-        kv_nbytes=held,
+        kv_nbytes=sum(held) if held else None,
+        kv_head_nbytes=held,
         kv_dense_nbytes=dense,
         mask=without_symbols(mask),
     )
