@@ -102,6 +102,11 @@ def _columns(update: Node) -> Node:
     return node
 
 
+def reads_cache(gm: GraphModule) -> bool:
+    """Whether a graph updates a SparseCache."""
+    return any(op_name(node) == "cache_update" for node in gm.graph.nodes)
+
+
 def keep(
     gm: GraphModule, calls: list[AttentionCall], left: list[Left], phase_of: Phase
 ) -> tuple[list[AttentionCall], list[CacheUse]]:
@@ -117,6 +122,9 @@ def keep(
             f"a SparseCache is read by attention that the passes understand, and here it is not: {reasons}. "
             "Use a DynamicCache with this model"
         )
+    for node in gm.graph.nodes if updates else ():
+        if op_name(node) == "_set_grad_enabled":  # the end of a no_grad() within the model; there are no gradients anyway
+            node.args = (False,)
     caches: dict[Node, CacheInGraph] = {}
     kept: dict[Node, list[AttentionCall]] = {}
     result = []

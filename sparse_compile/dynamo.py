@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,7 +107,8 @@ class Backend:
             return _refusing(refused)
         self._record(rewrite)
         inner = "eager" if self._dry else self.inner
-        compiled, note = compile_inner(gm, inputs, inner=inner, mode=mode, config=self._config())
+        with torch.no_grad() if rewrite.cache_uses else nullcontext():
+            compiled, note = compile_inner(gm, inputs, inner=inner, mode=mode, config=self._config())
         if note and note not in self.report.notes:
             self.report.notes.append(note)
 
@@ -117,7 +119,9 @@ class Backend:
             told = [(args[use.argument].sparse_cache_books, *_sizes(use, args), use) for use in uses]
             for books, batch, tokens, use in told:
                 books.admit(batch, tokens, use.layers, empty=use.empty)
-            result = compiled(*args)
+            # A cache would tie the graph of every step to those before, and a backward pass would miss what it holds.
+            with torch.no_grad() if uses else nullcontext():
+                result = compiled(*args)
             for books, batch, tokens, use in told:
                 books.note(batch, tokens, use.layers, last=use.last)
             return result
@@ -141,10 +145,12 @@ class Backend:
         return other
 
     def _rewrite(self, gm: GraphModule, inputs: Sequence[Any]) -> Rewrite:
-        gradients = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
         from sparse_compile.passes.kernels import Target, capability
+        from sparse_compile.passes.kv import reads_cache
         from sparse_compile.passes.pipeline import Rewrite, run_passes
 
+        gradients = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        gradients = gradients and not reads_cache(gm)
         target = Target(self.inner, self.kernel, gradients, self._device, capability())
         rewrite = run_passes(Rewrite(gm, self._mask_for, target, self._dry))
         if not getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False):

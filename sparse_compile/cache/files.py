@@ -24,7 +24,7 @@ def save(cache: SparseCache, path: str | Path) -> None:
     from safetensors.torch import save_file
 
     rows, columns = cache.books.batch or 0, cache.books.columns
-    tensors = {name: part.contiguous().cpu() for name, part in _parts(cache, rows, columns).items() if part.numel()}
+    tensors = {name: part.contiguous().cpu() for name, part in cache.parts(rows).items() if part.numel()}
     header = {"format": FORMAT, "version": str(VERSION), "rows": str(rows), "columns": str(columns), "cache": _identity(cache)}
     save_file(tensors, str(path), metadata=header)
 
@@ -53,7 +53,7 @@ def load(cache: SparseCache, path: str | Path) -> None:
         raise ValueError(
             f"{path} holds {rows} sequences of {columns} tokens, and the cache takes {cache.max_batch} of {cache.max_length}"
         )
-    parts = _parts(cache, rows, columns)
+    parts = cache.parts(rows, columns)
     wrong = [name for name, part in parts.items() if part.numel() and not _fits(tensors.get(name), part)]
     if wrong:
         raise ValueError(f"{path} is broken: {wrong[0]} is missing or has another shape")
@@ -67,22 +67,6 @@ def load(cache: SparseCache, path: str | Path) -> None:
 
 def _fits(tensor: Tensor | None, part: Tensor) -> bool:
     return tensor is not None and tensor.shape == part.shape and tensor.dtype == part.dtype
-
-
-def _parts(cache: SparseCache, rows: int, columns: int) -> dict[str, Tensor]:
-    """The parts of a cache's tensors that are in use, as views."""
-    at = cache.positions
-    parts = {"texts": at.texts[:rows]}
-    if at.page_texts is not None:
-        parts["page_texts"] = at.page_texts[:rows, :columns]
-    if at.stream:
-        parts |= {"rope": at.stream[0], "offsets": at.stream[1][:rows]}
-    parts |= {f"ring_{number}": table[:rows] for number, table in enumerate(at.rings)}
-    for number, layer in enumerate(cache.kept):
-        for which, buffer in enumerate(layer.buffers):
-            pages = isinstance(layer.plan.storages[which // 2], Pages)
-            parts[f"layer_{number}_{which}"] = buffer[:rows, :, :columns] if pages else buffer[:rows]
-    return parts
 
 
 def _identity(cache: SparseCache) -> str:

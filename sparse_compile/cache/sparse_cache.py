@@ -49,7 +49,8 @@ class SparseCache(Cache):
 
     Raises ``ValueError`` or ``TypeError`` for sizes, a policy or a config that make no cache. In use: ``SparseCacheError``
     without the backend, beyond ``max_length``, and where a ring no longer has what is asked for; ``ValueError`` for tensors of
-    another model, dtype, device or a larger batch. The cache then holds what it held before.
+    another model, dtype, device or a larger batch. The cache then holds what it held before. Graphs that read a cache have no
+    gradients.
     """
 
     def __init__(
@@ -164,13 +165,11 @@ class SparseCache(Cache):
         at, rows = self.positions, self.books.batch or 0
         first = self.books.columns - remove  # the first column that goes
         texts = self._texts_without(first, rows)
-        recents = {(s.sink, s.slots): 0 for layer in self.kept for s in layer.plan.storages if isinstance(s, Ring)}
-        for layer in self.kept:
-            for s in layer.plan.storages:
-                if isinstance(s, Ring):
-                    recents[s.sink, s.slots] = max(recents[s.sink, s.slots], s.recent)
-        for ring, (sink, slots) in enumerate(self.kept[0].plan.rings):
-            kept = at.rings[2 * ring][:rows]
+        recents: dict[tuple[int, int], int] = {}
+        for ring in (s for layer in self.kept for s in layer.plan.storages if isinstance(s, Ring)):
+            recents[ring.sink, ring.slots] = max(recents.get((ring.sink, ring.slots), 0), ring.recent)
+        for number, (sink, slots) in enumerate(self.kept[0].plan.rings):
+            kept = at.rings[2 * number][:rows]
             start = (texts - (recents[sink, slots] - 1)).clamp(min=sink).unsqueeze(1)
             there = ((kept >= start) & (kept < texts.unsqueeze(1))).sum(dim=1)
             missing = int(((texts - start.squeeze(1)).clamp(min=0) - there).max())
@@ -180,10 +179,10 @@ class SparseCache(Cache):
                     f"{remove} tokens cannot be taken back: a ring of {slots} slots has overwritten what would be visible "
                     f"again. Build the cache with rollback={room} or more. It holds what it held before"
                 )
-        for ring in range(0, len(at.rings), 2):
-            gone = at.rings[ring] >= torch.nn.functional.pad(texts, (0, self.max_batch - rows)).unsqueeze(1)
-            at.rings[ring].masked_fill_(gone, -1)
-            at.rings[ring + 1].masked_fill_(gone, -1)
+        for known, columns in zip(at.rings[::2], at.rings[1::2], strict=True):
+            gone = known >= torch.nn.functional.pad(texts, (0, self.max_batch - rows)).unsqueeze(1)
+            known.masked_fill_(gone, -1)
+            columns.masked_fill_(gone, -1)
         if at.page_texts is not None:
             at.page_texts[:, first:] = -1
         at.texts[:rows] = texts
@@ -232,10 +231,25 @@ class SparseCache(Cache):
         if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < max(held, 1):
             raise ValueError(f"the cache holds {held} sequences, and the rows {rows.tolist()} are not all among them")
         rows = rows.to(self.positions.columns.device)
-        for tensor in self._tensors():
-            if tensor.dim() and tensor.shape[0] == self.max_batch and tensor.dtype != torch.float64:
-                tensor[: rows.numel()] = tensor.index_select(0, rows)
+        for part in self.parts(max(held, rows.numel())).values():
+            if part.dim():
+                part[: rows.numel()] = part.index_select(0, rows)
         self.books.batch = rows.numel() or None
+
+    def parts(self, rows: int, columns: int | None = None) -> dict[str, Tensor]:
+        """What the cache holds, as views: positions, keys and values of so many rows and columns (those in use if None)."""
+        at, columns = self.positions, self.books.columns if columns is None else columns
+        parts = {"texts": at.texts[:rows]}
+        if at.page_texts is not None:
+            parts["page_texts"] = at.page_texts[:rows, :columns]
+        if at.stream:
+            parts |= {"rope": at.stream[0], "offsets": at.stream[1][:rows]}
+        parts |= {f"ring_{number}": table[:rows] for number, table in enumerate(at.rings)}
+        for layer in self.kept:
+            for number, buffer in enumerate(layer.buffers):
+                pages = isinstance(layer.plan.storages[number // 2], Pages)
+                parts[f"layer_{layer.plan.layer}_{number}"] = buffer[:rows, :, :columns] if pages else buffer[:rows]
+        return parts
 
     # -- files ------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,8 @@
-"""What the report says of a SparseCache, and what explain does to one."""
+"""What surrounds a SparseCache: the report, explain, copies, gradients."""
 
+import copy
+
+import pytest
 import torch
 
 import sparse_compile as sc
@@ -37,3 +40,30 @@ def test_a_cache_that_was_explained_holds_the_tokens() -> None:
     with torch.no_grad():
         fast(ids[:, 20:], past_key_values=cache)
     assert cache.get_seq_length() == 30
+
+
+def test_a_copy_goes_on_by_itself() -> None:
+    torch._dynamo.reset()
+    model, ids = llama(), random_tokens(30)
+    cache = sc.SparseCache(model.config, POLICY, max_length=64, page_size=8, dtype=torch.float32)
+    fast = sc.compile(model, POLICY, inner="eager")
+    with torch.no_grad():
+        fast(ids[:, :20], past_key_values=cache)
+        other = copy.deepcopy(cache)
+        first, second = (fast(ids[:, 20:], past_key_values=each).logits for each in (cache, other))
+    assert torch.equal(first, second)
+    assert (cache.get_seq_length(), other.get_seq_length()) == (30, 30)
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_there_are_no_gradients_through_a_cache(inner: str) -> None:
+    torch._dynamo.reset()
+    model, ids = llama(num_hidden_layers=1), random_tokens(12)
+    cache = sc.SparseCache(model.config, STREAMING, max_length=64, page_size=8, dtype=torch.float32)
+    fast = sc.compile(model, STREAMING, inner=inner)
+    for token in ids.split(4, dim=1):
+        logits = fast(token, past_key_values=cache).logits
+    assert not logits.requires_grad
+    assert not any(buffer.requires_grad for layer in cache.kept for buffer in layer.buffers)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        logits.sum().backward()
