@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import sparse_compile as sc
 from cache_oracle import HEAD_DIM, KV_HEADS, LAYERS, llama, random_tokens
-from models import SMALL
+from models import DECODERS, SMALL, Decoder
 from sparse_compile.masks import causal, per_head, sink, sliding_window
 
 STEPS = 256
@@ -78,6 +78,17 @@ def test_greedy_tokens_of_padded_rows_are_those_of_a_dynamic_cache(name: str) ->
     plain = build(name)
     wanted = tokens_of(plain, DynamicCache(config=plain.config), padded(17), **exactly(STEPS))
     assert tokens_of(model, cache, padded(17), **exactly(STEPS)) == wanted
+
+
+@pytest.mark.parametrize("decoder", [d for d in DECODERS if d.name not in (*MODELS, "mpt", "falcon alibi")], ids=str)
+def test_other_architectures_generate_as_with_a_dynamic_cache(decoder: Decoder) -> None:
+    """Eager attention, soft caps and learned sinks too. MPT and Falcon's ALiBi cannot be traced over a static length."""
+    wanted = decoder.build().generate(**padded(20), **exactly(6), output_logits=True, return_dict_in_generate=True)
+    model = sc.compile(decoder.build(), inner="eager")
+    cache = sc.SparseCache(model.config, max_length=64, page_size=4, max_batch=2, dtype=torch.float32)
+    got = model.generate(**padded(20), **exactly(6), past_key_values=cache, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(got.sequences, wanted.sequences)
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(got.logits, wanted.logits, strict=True))
 
 
 def test_a_causal_policy_is_no_policy() -> None:

@@ -73,6 +73,7 @@ class SparseCache(Cache):
         device = torch.device(device) if device is not None else torch.get_default_device()
         self.geometry, self.policy = Geometry.of(config), as_policy(policy)
         self.max_length, self.max_batch, self.mode = max_length, max_batch, mode
+        self._adds_no_mask = getattr(config, "_attn_implementation", None) != "eager"
         plans = plan_layers(
             self.geometry, self.policy, max_length=max_length, page_size=page_size, rollback=rollback, mode=mode
         )
@@ -124,9 +125,12 @@ class SparseCache(Cache):
     def is_compileable(self) -> bool:
         """Whether ``generate`` should write out masks itself, which keeps the shapes of decode steps.
 
-        A padded prompt is better off with the two-dimensional mask, which the backend reads as padding.
+        A padded prompt is better off with the two-dimensional mask, which the backend reads as padding; so is eager attention,
+        which adds its mask to the scores, and may add anything else.
         """
-        return torch.compiler.is_compiling() or self.max_batch == 1 or self.books.columns > 0
+        if torch.compiler.is_compiling():
+            return True
+        return self._adds_no_mask and (self.max_batch == 1 or self.books.columns > 0)
 
     def _tensors(self) -> list[Tensor]:
         frequencies = {id(layer.stream[2]): layer.stream[2] for layer in self.kept if layer.stream}
