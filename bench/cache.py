@@ -32,7 +32,7 @@ from bench.filled import (
     static_cache,
     weights,
 )
-from bench.model import STEPS, _build, _kernels
+from bench.model import STEPS, build, kernels_of
 from bench.shapes import DTYPE, LLAMA2, LLAMA3, SMALL, Shape, compiled, operands
 from bench.timing import CUDA, DEVICE, Row, Timing, bandwidth, in_graph, measure
 from sparse_compile.masks import Mask, causal
@@ -50,7 +50,7 @@ def run_cache(*, smoke: bool = False) -> list[Row]:
 
 def _protocol(*cases: Case) -> list[Row]:
     """All cases of one model; what stock transformers does comes last, as it takes longest to compile."""
-    model = _build(cases[0].config)
+    model = build(cases[0].config)
     rows, found = [], []
     for case in cases:
         sparse = _decode(model, case, case.mask, case.contexts)
@@ -121,7 +121,7 @@ def _decode(model: Any, case: Case, mask: Mask | None, contexts: tuple[int, ...]
     beside, first = first_call(partial(steps, max(contexts)))
     timings = {length: measure(partial(steps, length), repeat=5, warm_up=1).per(STEPS) for length in contexts}
     note = f"one cache for {max(contexts):,} tokens, first call {first:.0f} s, graphs {graphs(backend)}"
-    return Variant(case, mask, timings, beside, _kernels(backend), note)
+    return Variant(case, mask, timings, beside, kernels_of(backend), note)
 
 
 def _stock(model: Any, case: Case, length: int) -> tuple[Timing, str]:
@@ -193,7 +193,7 @@ def _attention(shape: Shape, every: int, length: int) -> Row:
         mask=case.mask,
         density=density,
         lengths=(1, length),
-        kernel=_kernels(backend),
+        kernel=kernels_of(backend),
         kv_gib=case.cache(case.mask, length, "meta").nbytes / LAYERS / GIB,
         note=f"{LAYERS} layers in a CUDA graph, appending included, graphs {graphs(backend)}",
     )

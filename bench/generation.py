@@ -32,7 +32,7 @@ from bench.filled import (
     static_cache,
     weights,
 )
-from bench.model import _build, _kernels
+from bench.model import build, kernels_of
 from bench.timing import CUDA, DEVICE, Row, Timing
 from sparse_compile.masks import Mask
 
@@ -43,7 +43,7 @@ LATE = 60
 def run_cache_prefill(*, smoke: bool = False) -> list[Row]:
     """A long prompt in chunks."""
     case, length, chunk = (TINY_HALF, 1024, 512) if smoke else (GQA, 327680, 32768)
-    model = _build(case.config)
+    model = build(case.config)
     timing, kernel, note = _prefill(model, case, case.mask, length, chunk)
     slow, _, dense_note = _prefill(model, case, None, length, chunk)
     return [
@@ -83,13 +83,13 @@ def _prefill(model: Any, case: Case, mask: Mask | None, length: int, chunk: int)
     note = f"peak {timing.peak_gib:.1f} GiB with {cache.nbytes / GIB:.1f} of KV and {weights(model) / GIB:.1f} of weights, "
     note += f"chunks took {took[0]:.2f} s to {took[-1]:.2f} s, first call {first:.0f} s, graphs {graphs(backend)}"
     print(f"{case.what(mask)}: {total / 1e3:.1f} s, {note}", flush=True)
-    return timing, _kernels(backend), note
+    return timing, kernels_of(backend), note
 
 
 def run_cache_generate(*, smoke: bool = False) -> list[Row]:
     """``generate`` from a cache that is full but for the last token of the prompt: time per token."""
     case, length = (TINY_HALF, 512) if smoke else (GQA, 131072)
-    model = _build(case.config)
+    model = build(case.config)
     forget()
     static = static_cache(model, length + TOKENS)
     fill_static(static, length - 1)

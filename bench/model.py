@@ -45,8 +45,8 @@ def run_model(*, smoke: bool = False) -> list[Row]:
 def run_decode_model(*, smoke: bool = False) -> list[Row]:
     """One step of Llama-3-8B's shape over a full static cache, under CUDA graphs."""
     if smoke:
-        return _decode(_build(TINY), "tiny Llama", 256, 1)
-    model = _build(LLAMA3_8B)
+        return _decode(build(TINY), "tiny Llama", 256, 1)
+    model = build(LLAMA3_8B)
     rows = _decode(model, "Llama-3-8B", 131072, 1)
     for length, batch in ((8192, 1), (16384, 8)):
         rows += _decode(model, "Llama-3-8B", length, batch, policies=(None,))
@@ -56,14 +56,14 @@ def run_decode_model(*, smoke: bool = False) -> list[Row]:
 def run_prefill_model(*, smoke: bool = False) -> list[Row]:
     """Llama-3-8B's shape whole; two layers of Mistral's and six of Gemma 3's for their own windows."""
     if smoke:
-        return _prefill(_build(TINY), "tiny Llama", 256)
-    rows = _prefill(_build(LLAMA3_8B), "Llama-3-8B", 32768)
+        return _prefill(build(TINY), "tiny Llama", 256)
+    rows = _prefill(build(LLAMA3_8B), "Llama-3-8B", 32768)
     for name, config in (("Mistral-7B, 2 layers", MISTRAL_7B), ("Gemma-3-4B, 6 layers", GEMMA3_4B)):
-        rows += _prefill(_build(config), name, 32768, policies=(None,))
+        rows += _prefill(build(config), name, 32768, policies=(None,))
     return rows
 
 
-def _build(config: Any) -> Any:
+def build(config: Any) -> Any:
     torch.manual_seed(0)
     saved = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if CUDA else torch.float32)
@@ -113,7 +113,7 @@ def _prefill(model: Any, name: str, length: int, policies: tuple[Mask | None, ..
             note += f", error against eager {relative_error(forward(fast), exact):.1e} (stock {error:.1e})"
         what = "prefill, exact" if policy is None else "prefill, all streaming"
         mask = policy if policy is not None else causal
-        kernel = _kernels(backend)
+        kernel = kernels_of(backend)
         rows.append(_row(what, name, mask, 1, length, kernel, timing, STOCK, slow, note=note))
         rows.append(_row(what, name, mask, 1, length, kernel, timing, "eager", eager))
     return rows
@@ -163,11 +163,11 @@ def _decode(model: Any, name: str, length: int, batch: int, policies: tuple[Mask
         density = mask.density(1, length, q_offset=length - 1)
         bound = (weights + density * size) / bandwidth() * 1e3
         what = f"decode step, {'exact' if policy is None else 'all streaming'}, batch {batch}"
-        rows.append(_row(what, name, mask, density, length, _kernels(backend), timing, f"{STOCK}, {mode}", slow, bound, note))
+        rows.append(_row(what, name, mask, density, length, kernels_of(backend), timing, f"{STOCK}, {mode}", slow, bound, note))
     return rows
 
 
-def _kernels(backend: sc.Backend) -> str:
+def kernels_of(backend: sc.Backend) -> str:
     return " + ".join(dict.fromkeys(site.kernel for site in backend.report.sites))
 
 

@@ -6,9 +6,13 @@ shape. The kv pass replaces it; if that does not happen, running it is an error,
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+from torch.fx import Node
 
+from sparse_compile.passes.storage import LayerPlan
 from sparse_compile.passes.tables import bind, given, parse
 
 UNCOMPILED = (
@@ -56,10 +60,28 @@ def _(
     stream: list[Tensor],
     plan: str,
 ) -> tuple[Tensor, Tensor]:
-    from sparse_compile.passes.storage import LayerPlan
-
     length = LayerPlan.from_text(plan).max_length
     return k.new_empty(*k.shape[:2], length, k.shape[3]), v.new_empty(*v.shape[:2], length, v.shape[3])
+
+
+class Update(NamedTuple):
+    """The arguments of a ``cache_update`` of a graph: nodes, lists of nodes, and the plan."""
+
+    k: Node
+    v: Node
+    columns: Node
+    texts: Node
+    page_texts: Node | None
+    rings: list[Node]
+    buffers: list[Node]
+    stream: list[Node]
+    plan: LayerPlan
+
+    @staticmethod
+    def of(node: Node) -> Update:
+        """Read the node of an update."""
+        arguments: Any = (*node.args[:-1], LayerPlan.from_text(str(node.args[-1])))
+        return Update(*arguments)
 
 
 @torch.library.custom_op("sparse_compile::cache_tokens", mutates_args=())

@@ -13,10 +13,10 @@ import torch
 from torch.fx import Node
 
 from sparse_compile.masks.serial import to_json
-from sparse_compile.passes.cache_ops import cache_tokens, page_positions, ring_chunk, ring_step
+from sparse_compile.passes.cache_ops import Update, cache_tokens, page_positions, ring_chunk, ring_step
 from sparse_compile.passes.call import AttentionCall
 from sparse_compile.passes.graph import Order, emit, emit_int, expr_of, inline, is_one, value_of
-from sparse_compile.passes.storage import LayerPlan, Ring
+from sparse_compile.passes.storage import LayerPlan
 from sparse_compile.passes.stream import Stream, stream_advance, stream_positions
 from sparse_compile.passes.tables import given
 
@@ -27,11 +27,8 @@ class CacheInGraph:
     def __init__(self, first: AttentionCall, calls: list[AttentionCall]) -> None:
         assert first.cache is not None
         self.first, self.graph, self.point = first, first.node.graph, first.node
-        arguments: Any = first.cache.args
-        k, _, self.columns, self.texts, self.pages, rings, _, stream, _ = arguments
-        self.rings = list(rings)
-        self.rope: Any = stream[0] if stream else None
-        self.offsets: Any = stream[1] if stream else None
+        update = Update.of(first.cache)
+        self.columns, self.texts, self.pages, self.rings = update.columns, update.texts, update.page_texts, update.rings
         self.one = is_one(first.size("q", 2))
         self.steps: dict[int, tuple[Node, ...]] = {}
         self.page_texts: Node | None = None
@@ -43,14 +40,15 @@ class CacheInGraph:
             mask = to_json(padded.mask)
             sources = [padded.sources[name.name] for name in given(padded.mask)]
             captures = [inline(self.point, source.read, source.node) for source in sources]
-        tokens = self._op(cache_tokens, k, self.columns, self.texts, mask, captures)
+        tokens = self._op(cache_tokens, update.k, self.columns, self.texts, mask, captures)
         self.column, self.text, self.new_texts = self._outputs(tokens, 3)
 
     def _padded(self, calls: list[AttentionCall]) -> AttentionCall | None:
         """A call whose mask says what is padding: that of any layer, as tokens are padding for all of them."""
         order = Order(self.graph)
         for call in calls:
-            if call.cache is not None and call.cache.args[2] is self.columns and call.mask is not None and call.mask.captures():
+            mine = call.cache is not None and Update.of(call.cache).columns is self.columns
+            if mine and call.mask is not None and call.mask.captures():
                 read = [source.node for source in call.sources.values()]
                 if all(order.before(node, self.point) for node in read):
                     return call
@@ -62,11 +60,11 @@ class CacheInGraph:
     def _outputs(self, made: Node, count: int) -> tuple[Node, ...]:
         return tuple(emit(self.point, operator.getitem, made, n) for n in range(count))
 
-    def step(self, plan: LayerPlan, sink: int, slots: int) -> tuple[Node, ...]:
-        """The positions of a ring with the new tokens: the outputs of ``ring_step`` or ``ring_chunk``."""
-        ring = plan.rings.index((sink, slots))
+    def step(self, plan: LayerPlan, kind: tuple[int, int]) -> tuple[Node, ...]:
+        """The positions of a kind of ring with the new tokens: the outputs of ``ring_step`` or ``ring_chunk``."""
+        ring = plan.rings.index(kind)
         if ring not in self.steps:
-            state = self.rings[2 * ring], self.rings[2 * ring + 1], sink, self.column, self.text
+            state = self.rings[2 * ring], self.rings[2 * ring + 1], kind[0], self.column, self.text
             made = self._op(ring_step, *state) if self.one else self._op(ring_chunk, *state, self.new_texts)
             self.steps[ring] = self._outputs(made, 4 if self.one else 6)
         return self.steps[ring]
@@ -83,12 +81,12 @@ class CacheInGraph:
         Rotary positions are given by the caller where the queries do not depend on those of the cache.
         """
         assert call.cache is not None
+        rope, offsets, frequencies = Update.of(call.cache).stream
         if self.moved is None:
-            is_given = self.rope not in _ancestors(call.q)
-            self.moved = self._outputs(self._op(stream_positions, self.rope, self.offsets, self.text, is_given), 3)
-        arguments: Any = call.cache.args
-        ropes, offsets, turns = self.moved
-        return Stream(ropes, offsets, turns, self.text, arguments[7][2], plan.rotation == "neighbours")
+            is_given = rope not in _ancestors(call.q)
+            self.moved = self._outputs(self._op(stream_positions, rope, offsets, self.text, is_given), 3)
+        ropes, _, turns = self.moved
+        return Stream(ropes, turns, self.text, frequencies, plan.rotation == "neighbours")
 
     # -- rows and writes --------------------------------------------------------------------------------------------
 
@@ -124,7 +122,7 @@ class CacheInGraph:
         """Write ``new`` to the rows in use of ``state``."""
         count = self.row_count()
         with self.graph.inserting_before(self.point):
-            if state.meta["example_value"].dim() == 0 or count == value_of(state).shape[0]:
+            if value_of(state).dim() == 0 or count == value_of(state).shape[0]:
                 self.graph.call_method("copy_", (state, new))
             else:
                 self.graph.call_function(operator.setitem, (state, slice(0, count), new))
@@ -133,26 +131,23 @@ class CacheInGraph:
         """Write all new positions where the graph ends."""
         if self.pages is not None:
             self.new_page_texts()
-        for sink, slots in plan.rings:
-            self.step(plan, sink, slots)
+        for kind in plan.rings:
+            self.step(plan, kind)
         self.point = next(iter(reversed(self.graph.nodes)))
         with self.graph.inserting_before(self.point):
             count = emit_int(self.graph, expr_of(self.first.size("q", 2)), self.point)
             self.graph.call_method("add_", (self.columns, count))
         self.commit(self.texts, self.new_texts)
         if self.moved is not None:
-            self.commit(self.rope, self._op(stream_advance, self.rope, self.text, _period(plan)))
-            self.commit(self.offsets, self.moved[1])
-        if self.page_texts is not None:
-            self.commit(self.pages, self.page_texts)
+            assert self.first.cache is not None
+            rope, offsets, _ = Update.of(self.first.cache).stream
+            self.commit(rope, self._op(stream_advance, rope, self.text, _period(plan)))
+            self.commit(offsets, self.moved[1])
+        if self.pages is not None:
+            self.commit(self.pages, self.new_page_texts())
         for ring, step in self.steps.items():  # text position and column of each slot
             for state, new in zip(self.rings[2 * ring : 2 * ring + 2], step[:2] if self.one else step[4:], strict=True):
                 self.commit(state, new)
-
-
-def ring_of(storage: Ring) -> tuple[int, int]:
-    """What tells one kind of ring from another: sink and slots."""
-    return storage.sink, storage.slots
 
 
 def _ancestors(node: Node) -> set[Node]:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_aggregate
 
 from sparse_compile.masks import Mask, causal, full
 from sparse_compile.masks.given import Explicit
 from sparse_compile.masks.unknown import without_tensors
-from sparse_compile.passes.cache_ops import SparseCacheError
+from sparse_compile.passes.cache_ops import SparseCacheError, Update
 from sparse_compile.passes.cached import CacheInGraph
 from sparse_compile.passes.call import AttentionCall, Left
 from sparse_compile.passes.graph import expr_of, hint_of, memory_of, op_name, value_of
@@ -61,7 +60,7 @@ def find_cache(call: AttentionCall | Left) -> AttentionCall | Left:
     update = updates[0]
     if update is None or updates[1] is not update:
         return Left(call.node, "its keys and values do not come from one update of a SparseCache")
-    columns = _columns(update)
+    columns = Update.of(update).columns
     assert call.mask is not None and call.positions is not None
     at = call.positions
     if all(sliced) and call.mask.implies(causal) and at == Positions():
@@ -96,12 +95,6 @@ def _update_of(node: Node) -> Node | None:
     return source if isinstance(source, Node) and op_name(source) == "cache_update" else None
 
 
-def _columns(update: Node) -> Node:
-    node = update.args[2]
-    assert isinstance(node, Node)
-    return node
-
-
 def reads_cache(gm: GraphModule) -> bool:
     """Whether a graph updates a SparseCache."""
     return any(op_name(node) == "cache_update" for node in gm.graph.nodes)
@@ -113,7 +106,7 @@ def keep(
     """Cut every call over a cache into pieces and emit the writes. Returns all calls, and what is done to which cache."""
     updates = [node for node in gm.graph.nodes if op_name(node) == "cache_update"]
     for update in updates:
-        _check_fit(update)
+        _check_fit(Update.of(update))
     _check_layers(updates)
     served = {call.cache for call in calls if call.cache is not None}
     if any(update not in served for update in updates):
@@ -131,28 +124,28 @@ def keep(
     for call in calls:
         if (update := call.cache) is not None:
             call = _with_policy(call, phase_of(call))
-            columns = _columns(update)
+            read = Update.of(update)
+            columns = read.columns
             if columns not in caches:
                 caches[columns] = CacheInGraph(call, calls)
             kept.setdefault(columns, []).append(call)
-            pieces = Pieces(caches[columns], call, plan_of(call))
-            for storage in plan_of(call).storages:
+            pieces = Pieces(caches[columns], call, read)
+            for storage in read.plan.storages:
                 check_storage(call, storage, pieces.heads_of(storage))
-            call = replace(pieces.run(), cache_nbytes=_nbytes(update, plan_of(call)))
+            call = replace(pieces.run(), cache_nbytes=_nbytes(read))
         result.append(call)
     return result, [_finish(cache, kept[columns]) for columns, cache in caches.items()]
 
 
-def _check_fit(update: Node) -> None:
+def _check_fit(update: Update) -> None:
     """Raise ``ValueError`` for keys and values that the cache was not built for."""
-    k, v, _, _, _, _, buffers, _, plan = (map_aggregate(argument, value_of) for argument in update.args)
-    if why := misfit(k, v, buffers, LayerPlan.from_text(str(plan))):  # type: ignore[arg-type]
+    if why := misfit(value_of(update.k), value_of(update.v), [value_of(b) for b in update.buffers], update.plan):
         raise ValueError(why)
 
 
 def _check_layers(updates: list[Node]) -> None:
     """Raise ``ValueError`` if a layer takes new tokens twice: layers beyond the cache's last are taken for that one."""
-    seen = [(update.args[2], LayerPlan.from_text(str(update.args[8])).layer) for update in updates]
+    seen = [(read.columns, read.plan.layer) for read in map(Update.of, updates)]
     again = [layer for at, (cache, layer) in enumerate(seen) if (cache, layer) in seen[:at]]
     if again:
         raise ValueError(
@@ -161,12 +154,11 @@ def _check_layers(updates: list[Node]) -> None:
         )
 
 
-def _nbytes(update: Node, plan: LayerPlan) -> tuple[tuple[int, ...], int]:
+def _nbytes(update: Update) -> tuple[tuple[int, ...], int]:
     """The bytes of the keys and values of each KV head as they are kept, and of all of them in a dense cache."""
-    arguments: Any = update.args
+    plan, dense = update.plan, 0
     heads: dict[int, int] = {}
-    dense = 0
-    for number, buffer in enumerate(map(value_of, arguments[6])):
+    for number, buffer in enumerate(map(value_of, update.buffers)):
         storage = plan.storages[number // 2]
         slot = hint_of(buffer.shape[0]) * hint_of(buffer.shape[3]) * buffer.itemsize
         dense += slot * len(storage.heads) * plan.max_length
@@ -177,7 +169,7 @@ def _nbytes(update: Node, plan: LayerPlan) -> tuple[tuple[int, ...], int]:
 def plan_of(call: AttentionCall) -> LayerPlan:
     """How the layer of a call is kept."""
     assert call.cache is not None
-    return LayerPlan.from_text(str(call.cache.args[8]))
+    return Update.of(call.cache).plan
 
 
 def _with_policy(call: AttentionCall, phase: str) -> AttentionCall:

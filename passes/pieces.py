@@ -19,12 +19,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from sparse_compile.masks import Captured, Mask, causal, full, per_head
 from sparse_compile.masks.placed import placed, relaxed
 from sparse_compile.masks.scores import sink_scores
-from sparse_compile.passes.cached import CacheInGraph, ring_of
+from sparse_compile.passes.cache_ops import Update
+from sparse_compile.passes.cached import CacheInGraph
 from sparse_compile.passes.call import AttentionCall
 from sparse_compile.passes.graph import inline, value_of
 from sparse_compile.passes.heads import join_heads, pick_heads
 from sparse_compile.passes.positions import Positions
-from sparse_compile.passes.storage import LayerPlan, Pages, Ring, Storage
+from sparse_compile.passes.storage import Pages, Ring, Storage
 from sparse_compile.passes.tables import Q_START
 from sparse_compile.passes.words import Source
 
@@ -32,9 +33,9 @@ from sparse_compile.passes.words import Source
 class Pieces:
     """The pieces of one call. ``policy`` of the call is what both the cache and the backend ask for."""
 
-    def __init__(self, cache: CacheInGraph, call: AttentionCall, plan: LayerPlan) -> None:
-        assert call.cache is not None and call.mask is not None
-        self.cache, self.call, self.plan, self.model = cache, call, plan, call.mask
+    def __init__(self, cache: CacheInGraph, call: AttentionCall, update: Update) -> None:
+        assert call.mask is not None
+        self.cache, self.call, self.update, self.plan, self.model = cache, call, update, update.plan, call.mask
         self.point = cache.point = call.node
         self.sources = dict(call.sources)
         self.group = call.heads // call.kv_heads
@@ -55,12 +56,12 @@ class Pieces:
 
     def _piece(self, number: int, storage: Storage) -> AttentionCall:
         """The attention of some heads: their keys and values where they are kept, and the mask over those."""
-        call, plan, arguments = self.call, self.plan, self._arguments()
+        call, plan, update = self.call, self.plan, self.update
         whole = len(plan.storages) == 1
         heads = self.heads_of(storage)
         q = pick_heads(self.point, call.q, None if whole else heads)
-        new = [pick_heads(self.point, x, None if whole else storage.heads) for x in arguments[:2]]
-        kept = arguments[6][2 * number : 2 * number + 2]
+        new = [pick_heads(self.point, x, None if whole else storage.heads) for x in (update.k, update.v)]
+        kept = update.buffers[2 * number : 2 * number + 2]
         policy, score_mod, positions = self._policy(heads), call.score_mod, call.positions
         if call.cache_was_empty and not plan.rotation:
             self._fill(kept, new, storage)
@@ -88,10 +89,6 @@ class Pieces:
         where: dict[str, Any] = {"mask": mask, "policy": None, "positions": positions, "cache": None}
         return replace(call, node=node, q=q, k=k, v=v, score_mod=score_mod, sources=self.sources, **where)
 
-    def _arguments(self) -> Any:
-        assert self.call.cache is not None
-        return self.call.cache.args
-
     def _policy(self, heads: tuple[int, ...]) -> Mask:
         """What the policy shows to some query heads."""
         if self.call.policy is None:
@@ -105,7 +102,7 @@ class Pieces:
             if isinstance(storage, Pages):
                 self._append(buffer, x)
             else:
-                order, _, _, source, *_ = self.cache.step(self.plan, *ring_of(storage))
+                order, _, _, source, *_ = self.cache.step(self.plan, storage.kind)
                 self._behind(buffer, x, order, source)
 
     def _capture(self, node: Any, source: Source | None = None) -> Captured:
@@ -152,7 +149,7 @@ class Pieces:
 
     def _ring(self, kept: list[Node], new: list[Node], storage: Ring) -> tuple[Node, Node, Node, Node]:
         """Keys and values of a ring with the new tokens, and the column and text position of each place."""
-        step = self.cache.step(self.plan, *ring_of(storage))
+        step = self.cache.step(self.plan, storage.kind)
         if self.cache.one:
             texts, columns, slot, keeps = step
             may_keep = self.cache.padded or storage.slots == storage.sink

@@ -37,6 +37,11 @@ class Ring:
     sink: int
     recent: int
 
+    @property
+    def kind(self) -> tuple[int, int]:
+        """What tells rings apart by their positions: sink and slots."""
+        return self.sink, self.slots
+
 
 Storage = Pages | Ring
 

@@ -72,7 +72,6 @@ class Stream:
     """The moving frame of one cache in one graph; nodes go before ``point``."""
 
     ropes: Node
-    offsets: Node
     turns: Node
     text: Node
     frequencies: Node

@@ -1,88 +1,31 @@
-"""SparseCache against whole texts under dense masks: prefill, decode, chunks, turns, padding, rollback, files."""
+"""SparseCache against whole texts under dense masks: prefill, decode, chunks, turns, padding."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import sparse_compile as sc
-from cache_oracle import error, llama, random_tokens, whole
-from sparse_compile.masks import Mask, causal, chunked, dilated, full, per_head, sink, sliding_window
-
-STREAMING = causal & (sink(2) | sliding_window(6))
-CAPACITY = 8  # of a ring of STREAMING with pages of one token
-DUO = per_head([causal, STREAMING])
-NO_RETRIEVAL_BELOW = sc.Policy(DUO, layers={0: STREAMING})
-POLICIES: dict[str, sc.Policy | Mask | None] = {
-    "dense": causal,
-    "no policy": None,
-    "streaming": STREAMING,
-    "by KV head": DUO,
-    "by query head": per_head([causal, STREAMING, causal & sliding_window(3), STREAMING]),
-    "rings of two sizes": per_head([STREAMING, causal & (sink(1) | sliding_window(3))]),
-    "no retrieval head below": NO_RETRIEVAL_BELOW,
-    "no retrieval head above": sc.Policy(causal, layers={1: STREAMING}),
-    "sink alone": causal & sink(3),
-    "window alone": sliding_window(4),
-    "a ring of one token": causal & sliding_window(1),
-    "chunked": causal & chunked(5),
-    "dilated": per_head([causal & dilated(3, 2), STREAMING]),
-    "sees everything": full,
-}
+from cache_oracle import error, random_tokens, whole
+from cache_session import (
+    CAPACITY,
+    DUO,
+    NO_RETRIEVAL_BELOW,
+    POLICIES,
+    STREAMING,
+    Session,
+    assert_rows_alone,
+    in_chunks,
+    left_padded,
+    ones,
+)
+from sparse_compile.masks import Mask, causal, per_head, sliding_window
 
 
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     torch._dynamo.reset()
-
-
-class Session:
-    """A compiled model and a cache with pages of one token, so that rings are as short as their masks allow."""
-
-    def __init__(self, policy: sc.Policy | Mask | None, *, max_length: int = 64, page_size: int = 1, **options: Any) -> None:
-        self.policy, self.options = policy, {"page_size": page_size, **options}
-        self.model = sc.compile(llama(), policy, inner="eager")
-        self.cache = self.another(max_length=max_length)
-
-    def another(self, *, max_length: int = 64) -> sc.SparseCache:
-        return sc.SparseCache(self.model.config, self.policy, max_length=max_length, **self.options)
-
-    def feed(self, ids: Tensor, lengths: Sequence[int] | None = None, **inputs: Any) -> Tensor:
-        """The logits of ``ids``, appended in pieces of these lengths."""
-        pieces = ids.split(list(lengths or [ids.shape[1]]), dim=1)
-        with torch.no_grad():
-            return torch.cat([self.model(piece, past_key_values=self.cache, **inputs).logits for piece in pieces], dim=1)
-
-    def feed_padded(self, ids: Tensor, padding: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The logits of rows whose zeros in ``padding`` are no tokens."""
-        logits, stop = [], 0
-        positions = (padding.cumsum(dim=1) - 1).clamp(min=0)
-        with torch.no_grad():
-            for length in lengths:
-                start, stop = stop, stop + length
-                piece = slice(start, stop)
-                inputs = {"attention_mask": padding[:, :stop], "position_ids": positions[:, piece]}
-                logits.append(self.model(ids[:, piece], past_key_values=self.cache, **inputs).logits)
-        return torch.cat(logits, dim=1)
-
-
-def in_chunks(length: int, size: int) -> list[int]:
-    return [size] * (length // size) + [length % size] * (length % size > 0)
-
-
-def ones(count: int) -> list[int]:
-    return [1] * count
-
-
-def assert_rows_alone(got: Tensor, ids: Tensor, padding: Tensor, policy: sc.Policy | Mask | None, **options: Any) -> None:
-    """Each row gives what its tokens give without padding and without the other rows."""
-    for row, text, tokens in zip(got, ids, padding.bool(), strict=True):
-        assert error(row[tokens], whole(text[tokens].unsqueeze(0), policy, **options)[0]) < 1e-5
 
 
 # -- one text -----------------------------------------------------------------------------------------------------------
@@ -215,14 +158,6 @@ def test_a_relaxed_chunk_of_a_padded_row_begins_at_its_own_text(policy: Mask) ->
 # -- batches ------------------------------------------------------------------------------------------------------------
 
 
-def left_padded(length: int, pads: Sequence[int]) -> tuple[Tensor, Tensor]:
-    ids, padding = random_tokens(length, batch=len(pads)), torch.ones(len(pads), length, dtype=torch.int64)
-    for row, pad in enumerate(pads):
-        padding[row, :pad] = 0
-        ids[row, :pad] = 0
-    return ids, padding
-
-
 @pytest.mark.parametrize("name", ["dense", "streaming", "by KV head", "by query head", "no retrieval head below", "chunked"])
 def test_padded_rows_equal_each_row_alone(name: str) -> None:
     policy = POLICIES[name]
@@ -330,129 +265,3 @@ def test_padded_rows_can_be_reordered_and_cropped() -> None:
     for row, pad in ((0, 0), (1, 7)):
         wanted = whole(turned[row : row + 1, pad:], NO_RETRIEVAL_BELOW)
         assert error(logits[row, 17:], wanted[0, 17 - pad :]) < 1e-5
-
-
-# -- rollback -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["dense", "streaming", "by KV head", "no retrieval head below", "sink alone"])
-def test_a_rollback_is_as_if_the_tokens_had_never_been_there(name: str) -> None:
-    policy = POLICIES[name]
-    ids, session = random_tokens(40), Session(policy, rollback=5)
-    wanted = whole(ids, policy)
-    for remove in (1, 5):
-        session.cache.reset()
-        session.feed(ids[:, :25], [14, *ones(11)])
-        session.feed(random_tokens(remove, seed=9), ones(remove))
-        session.cache.crop(-remove)
-        assert session.cache.get_seq_length() == 25
-        assert error(session.feed(ids[:, 25:], ones(15)), wanted[:, 25:]) < 1e-5, remove
-
-
-def test_a_rejected_draft_of_one_chunk_is_rolled_back() -> None:
-    """Also one longer than the ring, of which the first tokens stay."""
-    ids, session = random_tokens(40), Session(NO_RETRIEVAL_BELOW, rollback=4)
-    wanted = whole(ids, NO_RETRIEVAL_BELOW)
-    for stays in (15, 30):
-        session.cache.reset()
-        session.feed(ids[:, :10])
-        session.feed(torch.cat([ids[:, 10:stays], random_tokens(4, seed=9)], dim=1))
-        session.cache.crop(-4)
-        assert error(session.feed(ids[:, stays:], ones(40 - stays)), wanted[:, stays:]) < 1e-5, stays
-
-
-def test_rollbacks_follow_one_another_if_the_ring_is_filled_again_between_them() -> None:
-    ids = random_tokens(40)
-    session = Session(STREAMING, rollback=3)
-    at = 12
-    session.feed(ids[:, :at])
-    for seed in range(4):
-        session.feed(random_tokens(3, seed=seed))
-        session.cache.crop(-3)
-        session.feed(ids[:, at : at + 4])
-        at += 4
-    assert error(session.feed(ids[:, at:], ones(40 - at)), whole(ids, STREAMING)[:, at:]) < 1e-5
-
-
-def test_a_ring_that_has_not_wrapped_can_be_rolled_back_without_room_for_it() -> None:
-    ids = random_tokens(20)
-    session = Session(STREAMING)
-    session.feed(ids[:, :4])
-    session.feed(random_tokens(3, seed=9))
-    session.cache.crop(-3)
-    assert error(session.feed(ids[:, 4:], ones(16)), whole(ids, STREAMING)[:, 4:]) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["streaming", "by KV head"])
-def test_a_rollback_of_everything_is_an_empty_cache(name: str) -> None:
-    ids, policy = random_tokens(20), POLICIES[name]
-    session = Session(policy)
-    session.feed(random_tokens(7, seed=9))
-    session.cache.crop(-7)
-    assert session.cache.get_seq_length() == 0
-    assert error(session.feed(ids, [9, *ones(11)]), whole(ids, policy)) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["streaming", "by KV head", "no retrieval head below"])
-def test_a_rollback_beyond_the_room_for_it_is_refused_and_changes_nothing(name: str) -> None:
-    ids, policy = random_tokens(40), POLICIES[name]
-    session = Session(policy, rollback=2)
-    session.feed(ids[:, :25], [14, *ones(11)])
-    for remove in (4, 9, 20):
-        with pytest.raises(sc.SparseCacheError, match=rf"{remove} tokens cannot be taken back"):
-            session.cache.crop(-remove)
-    assert session.cache.get_seq_length() == 25
-    assert error(session.feed(ids[:, 25:], ones(15)), whole(ids, policy)[:, 25:]) < 1e-5
-
-
-# -- files --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["dense", "streaming", "no retrieval head below"])
-def test_a_saved_cache_goes_on_where_it_was_also_in_a_longer_one(name: str, tmp_path: Path) -> None:
-    ids, policy = random_tokens(40), POLICIES[name]
-    session = Session(policy, max_length=40)
-    session.feed(ids[:, :25], [14, *ones(11)])
-    session.cache.save(tmp_path / "prompt")
-    wanted = whole(ids, policy)[:, 25:]
-    for max_length in (40, 80):
-        session.cache = session.another(max_length=max_length)
-        session.cache.load(tmp_path / "prompt")
-        assert session.cache.get_seq_length() == 25
-        assert error(session.feed(ids[:, 25:], ones(15)), wanted) < 1e-5, max_length
-
-
-def test_a_file_replaces_what_the_cache_held(tmp_path: Path) -> None:
-    ids = random_tokens(40)
-    session = Session(NO_RETRIEVAL_BELOW)
-    session.feed(ids[:, :12])
-    session.cache.save(tmp_path / "prompt")
-    session.feed(random_tokens(25, seed=9))
-    session.cache.load(tmp_path / "prompt")
-    assert error(session.feed(ids[:, 12:], ones(28)), whole(ids, NO_RETRIEVAL_BELOW)[:, 12:]) < 1e-5
-
-
-def test_padded_rows_go_on_from_a_file_in_a_cache_of_more_rows(tmp_path: Path) -> None:
-    ids, padding = left_padded(30, [7, 0])
-    session = Session(NO_RETRIEVAL_BELOW, max_batch=2)
-    session.feed_padded(ids[:, :18], padding, [18])
-    session.cache.save(tmp_path / "prompt")
-    session.options["max_batch"] = 3
-    session.cache = session.another()
-    session.cache.load(tmp_path / "prompt")
-    positions = padding.cumsum(dim=1) - 1
-    for at in range(18, 30):
-        seen, place = padding[:, : at + 1], positions[:, at : at + 1]
-        last = session.feed(ids[:, at : at + 1], attention_mask=seen, position_ids=place)
-    for row, pad in ((0, 7), (1, 0)):
-        assert error(last[row, -1], whole(ids[row : row + 1, pad:], NO_RETRIEVAL_BELOW)[0, -1]) < 1e-5
-
-
-def test_an_empty_cache_is_saved_and_loaded(tmp_path: Path) -> None:
-    ids = random_tokens(20)
-    session = Session(NO_RETRIEVAL_BELOW)
-    session.cache.save(tmp_path / "prompt")
-    session.feed(random_tokens(25, seed=9))
-    session.cache.load(tmp_path / "prompt")
-    assert session.cache.get_seq_length() == 0
-    assert error(session.feed(ids, [9, *ones(11)]), whole(ids, NO_RETRIEVAL_BELOW)) < 1e-5

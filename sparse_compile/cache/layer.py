@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from sparse_compile.cache.books import Books
+from sparse_compile.cache.positions import Positions
 from sparse_compile.passes import cache_ops  # noqa: F401  # registers the op that update() calls
 from sparse_compile.passes.storage import LayerPlan, Ring, misfit
 
@@ -59,7 +60,7 @@ class SparseCacheLayer(CacheLayerMixin):
         return self.positions.stream[0] if self.stream else self.positions.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks are written over all columns there may ever be, like those of a ``StaticCache``; none is built that big."""
+        """Masks are written over all columns there may ever be, as for a ``StaticCache``; traced ones are not built."""
         return self.plan.max_length, 0
 
     def get_max_length(self) -> int:
@@ -87,31 +88,3 @@ class SparseCacheLayer(CacheLayerMixin):
             for s in self.plan.storages
         ]
         return f"SparseCacheLayer({', '.join(kept)})"
-
-
-class Positions:
-    """The positions of a cache, shared by its layers; see ``cache_update`` for the tensors."""
-
-    def __init__(
-        self, max_batch: int, page_columns: int, rings: tuple[tuple[int, int], ...], device: torch.device, *, moving: bool
-    ) -> None:
-        self.max_batch = max_batch
-        self.columns = torch.zeros((), dtype=torch.int64, device=device)
-        self.texts = torch.zeros(max_batch, dtype=torch.int64, device=device)
-        self.page_texts = torch.full((max_batch, page_columns), -1, dtype=torch.int32, device=device) if page_columns else None
-        self.rings = [
-            torch.full((max_batch, slots), -1, dtype=torch.int64, device=device) for _, slots in rings for _ in range(2)
-        ]
-        self.stream = [torch.zeros_like(self.columns), torch.zeros_like(self.texts)] if moving else []
-
-    def tensors(self) -> list[Tensor]:
-        """All of them."""
-        pages = [] if self.page_texts is None else [self.page_texts]
-        return [self.columns, self.texts, *self.stream, *pages, *self.rings]
-
-    def clear(self) -> None:
-        """No token at all."""
-        for count in (self.columns, self.texts, *self.stream):
-            count.zero_()
-        for table in self.tensors()[2 + len(self.stream) :]:
-            table.fill_(-1)

@@ -89,7 +89,7 @@ def plan_layers(
         storages = _storages(geometry, model, [prefill, decode], max_length, page_size, rollback, mode)
         last = layer == len(geometry.masks) - 1
         plans.append(LayerPlan(layer, last, max_length, (), storages, model, prefill, decode, mode))
-    rings = dict.fromkeys((s.sink, s.slots) for plan in plans for s in plan.storages if isinstance(s, Ring))
+    rings = dict.fromkeys(s.kind for plan in plans for s in plan.storages if isinstance(s, Ring))
     return tuple(replace(plan, rings=tuple(rings)) for plan in plans)
 
 

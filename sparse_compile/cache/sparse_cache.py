@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from sparse_compile.cache.books import Books
-from sparse_compile.cache.layer import Positions, SparseCacheLayer
+from sparse_compile.cache.layer import SparseCacheLayer
 from sparse_compile.cache.plan import Geometry, check_dtype, check_sizes, plan_layers
+from sparse_compile.cache.positions import Positions
 from sparse_compile.cache.rotation import in_cache_positions
 from sparse_compile.masks import Mask
 from sparse_compile.passes.cache_ops import SparseCacheError
@@ -171,7 +172,7 @@ class SparseCache(Cache):
         texts = self._texts_without(first, rows)
         recents: dict[tuple[int, int], int] = {}
         for ring in (s for layer in self.kept for s in layer.plan.storages if isinstance(s, Ring)):
-            recents[ring.sink, ring.slots] = max(recents.get((ring.sink, ring.slots), 0), ring.recent)
+            recents[ring.kind] = max(recents.get(ring.kind, 0), ring.recent)
         for number, (sink, slots) in enumerate(self.kept[0].plan.rings):
             kept = at.rings[2 * number][:rows]
             start = (texts - (recents[sink, slots] - 1)).clamp(min=sink).unsqueeze(1)
