@@ -15,6 +15,7 @@ from bench.generation import run_cache_generate, run_cache_prefill
 from bench.masks import run_masks
 from bench.model import run_model
 from bench.report import report
+from bench.selection import run_select_attention, run_select_model, run_select_prefill
 from bench.sweep import sweep
 
 BENCHES = {
@@ -25,6 +26,9 @@ BENCHES = {
     "cache-attention": run_cache_attention,
     "cache-prefill": run_cache_prefill,
     "cache-generate": run_cache_generate,
+    "select-attention": run_select_attention,
+    "select-model": run_select_model,
+    "select-prefill": run_select_prefill,
     "masks": run_masks,
     "compile": run_compile,
     "sweep": sweep,

@@ -22,6 +22,7 @@ from bench.filled import (
     MODE,
     TINY_HALF,
     Case,
+    digest_bytes,
     fill,
     fill_static,
     first_call,
@@ -36,6 +37,7 @@ from bench.model import STEPS, build, kernels_of
 from bench.shapes import DTYPE, LLAMA2, LLAMA3, SMALL, Shape, compiled, operands
 from bench.timing import CUDA, DEVICE, Row, Timing, bandwidth, in_graph, measure
 from sparse_compile.masks import Mask, causal
+from sparse_compile.masks.counting import largest_density
 
 GQA_BATCH = replace(GQA, contexts=(32768,), dense=32768, stock=(), batch=8)
 
@@ -53,8 +55,8 @@ def _protocol(*cases: Case) -> list[Row]:
     model = build(cases[0].config)
     rows, found = [], []
     for case in cases:
-        sparse = _decode(model, case, case.mask, case.contexts)
-        dense = _decode(model, case, None, tuple(n for n in case.contexts if n <= case.dense))
+        sparse = decode_steps(model, case, case.mask, case.contexts)
+        dense = decode_steps(model, case, None, tuple(n for n in case.contexts if n <= case.dense))
         found.append((case, (sparse, dense)))
         for length in case.contexts:
             rows.append(sparse.row(model, length, DENSE, dense.timings.get(length)))
@@ -62,7 +64,7 @@ def _protocol(*cases: Case) -> list[Row]:
                 rows.append(dense.row(model, length))
     for case, both in found:
         for length in case.stock:
-            slow, note = _stock(model, case, length)
+            slow, note = stock_steps(model, case, length)
             rows += [variant.row(model, length, f"{STOCK}, StaticCache, {MODE}", slow, note) for variant in both]
     return rows
 
@@ -79,12 +81,12 @@ class Variant:
     note: str
 
     def row(self, model: Any, length: int, baseline: str = "", slow: Timing | None = None, note: str = "") -> Row:
-        """Against the bytes that a step reads: weights without the embedding, and the visible keys and values."""
+        """Against the bytes that a step reads: weights without the embedding, visible keys and values, and digests of pages."""
         case, timing, mask = self.case, self.timings[length], causal if self.mask is None else self.mask
         cache = case.cache(self.mask, length, "meta")
-        density = mask.density(1, length, q_offset=length - 1, heads=case.config.num_attention_heads)
+        density = largest_density(mask, 1, length, length - 1, case.config.num_attention_heads)
         embedding = model.get_input_embeddings().weight.nbytes  # of which a step reads a row
-        bound = (weights(model) - embedding + density * cache.dense_nbytes) / bandwidth()
+        read = weights(model) - embedding + density * cache.dense_nbytes + digest_bytes(cache)
         sizes = [size / GIB for size in (weights(model), cache.nbytes, self.beside)]
         parts = "{:.2f} weights + {:.2f} KV of this length + {:.2f} beside them".format(*sizes)
         notes = [f"{case.batch * 1e3 / timing.p50:.1f} tokens/s", f"peak {parts}", self.note, note]
@@ -92,7 +94,7 @@ class Variant:
             replace(timing, peak_gib=sum(sizes)),
             baseline,
             slow,
-            bound=bound * 1e3,
+            bound=read / bandwidth() * 1e3,
             what=f"decode step, {case.what(self.mask)}, batch {case.batch}",
             shape=case.name,
             mask=mask,
@@ -104,7 +106,7 @@ class Variant:
         )
 
 
-def _decode(model: Any, case: Case, mask: Mask | None, contexts: tuple[int, ...]) -> Variant:
+def decode_steps(model: Any, case: Case, mask: Mask | None, contexts: tuple[int, ...]) -> Variant:
     """One graph over a cache of the longest context; the others differ in how full it is."""
     forget()
     cache = case.cache(mask, max(contexts))
@@ -124,7 +126,7 @@ def _decode(model: Any, case: Case, mask: Mask | None, contexts: tuple[int, ...]
     return Variant(case, mask, timings, beside, kernels_of(backend), note)
 
 
-def _stock(model: Any, case: Case, length: int) -> tuple[Timing, str]:
+def stock_steps(model: Any, case: Case, length: int) -> tuple[Timing, str]:
     """The same with stock transformers and stock compilation."""
     forget()
     cache = static_cache(model, length)
@@ -179,7 +181,7 @@ def _attention(shape: Shape, every: int, length: int) -> Row:
     cache = case.cache(case.mask, length + 1024)  # each call appends a token
     randomize(cache)
     fill(cache, length)
-    run, backend = compiled(_attend, case.mask)
+    run, backend = compiled(attend_layers, case.mask)
     timing = _per_layer(lambda: run(new, cache))
     density = case.mask.density(1, length, q_offset=length - 1, heads=shape.heads)
     read = density * 2 * shape.kv_heads * length * shape.head_dim * DTYPE.itemsize
@@ -199,7 +201,7 @@ def _attention(shape: Shape, every: int, length: int) -> Row:
     )
 
 
-def _attend(layers: list[tuple[Tensor, Tensor, Tensor]], cache: Any) -> list[Tensor]:
+def attend_layers(layers: list[tuple[Tensor, Tensor, Tensor]], cache: Any) -> list[Tensor]:
     """What transformers does between the projections."""
     device = layers[0][0].device
     at = torch.arange(1, device=device) + cache.get_seq_length()

@@ -16,6 +16,8 @@ from bench.model import LLAMA3_8B, TINY
 from bench.shapes import DTYPE
 from bench.timing import CUDA, DEVICE, Row, Timing, measured
 from sparse_compile.masks import Mask, causal, per_head, sink, sliding_window
+from sparse_compile.masks.heads import PerHead
+from sparse_compile.masks.pages import describe
 
 LLAMA2_7B = LlamaConfig(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
@@ -29,7 +31,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Case:
-    """A model of which every ``every``-th KV head sees everything and the others NARROW, and contexts to decode at.
+    """A model of which every ``every``-th KV head sees ``seeing`` and the others NARROW, and contexts to decode at.
 
     ``dense`` is the longest of them whose dense cache fits; ``stock`` are those at which stock transformers is measured.
     """
@@ -41,11 +43,12 @@ class Case:
     dense: int
     stock: tuple[int, ...] = ()
     batch: int = 1
+    seeing: Mask = causal
 
     @property
     def mask(self) -> Mask:
         """One mask for each KV head."""
-        return per_head([NARROW if head % self.every else causal for head in range(self.config.num_key_value_heads)])
+        return per_head([NARROW if head % self.every else self.seeing for head in range(self.config.num_key_value_heads)])
 
     def cache(self, mask: Mask | None, length: int, device: torch.device | str = DEVICE) -> Any:
         """A SparseCache; on ``meta`` for its bytes alone."""
@@ -53,7 +56,10 @@ class Case:
 
     def what(self, mask: Mask | None) -> str:
         """What is compared."""
-        return "dense" if mask is None else f"{100 // self.every} % full heads"
+        if mask is None:
+            return "dense"
+        seen = "full heads" if self.seeing == causal else f"heads under {self.seeing}, the others streaming"
+        return f"{100 // self.every} % {seen}"
 
 
 def contexts(step: int) -> tuple[int, ...]:
@@ -71,6 +77,7 @@ def fill(cache: Any, tokens: int) -> None:
     cache.books.columns, cache.books.batch = tokens, cache.max_batch
     at.columns.fill_(tokens)
     at.texts.fill_(tokens)
+    at.choose_anew()
     if at.page_texts is not None:
         at.page_texts.copy_(torch.where(column < tokens, column, -1))
     for number, (sunk, slots) in enumerate(cache.layers[0].plan.rings):
@@ -82,9 +89,24 @@ def fill(cache: Any, tokens: int) -> None:
 
 
 def randomize(cache: Any) -> None:
+    """Random keys and values, and digests that describe those keys."""
     for layer in cache.layers:
         for buffer in layer.buffers:
             buffer.normal_()
+        leading = [at for at, storage in enumerate(layer.plan.storages) if getattr(storage, "selecting", None) is not None]
+        for at, (digest, page) in zip(leading, layer.digests(), strict=True):
+            for head in range(digest.shape[1]):
+                score = layer.plan.storages[at].selecting.selector.score
+                digest[:, head : head + 1] = describe(layer.buffers[2 * at][:, head : head + 1], None, page, score)
+
+
+def digest_bytes(cache: Any) -> int:
+    """What a decode step reads to choose pages; in steps that use earlier scores nothing, which counts as a part of it."""
+    found = 0.0
+    for layer in cache.layers:
+        chosen = [s.selecting.selector.every for s in layer.plan.storages if getattr(s, "selecting", None) is not None]
+        found += sum(digest.nbytes / every for (digest, _), every in zip(layer.digests(), chosen, strict=True))
+    return int(found)
 
 
 def static_cache(model: Any, length: int) -> Any:
@@ -157,9 +179,17 @@ def row(
         slow=slow,
         bench="cache",
         what=what,
-        mask=str(mask) if len(str(mask)) < 60 else f"per_head: causal, {NARROW}",
+        mask=_written(mask),
         q_len=lengths[0],
         kv_len=lengths[1],
         dtype=str(DTYPE).removeprefix("torch."),
         **rest,
     )
+
+
+def _written(mask: Mask) -> str:
+    """A mask as a cell of a table: of one for each head, each distinct one."""
+    text = str(mask)
+    if len(text) < 60 or not isinstance(mask, PerHead):
+        return text
+    return "per_head: " + ", ".join(map(str, dict.fromkeys(mask.masks)))

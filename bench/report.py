@@ -36,7 +36,8 @@ def with_table(text: str, folder: Path = RESULTS) -> str:
 
 def markdown(folder: Path) -> str:
     """The figures worth a line in the README."""
-    rows = [row for name in ("model", "cache", "prefill") for row in read(folder, name) if _is_headline(row)]
+    names = ("model", "cache", "select-attention", "select-model", "select-prefill", "prefill")
+    rows = [row for name in names for row in read(folder, name) if _is_headline(row)]
     lines = ["| what | keys | kernel | ms | against | ratio | of the bound |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         share = f"{float(row['share']):.0%}" if row["share"] else ""
@@ -56,11 +57,14 @@ HEADLINES = {"Llama-3-8B": ("1000000", "327680", "131072"), "Llama-2-7B": ("2000
 
 
 def _is_headline(row: dict[str, str]) -> bool:
+    if "page_topk" in row["mask"]:
+        return row["kv_len"] in ("131072", "1048576", "32768") and not row["baseline"].startswith("SparseCache")
     if row["bench"] == "cache":
         return row["kv_len"] in HEADLINES.get(row["shape"].split(" ")[0], ()) and "dense" not in row["what"]
     if row["bench"] == "model":
         short = row["kv_len"] in ("8192", "16384")
-        return row["what"] not in ("prefill, eager", "prefill, all streaming") and row["baseline"] != "eager" and not short
+        dropped = ("prefill, eager", "prefill, all streaming", "decode step, all streaming, batch 1")
+        return row["what"] not in dropped and row["baseline"] != "eager" and not short
     return row["kv_len"] == "131072" and row["what"].endswith("streaming, with FLASH")
 
 

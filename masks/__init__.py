@@ -8,6 +8,7 @@ from sparse_compile.masks.mask import Mask
 from sparse_compile.masks.neighborhood import neighborhood
 from sparse_compile.masks.patterns import causal, chunked, dilated, sink, sliding_window, strided
 from sparse_compile.masks.scores import ScoreMod, alibi, bias, log_weight, sink_logits, softcap
+from sparse_compile.masks.selectors import page_topk
 
 __all__ = [
     "Captured",
@@ -24,6 +25,7 @@ __all__ = [
     "log_weight",
     "neighborhood",
     "padding",
+    "page_topk",
     "per_head",
     "prefix",
     "sink",

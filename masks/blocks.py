@@ -40,12 +40,12 @@ def block_tables(
     bounds = mask.bounds(lo, hi)
     runs = Runs.of((bounds.maybe - kv_start).clamp(0, kv_len), kv_block)
     surely = (bounds.surely - kv_start).clamp(0, kv_len)
-    return _split(runs, surely, kv_block, -(-kv_len // kv_block) if width is None else width)
+    return split_tables(*runs.listed(-(-kv_len // kv_block) if width is None else width), surely, kv_block)
 
 
-def _split(runs: Runs, surely: Intervals, kv_block: int, width: int) -> Tables:
-    """The blocks of ``runs``, those within ``surely`` apart."""
-    index, count = runs.listed(width)
+def split_tables(index: Tensor, count: Tensor, surely: Intervals, kv_block: int) -> Tables:
+    """Listed blocks ``[B, H, rows, width]``, of which the first ``count`` count, with those within ``surely`` apart."""
+    width = index.shape[-1]
     column = torch.arange(width, device=index.device, dtype=torch.int32)
     start = index * kv_block
     full = (surely.overlap(start, start + kv_block) == kv_block) & (column < count.unsqueeze(-1))
@@ -109,7 +109,8 @@ def block_mask(
     narrow = 4 * batch * heads * rows * blocks > WIDE_TABLE_BYTES
     bounds = mask.bounds(lo, hi)
     runs = Runs.of(bounds.maybe.clamp(0, kv_len), kv_block)
-    tables = _split(runs, bounds.surely.clamp(0, kv_len), kv_block, runs.widest() if narrow else blocks)
+    listed = runs.listed(runs.widest() if narrow else blocks)
+    tables = split_tables(*listed, bounds.surely.clamp(0, kv_len), kv_block)
     tables = Tables(*(t.expand(batch, heads, *t.shape[2:]).contiguous() for t in tables))
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

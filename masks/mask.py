@@ -243,6 +243,32 @@ class Mask(ABC):
 
         return block_mask(self, q_len, kv_len, q_offset, batch, heads, block_size, device)
 
+    def selected(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        q_offset: int = 0,
+        page_size: int = 64,
+        q_block: int = 1,
+        valid: Tensor | None = None,
+    ) -> Mask:
+        """The mask of one attention: every ``page_topk`` in place of the keys it chooses for these queries. Slow: an oracle.
+
+        ``q`` is ``[B, Hq, Q, D]``, its first query at position ``q_offset``; ``k`` ``[B, Hkv, KV, D]``, its first key at 0;
+        ``valid`` ``[B | 1, KV]`` is false for padding. Pages of ``page_size`` keys are kept, as a ``SparseCache`` of that page
+        size does in decode steps; runs of ``q_block`` queries choose together by their mean (a prefill has both at 128).
+        A mask without selectors stays as it is. Raises ``ValueError`` for pages that do not nest.
+
+            >>> q, k = torch.tensor([[[[1.0]]]]), torch.tensor([[[[1.0], [3.0], [2.0], [0.0]]]])
+            >>> chosen = (causal & page_topk(2, page=1)).selected(q, k, q_offset=3, page_size=1)
+            >>> chosen.dense(1, 4, q_offset=3).int().tolist()
+            [[[[0, 1, 0, 1]]]]
+        """
+        from sparse_compile.masks.selected import selected
+
+        return selected(self, q, k, q_offset=q_offset, page_size=page_size, q_block=q_block, valid=valid)
+
     def density(
         self, q_len: int, kv_len: int, *, q_offset: int = 0, batch: int | None = None, heads: int | None = None
     ) -> float:

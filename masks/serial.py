@@ -16,13 +16,14 @@ from sparse_compile.masks.mask import Mask
 from sparse_compile.masks.neighborhood import Neighborhood
 from sparse_compile.masks.patterns import Causal, Chunked, Dilated, Sink, SlidingWindow, Strided
 from sparse_compile.masks.placed import Placed, Relaxed
+from sparse_compile.masks.selectors import PageTopK
 
 VERSION = 1
 PATTERNS: dict[str, type[Mask]] = {
     pattern.name: pattern
     for pattern in (
         *(Full, Causal, Sink, SlidingWindow, Chunked, Strided, Dilated),
-        *(Prefix, Document, Padding, Explicit, Neighborhood, PerHead, Placed, Relaxed),
+        *(Prefix, Document, Padding, Explicit, Neighborhood, PerHead, Placed, Relaxed, PageTopK),
     )
 }
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sparse_compile.passes.storage import LayerPlan
+from sparse_compile.passes.storage import Choice, LayerPlan, Pages
 from sparse_compile.passes.tables import bind, given, parse
 
 UNCOMPILED = (
@@ -35,15 +35,19 @@ def cache_update(
     rings: list[Tensor],
     buffers: list[Tensor],
     stream: list[Tensor],
+    anchor: Tensor | None,
+    selection: list[Tensor],
     plan: str,
 ) -> tuple[Tensor, Tensor]:
-    """The keys and values ``[B, Hkv, max_length, D]`` that attention would see if they existed; see ``LayerPlan`` for ``plan``.
+    """The keys and values ``[B, Hkv, columns, D]`` that attention would see if they existed; see ``LayerPlan`` for ``plan``.
 
     ``columns`` counts the tokens seen, padding included, int64 ``[]``; ``texts`` without padding, int64 ``[max_batch]``.
-    ``page_texts`` ``[max_batch, max_length]`` is the text position of each column, -1 for padding. ``rings`` are text
+    ``page_texts`` ``[max_batch, columns]`` is the text position of each column, -1 for padding. ``rings`` are text
     position and column of each slot, ``[max_batch, slots]``, two for each of ``plan.rings``. ``buffers`` are keys and values of
     each storage, ``[max_batch, heads, slots, D]``. ``stream`` is empty, or for positions in the cache: the rotary position
     of the next token ``[]``, text position less rotary position of the keys ``[max_batch]``, and the frequencies of the layer.
+    ``anchor`` ``[]`` is the column from which steps that score pages are counted. ``selection`` is, for each
+    storage that selects, its ``Choice``: that of its leader, without digests, if it has one.
     """
     raise SparseCacheError(UNCOMPILED)
 
@@ -58,9 +62,11 @@ def _(
     rings: list[Tensor],
     buffers: list[Tensor],
     stream: list[Tensor],
+    anchor: Tensor | None,
+    selection: list[Tensor],
     plan: str,
 ) -> tuple[Tensor, Tensor]:
-    length = LayerPlan.from_text(plan).max_length
+    length = LayerPlan.from_text(plan).columns
     return k.new_empty(*k.shape[:2], length, k.shape[3]), v.new_empty(*v.shape[:2], length, v.shape[3])
 
 
@@ -75,6 +81,8 @@ class Update(NamedTuple):
     rings: list[Node]
     buffers: list[Node]
     stream: list[Node]
+    anchor: Node | None
+    selection: list[Node]
     plan: LayerPlan
 
     @staticmethod
@@ -82,6 +90,18 @@ class Update(NamedTuple):
         """Read the node of an update."""
         arguments: Any = (*node.args[:-1], LayerPlan.from_text(str(node.args[-1])))
         return Update(*arguments)
+
+    def choice_of(self, number: int) -> Choice[Node]:
+        """What storage ``number``, which selects, chooses by."""
+        rest, found = list(self.selection), None
+        for storage in self.plan.storages[: number + 1]:
+            selecting = storage.selecting if isinstance(storage, Pages) else None
+            if selecting is not None:
+                leads, by_keys = selecting.leader == self.plan.layer, selecting.by_keys
+                count = 1 if by_keys else 4 if leads else 3
+                found, rest = Choice(*rest[:count]), rest[count:]
+        assert found is not None
+        return found
 
 
 @torch.library.custom_op("sparse_compile::cache_tokens", mutates_args=())
@@ -112,7 +132,7 @@ def _(k: Tensor, columns: Tensor, texts: Tensor, mask: str, captures: list[Tenso
 
 @torch.library.custom_op("sparse_compile::page_positions", mutates_args=())
 def page_positions(page_texts: Tensor, column: Tensor, text: Tensor) -> Tensor:
-    """``page_texts`` of the rows in use, with the new tokens at their columns: ``[B, max_length]``."""
+    """``page_texts`` of the rows in use, with the new tokens at their columns: ``[B, columns]``."""
     return page_texts[: column.shape[0]].scatter(1, column, text.to(page_texts.dtype))
 
 

@@ -29,6 +29,7 @@ class CacheInGraph:
         self.first, self.graph, self.point = first, first.node.graph, first.node
         update = Update.of(first.cache)
         self.columns, self.texts, self.pages, self.rings = update.columns, update.texts, update.page_texts, update.rings
+        self.anchor = update.anchor
         self.one = is_one(first.size("q", 2))
         self.steps: dict[int, tuple[Node, ...]] = {}
         self.page_texts: Node | None = None
@@ -92,8 +93,15 @@ class CacheInGraph:
 
     def row_count(self) -> int | Node:
         """How many rows of the cache are in use."""
+        return self._size(0)
+
+    def token_count(self) -> int | Node:
+        """How many new tokens there are in each row."""
+        return self._size(2)
+
+    def _size(self, axis: int) -> int | Node:
         with self.graph.inserting_before(self.point):
-            count = emit_int(self.graph, expr_of(self.first.size("q", 0)), self.point)
+            count = emit_int(self.graph, expr_of(self.first.size("q", axis)), self.point)
         assert count is not None
         return count
 
@@ -135,8 +143,9 @@ class CacheInGraph:
             self.step(plan, kind)
         self.point = next(iter(reversed(self.graph.nodes)))
         with self.graph.inserting_before(self.point):
-            count = emit_int(self.graph, expr_of(self.first.size("q", 2)), self.point)
-            self.graph.call_method("add_", (self.columns, count))
+            self.graph.call_method("add_", (self.columns, self.token_count()))
+            if self.anchor is not None and not self.one:  # the next step scores pages
+                self.graph.call_method("copy_", (self.anchor, self.columns))
         self.commit(self.texts, self.new_texts)
         if self.moved is not None:
             assert self.first.cache is not None

@@ -12,6 +12,7 @@ from torch.fx import Node
 from sparse_compile.masks import Mask, ScoreMod
 from sparse_compile.passes.graph import Order, argument, expr_of, hint_of, layer_index, module_path, op_name, shape_of, value_of
 from sparse_compile.passes.positions import Positions
+from sparse_compile.passes.storage import Choice, Selecting
 
 Phase = Literal["prefill", "decode", "other"]
 
@@ -25,6 +26,18 @@ class Left:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """Pages that a decode step of a cache chooses from. ``new`` are the token's key and value, their buffers, the column, the
+    column that steps are counted from and the text positions, if this layer leads; they are appended with the choice. Where
+    there is ``padding``, the static part may touch any number of pages."""
+
+    selecting: Selecting
+    choice: Choice[Node]
+    new: tuple[Node | None, ...] = ()
+    padding: bool = False
+
+
+@dataclass(frozen=True)
 class AttentionCall:
     """An attention call that was understood: ``softmax(score_mod(q @ k * scale) under mask) @ v``.
 
@@ -33,7 +46,7 @@ class AttentionCall:
     into ``mask``, ``score_mod`` and ``positions``, with ``sources`` naming the tensors those read; the assign pass fills
     ``policy``. ``cache`` is the update of a ``SparseCache`` whose keys these are, ``cache_was_empty`` if the call looks at the
     new tokens alone; the kv pass cuts such a call into ``pieces``, and notes the bytes of
-    each KV head and of a dense layer.
+    each KV head and of a dense layer. ``scored`` are the pages of a piece that selects.
     """
 
     node: Node
@@ -56,6 +69,7 @@ class AttentionCall:
     cache_was_empty: bool = False
     cache_nbytes: tuple[tuple[int, ...], int] | None = None
     pieces: tuple[AttentionCall, ...] = ()
+    scored: Scored | None = None
 
     @property
     def mask_nodes(self) -> tuple[Node, ...]:

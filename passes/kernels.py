@@ -12,11 +12,13 @@ import torch
 from sparse_compile.masks import Mask, causal, full
 from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.scores import SinkLogits
+from sparse_compile.masks.selectors import has_selector, offered
 from sparse_compile.passes.call import AttentionCall
 from sparse_compile.passes.graph import expr_of, hint_of, is_one, value_of
-from sparse_compile.passes.options import FLASH_TILES
+from sparse_compile.passes.options import BLOCK, FLASH_TILES
 
 SMALLEST_HEAD = 16  # of the Triton kernels
+SMALLEST_PAGE = 16  # keys of a block of theirs
 LARGEST_HEAD = 256  # of the flash kernels, SDPA's and FLASH
 HALF = (torch.bfloat16, torch.float16)
 # FLASH takes some 0.3 ms of Python to launch: single calls on an H200 take 1.17 ms against SDPA's 0.97 at 8K, and 3.50 against
@@ -27,8 +29,9 @@ FLEX = ("flash", "triton", "cpp")  # the kernels that FlexAttention generates
 
 @dataclass(frozen=True)
 class Kernel:
-    """``name`` is ``flash``, ``triton``, ``cpp``, ``sdpa`` or ``reference``; ``why`` says what forbade a faster one.
+    """``name`` is ``flash``, ``triton``, ``cpp``, ``pages``, ``sdpa`` or ``reference``; ``why`` says what forbade a faster one.
 
+    ``pages`` is a kernel of ours, for decode steps that read chosen pages of a cache under a causal mask.
     ``flash``, ``triton`` and ``cpp`` are FlexAttention's, by the language they are generated in. ``sdpa`` is
     ``scaled_dot_product_attention`` without a mask tensor, on CPU also with a single row of one; ``reference`` has a dense one.
     """
@@ -104,11 +107,13 @@ def is_decode_step(call: AttentionCall) -> bool:
 def _order(call: AttentionCall, mask: Mask, target: Target) -> tuple[str, ...]:
     if target.device_of(call) == "cpu":
         # One dense row of a mask costs less than tables, unless a policy skips most keys of every head.
-        skips = call.policy is not None and not any(isinstance(node, PerHead) for node in mask.walk())
+        skips = call.scored is not None or (call.policy is not None and not any(isinstance(n, PerHead) for n in mask.walk()))
         return ("cpp", "sdpa") if skips and not plain_form(call, mask) else ("sdpa", "cpp")
     # On Blackwell nobody measured FLASH here: it runs if it is asked for by name.
     flash = ("flash",) if target.capability is not None and target.capability[0] == 9 else ()
     short = hint_of(call.size("q", 2)) < FLASH_FROM
+    if call.scored is not None:
+        return "pages", "triton"
     dense_first = is_decode_step(call) or (short and plain_form(call, mask) is not None)
     return ("sdpa", *flash, "triton") if dense_first else (*flash, "sdpa", "triton")
 
@@ -124,11 +129,11 @@ def _forbids(name: str, call: AttentionCall, mask: Mask, target: Target) -> str:
         return "inner='eager' has no FlexAttention kernels"
     if name in FLEX and target.inner != "inductor" and target.gradients:
         return f"inner={target.inner!r} has no gradients of FlexAttention"
-    if name in ("triton", "flash") and device != "cuda":
+    if name in ("triton", "flash", "pages") and device != "cuda":
         return f"{name} needs CUDA, and the call runs on {device}"
     if name == "cpp" and device != "cpu":
         return f"FlexAttention has no kernels for {device}"
-    rules = {"sdpa": _not_sdpa, "flash": _not_flash, "triton": _not_triton, "cpp": _not_cpp}
+    rules = {"sdpa": _not_sdpa, "flash": _not_flash, "triton": _not_triton, "cpp": _not_cpp, "pages": _not_pages}
     return rules[name](call, mask, target)
 
 
@@ -175,6 +180,8 @@ def _not_flash(call: AttentionCall, mask: Mask, target: Target) -> str:
         return "FLASH is used with static lengths and positions"
     if is_decode_step(call):
         return "FLASH has no kernel for one query"
+    if has_selector(mask) and tiles[max(dims)] != (BLOCK, BLOCK):
+        return f"page_topk chooses blocks of {BLOCK} queries and keys, and FLASH has {tiles[max(dims)]} at this head_dim"
     if mask == full:
         return "FLASH ignores block tables under a mask that shows everything (torch 2.11 to 2.13)"
     if mask.captures():
@@ -184,8 +191,22 @@ def _not_flash(call: AttentionCall, mask: Mask, target: Target) -> str:
 
 def _not_triton(call: AttentionCall, mask: Mask, target: Target) -> str:
     smallest = min(hint_of(call.size("q", 3)), hint_of(call.size("v", 3)))
-    fits = smallest >= SMALLEST_HEAD
-    return "" if fits else f"FlexAttention needs a head_dim of at least {SMALLEST_HEAD} on CUDA, not {smallest}"
+    if smallest < SMALLEST_HEAD:
+        return f"FlexAttention needs a head_dim of at least {SMALLEST_HEAD} on CUDA, not {smallest}"
+    page = call.scored.selecting.page_size if call.scored is not None else BLOCK
+    if page < SMALLEST_PAGE or page & (page - 1):
+        return f"FlexAttention visits pages of a power of two from {SMALLEST_PAGE} on on CUDA, not of {page}"
+    return ""
+
+
+def _not_pages(call: AttentionCall, mask: Mask, target: Target) -> str:
+    assert call.scored is not None
+    if call.score_mod is not None or offered(mask) != causal:
+        return f"the kernel over pages is causal, without score mods, and this call has {mask}, {call.score_mod}"
+    largest = max(hint_of(call.size("q", 3)), hint_of(call.size("v", 3)))
+    if largest > LARGEST_HEAD:
+        return f"the kernel over pages takes a head_dim of at most {LARGEST_HEAD}, not {largest}"
+    return _not_triton(call, mask, target)
 
 
 def _not_cpp(call: AttentionCall, mask: Mask, target: Target) -> str:

@@ -11,11 +11,12 @@ from torch.fx import GraphModule, Node
 
 from sparse_compile.masks import Mask, causal, full
 from sparse_compile.masks.given import Explicit
+from sparse_compile.masks.selectors import choosing_together
 from sparse_compile.masks.unknown import without_tensors
 from sparse_compile.passes.cache_ops import SparseCacheError, Update
 from sparse_compile.passes.cached import CacheInGraph
 from sparse_compile.passes.call import AttentionCall, Left
-from sparse_compile.passes.graph import expr_of, hint_of, memory_of, op_name, value_of
+from sparse_compile.passes.graph import expr_of, hint_of, is_one, memory_of, op_name, value_of
 from sparse_compile.passes.pieces import Pieces
 from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.storage import LayerPlan, Pages, Storage, misfit, needed_past
@@ -161,7 +162,7 @@ def _nbytes(update: Update) -> tuple[tuple[int, ...], int]:
     for number, buffer in enumerate(map(value_of, update.buffers)):
         storage = plan.storages[number // 2]
         slot = hint_of(buffer.shape[0]) * hint_of(buffer.shape[3]) * buffer.itemsize
-        dense += slot * len(storage.heads) * plan.max_length
+        dense += slot * len(storage.heads) * plan.columns
         heads |= {head: heads.get(head, 0) + slot * storage.slots for head in storage.heads}
     return tuple(heads[head] for head in sorted(heads)), dense
 
@@ -208,6 +209,7 @@ def check_storage(call: AttentionCall, storage: Storage, heads: tuple[int, ...])
             f"for each head ({call.mask}, {call.score_mod}): give all heads of this layer one mask"
         )
     if isinstance(storage, Pages):
+        _check_selection(call, storage, heads, by_head)
         return
     if call.score_mod is not None and Q_START in call.score_mod.captures():
         raise SparseCacheError(
@@ -219,13 +221,34 @@ def check_storage(call: AttentionCall, storage: Storage, heads: tuple[int, ...])
     for head in heads:
         shown.setdefault(model if call.policy is None else model & call.policy.for_head(head, call.heads), head)
     for mask, head in shown.items():
-        past = needed_past(without_tensors(mask), plan.mode, plan.max_length)
+        past = needed_past(without_tensors(mask), plan.mode, plan.columns)
         if past is None or past.sink > storage.sink or past.recent > storage.recent:
             raise SparseCacheError(
                 f"layer {plan.layer} of the cache keeps the first {storage.sink} and the last {storage.recent} tokens for "
                 f"query head {head}, but its mask {mask} shows more: build the SparseCache from the config and the policy "
                 "of this model"
             )
+
+
+def _check_selection(call: AttentionCall, storage: Pages, heads: tuple[int, ...], by_head: bool) -> None:
+    """Raise unless pages that a decode step chooses from are there."""
+    if not is_one(call.size("q", 2)):
+        return
+    layer, group = plan_of(call).layer, call.heads // call.kv_heads
+    for first in range(0, len(heads), group):
+        masks = [
+            full if call.policy is None else call.policy.for_head(head, call.heads) for head in heads[first : first + group]
+        ]
+        asked, _ = choosing_together(masks)
+        if asked is not None and (storage.selecting is None or storage.selecting.selector != asked):
+            raise SparseCacheError(
+                f"layer {layer} of the SparseCache was not built for {asked}: build the cache from the policy of the model"
+            )
+    if storage.selecting is not None and by_head:
+        raise SparseCacheError(
+            f"layer {layer} of the SparseCache chooses pages, and the model has a mask or score mod for each head "
+            f"({call.mask}, {call.score_mod}): give this layer a policy without page_topk"
+        )
 
 
 def _size_of(size: Any, inputs: list[Node]) -> int | tuple[int, int | None]:

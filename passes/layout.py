@@ -9,15 +9,25 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from sparse_compile.masks import Mask, per_head
+from sparse_compile.masks import Mask, full, per_head
 from sparse_compile.masks.blocks import live_width, query_blocks
 from sparse_compile.masks.given import Explicit
 from sparse_compile.masks.heads import PerHead
+from sparse_compile.masks.selectors import PageTopK, has_selector, static_part
 from sparse_compile.masks.unknown import without_symbols
-from sparse_compile.passes.call import AttentionCall
+from sparse_compile.passes.call import AttentionCall, Scored
 from sparse_compile.passes.graph import hint_of, value_of
 from sparse_compile.passes.kernels import FLEX, Kernel, Target, is_decode_step
-from sparse_compile.passes.options import BLOCK, FLASH_TILES, Phase, Tiles, kernel_options, splits_for, tiles_for
+from sparse_compile.passes.options import (
+    BLOCK,
+    FLASH_TILES,
+    Phase,
+    Tiles,
+    kernel_options,
+    splits_for,
+    tiles_for,
+    tiles_for_pages,
+)
 from sparse_compile.passes.tables import KV_START, Q_START
 
 
@@ -41,8 +51,10 @@ class Layout:
 
 def layout_of(call: AttentionCall, mask: Mask, heads: int, kernel: Kernel, target: Target) -> Layout:
     """The layout for ``mask``, in which tensors have names. ``heads`` is how many it tells apart, or 1."""
+    if call.scored is not None:
+        return _selecting(call, call.scored, mask, heads, kernel, target)
     if kernel.name not in FLEX:
-        return Layout(mask, heads)
+        return Layout(mask, heads, split=False, width=_selected_width(call, mask, heads) if has_selector(mask) else None)
     starts = _starts(call, mask)
     block = (BLOCK, BLOCK)
     if kernel.name == "triton" and _folds(call, mask, heads, target):
@@ -53,10 +65,52 @@ def layout_of(call: AttentionCall, mask: Mask, heads: int, kernel: Kernel, targe
         block, options = FLASH_TILES[major][hint_of(call.size("q", 3))], {"BACKEND": "FLASH"}
     elif kernel.name == "triton":
         options = kernel_options(_tiles(call, "prefill", target), "prefill")
-    width = _static_width(call, mask.for_heads(heads) if heads > 1 else mask, block)
+    if has_selector(mask):
+        width = _selected_width(call, mask, heads)
+    else:
+        width = _static_width(call, mask.for_heads(heads) if heads > 1 else mask, block)
     if kernel.name == "cpp" and width is not None:
         width = -(-call.size("k", 2) // BLOCK)  # the C++ kernel wants a column for every block
     return Layout(mask, heads, block, width=width, options=_sorted(options), starts=starts)
+
+
+def _selecting(call: AttentionCall, scored: Scored, mask: Mask, heads: int, kernel: Kernel, target: Target) -> Layout:
+    """A decode step that reads some pages. Tables are those of the KV heads, whatever the kernel."""
+    listed = per_kv_head(mask, call.heads, call.kv_heads) if heads > 1 else mask
+    page_size = scored.selecting.page_size
+    pages = call.size("k", 2) // page_size
+    # The C++ kernel wants a column for every page.
+    width = pages if scored.padding or kernel.name == "cpp" else scored.selecting.width
+    options: dict[str, Any] = {}
+    folds = kernel.name == "triton" and _folds(call, mask, heads, target)
+    if kernel.name == "triton":
+        tiles = tiles_for_pages(_tiles(call, "decode", target), page_size)
+        visited = min(scored.selecting.budget, pages) * (page_size // tiles.block_n)
+        splits = splits_for(hint_of(call.size("q", 0)) * call.kv_heads, visited)
+        options = kernel_options(tiles, "decode", splits=splits)
+    listed_heads = call.kv_heads if any(isinstance(node, PerHead) for node in listed.walk()) else 1
+    group = call.heads // call.kv_heads if folds else 1
+    block = (BLOCK, page_size)
+    return Layout(listed, listed_heads, block, split=kernel.name == "cpp", width=width, group=group, options=_sorted(options))
+
+
+def _selected_width(call: AttentionCall, mask: Mask, heads: int) -> int | None:
+    """The columns that a table of chosen blocks needs, if lengths and positions are numbers and no tensor has a say."""
+    budget = max(-(-node.tokens // BLOCK) for node in mask.walk() if isinstance(node, PageTopK))
+    listed = per_kv_head(mask, call.heads, call.kv_heads) if heads > 1 else mask
+    static = static_part(listed) if all(has_selector(m) for m in _of_heads(listed)) else full
+    width = None if static.captures() else _static_width(call, static, (BLOCK, BLOCK))
+    kv_len = call.size("k", 2)
+    if not isinstance(kv_len, int):
+        return None
+    if width is None:
+        return -(-kv_len // BLOCK)
+    return min(-(-kv_len // BLOCK), max(budget, width + 2))
+
+
+def _of_heads(mask: Mask) -> tuple[Mask, ...]:
+    parts = [node for node in mask.walk() if isinstance(node, PerHead)]
+    return parts[0].children() if parts else (mask,)
 
 
 def _folded(call: AttentionCall, mask: Mask, heads: int, target: Target, starts: tuple[int, int] | None) -> Layout:

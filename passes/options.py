@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -59,6 +59,12 @@ def tiles_for(capability: tuple[int, int] | None, phase: Phase, head_dim: int, d
     if largest is None or size != 2:
         return None
     return TILES.get((capability[0] if capability else 0, phase, largest, size)) or DEFAULTS[phase, largest]
+
+
+def tiles_for_pages(tiles: Tiles | None, page_size: int) -> Tiles:
+    """The tiles of a decode step that visits pages: none larger than a page."""
+    tiles = tiles or Tiles(16, 64, 4, 2)
+    return replace(tiles, block_n=min(tiles.block_n, page_size))
 
 
 def kernel_options(tiles: Tiles | None, phase: Phase, *, splits: int | None = None) -> dict[str, Any]:

@@ -19,11 +19,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from sparse_compile.masks import Captured, Mask, causal, full, per_head
 from sparse_compile.masks.placed import placed, relaxed
 from sparse_compile.masks.scores import sink_scores
+from sparse_compile.masks.selectors import choosing_together
 from sparse_compile.passes.cache_ops import Update
 from sparse_compile.passes.cached import CacheInGraph
-from sparse_compile.passes.call import AttentionCall
-from sparse_compile.passes.graph import inline, value_of
+from sparse_compile.passes.call import AttentionCall, Scored
+from sparse_compile.passes.graph import emit, inline, value_of
 from sparse_compile.passes.heads import join_heads, pick_heads
+from sparse_compile.passes.page_ops import describe_pages, score_pages_by_keys
 from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.storage import Pages, Ring, Storage
 from sparse_compile.passes.tables import Q_START
@@ -63,13 +65,19 @@ class Pieces:
         new = [pick_heads(self.point, x, None if whole else storage.heads) for x in (update.k, update.v)]
         kept = update.buffers[2 * number : 2 * number + 2]
         policy, score_mod, positions = self._policy(heads), call.score_mod, call.positions
+        scored: Scored | None = None
         if call.cache_was_empty and not plan.rotation:
             self._fill(kept, new, storage)
+            if isinstance(storage, Pages):
+                self._describe(number, storage, q, kept[0])
             k, v = new
             mask = self.model & policy if plan.mode == "strict" else self.model  # all is one chunk, which sees itself
         elif isinstance(storage, Pages):
-            k, v = (self._append(buffer, x) for buffer, x in zip(kept, new, strict=True))
+            scored = self._scored(number, storage, new, kept)
+            leads = scored is not None and scored.new  # then the token is appended where pages are chosen
+            k, v = (self.cache.rows(b) if leads else self._append(b, x) for b, x in zip(kept, new, strict=True))
             mask = self._paged_mask(policy)
+            self._describe(number, storage, q, kept[0])
         else:
             stream = self.cache.stream(call, plan) if plan.rotation else None
             if stream is not None:
@@ -86,7 +94,7 @@ class Pieces:
             return scaled_dot_product_attention(q, k, v, scale=call.scale, enable_gqa=self.group > 1)
 
         node: Node = inline(self.point, attend, q, k, v)
-        where: dict[str, Any] = {"mask": mask, "policy": None, "positions": positions, "cache": None}
+        where: dict[str, Any] = {"mask": mask, "policy": None, "positions": positions, "cache": None, "scored": scored}
         return replace(call, node=node, q=q, k=k, v=v, score_mod=score_mod, sources=self.sources, **where)
 
     def _policy(self, heads: tuple[int, ...]) -> Mask:
@@ -94,6 +102,8 @@ class Pieces:
         if self.call.policy is None:
             return full
         masks = [self.call.policy.for_head(head, self.call.heads) for head in heads]
+        for first in range(0, len(masks), self.group):
+            masks[first : first + self.group] = choosing_together(masks[first : first + self.group])[1]
         return masks[0] if len(set(masks)) == 1 else per_head(masks)
 
     def _fill(self, kept: list[Node], new: list[Node], storage: Storage) -> None:
@@ -144,6 +154,32 @@ class Pieces:
             return self.model & (policy if self.plan.mode == "strict" else relaxed(policy, self._first_column()))
         texts = self._capture(self.cache.new_page_texts())
         return self.model & placed(self._relaxed(policy), texts, texts, ordered=True)
+
+    def _scored(self, number: int, storage: Pages, new: list[Node], kept: list[Node]) -> Scored | None:
+        """The pages that a decode step chooses from."""
+        selecting, cache = storage.selecting, self.cache
+        if selecting is None or not cache.one:
+            return None
+        choice = self.update.choice_of(number)
+        if choice.digest is None:
+            return Scored(selecting, choice, padding=cache.padded)
+        texts = cache.new_page_texts() if cache.padded else None
+        return Scored(selecting, choice, (*new, *kept, cache.columns, cache.anchor, texts), cache.padded)
+
+    def _describe(self, number: int, storage: Pages, q: Node, keys: Node) -> None:
+        """Describe the pages of a chunk, or score pages by their keys. A step does the rest when it chooses."""
+        selecting, cache = storage.selecting, self.cache
+        if selecting is None or selecting.leader != self.plan.layer:
+            return
+        choice, selector = self.update.choice_of(number), selecting.selector
+        texts = cache.new_page_texts() if cache.padded else None
+        if choice.digest is not None and not cache.one:
+            new = (choice.digest, keys, cache.columns, texts, cache.row_count(), cache.token_count())
+            emit(self.point, describe_pages._opoverload, *new, selector.page, selector.score)
+        elif choice.digest is None and cache.one:
+            how = (selecting.page_size, selector.page, selector.group, selector.every)
+            state = (choice.scores, q, keys, cache.columns, cache.anchor, texts)
+            emit(self.point, score_pages_by_keys._opoverload, *state, *how)
 
     # -- rings ------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,8 @@ import sympy
 from torch.fx import GraphModule, Node
 
 from sparse_compile.masks import Mask, causal, full
+from sparse_compile.masks.selected import check_pages
+from sparse_compile.masks.selectors import PageTopK, has_selector
 from sparse_compile.passes.ancestry import is_self_attention
 from sparse_compile.passes.cache_ops import SparseCacheError
 from sparse_compile.passes.call import AttentionCall, Left, Phase, read_sdpa
@@ -17,6 +19,7 @@ from sparse_compile.passes.kernels import Target
 from sparse_compile.passes.kv import CacheRefused, CacheUse, find_cache, keep
 from sparse_compile.passes.lift import lift_call
 from sparse_compile.passes.lower import lower_call
+from sparse_compile.passes.options import BLOCK
 from sparse_compile.passes.parts import Part, parts_of
 from sparse_compile.passes.spelled_out import read_spelled_out
 from sparse_compile.passes.unfuse import unfuse_modules
@@ -112,6 +115,9 @@ def assign_policy(rewrite: Rewrite) -> int:
             results.append(replace(call, policy_reason="cross-attention: its keys have no place in the text of the queries"))
         else:
             mask.for_heads(call.heads)  # a head count that fits neither query nor KV heads is an error now, not at run time
+            for node in mask.walk():
+                if isinstance(node, PageTopK) and phase_of(call) != "decode":
+                    check_pages(node, BLOCK)
             results.append(replace(call, policy=mask))
     rewrite.keep(results)
     return 0
@@ -126,6 +132,15 @@ def keep_in_cache(rewrite: Rewrite) -> int:
         rewrite.calls, rewrite.cache_uses = keep(rewrite.gm, rewrite.calls, rewrite.left, phase_of)
     except (SparseCacheError, ValueError) as error:
         raise CacheRefused(error) from error
+    for call in rewrite.calls:
+        if not call.pieces and call.policy is not None and has_selector(call.policy) and phase_of(call) == "decode":
+            raise CacheRefused(
+                SparseCacheError(
+                    f"decode steps choose among the pages of a SparseCache, and {call.module or call.node.name} under "
+                    f"{call.policy} has none: pass past_key_values=SparseCache(config, policy, max_length=...), or give decode "
+                    "steps another mask with Policy(decode=...)"
+                )
+            )
     return sum(len(call.pieces) for call in rewrite.calls)
 
 

@@ -45,6 +45,31 @@ class DenseMask(nn.Module):
         return str(self.mask)
 
 
+class ListedPairs(nn.Module):
+    """A dense mask, less the pairs of blocks that tables do not list."""
+
+    def __init__(self, block: tuple[int, int]) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, visible: Tensor, count: Tensor, index: Tensor, heads: int) -> Tensor:
+        """``visible`` ``[B | 1, H | 1, Q, KV]`` where ``index`` ``[B, T, rows, n]`` lists ``count`` ``[B, T, rows]`` blocks.
+
+        Returns ``[B, heads, Q, KV]``.
+        """
+        (q_block, kv_block), (q_len, kv_len) = self.block, visible.shape[2:]
+        blocks = (kv_len + kv_block - 1) // kv_block
+        listed = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
+        at = torch.where(listed, index.long(), blocks)
+        chosen = torch.zeros(*index.shape[:-1], blocks + 1, dtype=torch.bool, device=index.device).scatter(-1, at, True)
+        pairs = chosen[..., :blocks].repeat_interleave(q_block, dim=2)[:, :, :q_len]
+        pairs = pairs.repeat_interleave(kv_block, dim=3)[..., :kv_len]
+        return visible & pairs.repeat_interleave(heads // index.shape[1], dim=1)
+
+    def extra_repr(self) -> str:
+        return f"{self.block}"
+
+
 class ReferenceAttention(nn.Module):
     """Attention under a dense mask: slow, plain, with gradients everywhere. The oracle of the fused kernels."""
 

@@ -6,22 +6,52 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from sparse_compile.masks import Mask
+from sparse_compile.masks.pages import digest_width
 from sparse_compile.masks.past import Past, visible_past
+from sparse_compile.masks.selectors import PageTopK
 from sparse_compile.masks.serial import decode, encode
 
+T = TypeVar("T")
 MODES = ("strict", "chunk_relaxed")
 
 
 @dataclass(frozen=True)
+class Selecting:
+    """How decode steps choose among pages of ``page_size`` keys.
+
+    The scores are those of layer ``leader``, ``by_keys`` if it reads the keys themselves; ``rows`` are the places of the heads
+    among those that it scores together. ``width`` is how many pages a query reads at most, padding aside: the pick is slow over
+    wide tables.
+    """
+
+    selector: PageTopK
+    page_size: int
+    leader: int
+    rows: tuple[int, ...]
+    width: int
+    by_keys: bool = False
+
+    @property
+    def budget(self) -> int:
+        """The pages of a query, those of the static part included."""
+        return -(-self.selector.tokens // self.page_size)
+
+
+@dataclass(frozen=True)
 class Pages:
-    """KV heads that keep every key: column ``n`` of the text in slot ``n``, ``slots`` in all."""
+    """KV heads that keep every key: column ``n`` of the text in slot ``n``, ``slots`` in all.
+
+    With ``selecting`` a decode step reads some of the pages only.
+    """
 
     heads: tuple[int, ...]
     slots: int
+    selecting: Selecting | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +80,7 @@ Storage = Pages | Ring
 class LayerPlan:
     """How layer ``layer`` of a cache is kept, and the masks that this follows from. ``last`` is the last layer of the cache.
 
+    ``columns`` is how many there may be, in whole pages: masks and positions have a place for each.
     ``rings`` are the sink and slots of every kind of ring in the cache, whichever layer it is in: all layers share the
     positions. ``model`` is the mask the model's config announces; ``prefill`` and ``decode`` are the masks of the policy.
     ``rotation`` says how dimensions pair (``halves``, ``neighbours``) if queries stand at their place in the cache.
@@ -57,7 +88,7 @@ class LayerPlan:
 
     layer: int
     last: bool
-    max_length: int
+    columns: int
     rings: tuple[tuple[int, int], ...]
     storages: tuple[Storage, ...]
     model: Mask
@@ -74,9 +105,9 @@ class LayerPlan:
         """The plan as a graph carries it."""
         masks = {name: getattr(self, name) for name in ("model", "prefill", "decode")}
         content = {
-            "layer": [self.layer, self.last, self.max_length, self.mode, self.rotation],
+            "layer": [self.layer, self.last, self.columns, self.mode, self.rotation],
             "rings": self.rings,
-            "storages": [[list(s.heads), s.slots, *([s.sink, s.recent] if isinstance(s, Ring) else [])] for s in self.storages],
+            "storages": [_encode(storage) for storage in self.storages],
             **{name: None if mask is None else encode(mask) for name, mask in masks.items()},
         }
         return json.dumps(content)
@@ -86,16 +117,65 @@ class LayerPlan:
     def from_text(text: str) -> LayerPlan:
         """Read ``to_text`` back."""
         content = json.loads(text)
-        layer, last, max_length, mode, rotation = content["layer"]
+        layer, last, columns, mode, rotation = content["layer"]
         rings = tuple((sink, slots) for sink, slots in content["rings"])
-        storages = tuple(
-            Ring(tuple(heads), *rest) if len(rest) == 3 else Pages(tuple(heads), *rest) for heads, *rest in content["storages"]
-        )
+        storages = tuple(_decode(storage) for storage in content["storages"])
         model, prefill, step = (
             None if content[name] is None else decode(content[name]) for name in ("model", "prefill", "decode")
         )
         assert model is not None
-        return LayerPlan(layer, last, max_length, rings, storages, model, prefill, step, mode, rotation)
+        return LayerPlan(layer, last, columns, rings, storages, model, prefill, step, mode, rotation)
+
+
+def _encode(storage: Storage) -> list[Any]:
+    if isinstance(storage, Ring):
+        return [list(storage.heads), storage.slots, storage.sink, storage.recent]
+    chosen = storage.selecting
+    selecting = (
+        None
+        if chosen is None
+        else [encode(chosen.selector), chosen.page_size, chosen.leader, chosen.rows, chosen.width, chosen.by_keys]
+    )
+    return [list(storage.heads), storage.slots, selecting]
+
+
+def _decode(content: list[Any]) -> Storage:
+    heads, slots, *rest = content
+    if len(rest) == 2:
+        return Ring(tuple(heads), slots, *rest)
+    if rest == [None]:
+        return Pages(tuple(heads), slots)
+    selector, page_size, leader, rows, width, by_keys = rest[0]
+    chosen = decode(selector)
+    assert isinstance(chosen, PageTopK)
+    return Pages(tuple(heads), slots, Selecting(chosen, page_size, leader, tuple(rows), width, by_keys))
+
+
+class Choice(NamedTuple, Generic[T]):
+    """What selecting pages takes and leaves: tensors, or their nodes. Only a layer that leads has ``digest``.
+
+    ``digest`` ``[max_batch, heads, n, width]`` describes pages, ``scores`` ``[max_batch, heads, pages]`` ranks them; ``counts``
+    ``[max_batch, heads, 1]`` and ``table`` ``[max_batch, heads, 1, width]`` list those that were chosen last. Choosing by the
+    keys themselves takes scores alone.
+    """
+
+    scores: T
+    counts: T | None = None
+    table: T | None = None
+    digest: T | None = None
+
+    def used(self) -> list[T]:
+        """Those that there are."""
+        return [part for part in self if part is not None]
+
+
+def choice_shapes(pages: Pages, selecting: Selecting, key_dim: int) -> Choice[tuple[int, ...]]:
+    """The shapes of what a layer that leads keeps, less the batch."""
+    selector, heads, count = selecting.selector, len(pages.heads), pages.slots // selecting.page_size
+    described = digest_width(selector.score, key_dim)
+    if not described:
+        return Choice((heads, count))
+    return Choice((heads, count), (heads, 1), (heads, 1, selecting.width), (heads, pages.slots // selector.page, described))
 
 
 def misfit(k: Tensor, v: Tensor, buffers: Sequence[Tensor], plan: LayerPlan) -> str:

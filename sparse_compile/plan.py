@@ -20,6 +20,8 @@ def explain_config(config: Path, policy: Policy | None, batch: int, tokens: int,
     """
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+        from sparse_compile.cache.sparse_cache import SparseCache
     except ImportError as missing:
         raise ImportError("explain needs transformers: pip install 'sparse-compile[hf]'") from missing
     if not config.exists():
@@ -31,7 +33,10 @@ def explain_config(config: Path, policy: Policy | None, batch: int, tokens: int,
         prompt = torch.zeros(batch, tokens, dtype=torch.int64)
         backend = planner(policy, model, device)
         compiled: Any = torch.compile(model, backend=backend)
-        cache = DynamicCache(config=settings)
+        sparse = policy is not None and policy.selects()
+        cache: Any = (
+            SparseCache(settings, policy, max_length=tokens + 1, max_batch=batch) if sparse else DynamicCache(config=settings)
+        )
         compiled(prompt, past_key_values=cache)
         compiled(prompt[:, :1], past_key_values=cache)
     return backend.report

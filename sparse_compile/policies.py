@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile import masks
-from sparse_compile.masks import Mask, causal, per_head, sliding_window
+from sparse_compile.masks import Mask, causal, page_topk, per_head, sliding_window
 from sparse_compile.policy import Policy
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,65 @@ def lserve_static(
     )
 
 
+def quest(budget: int = 2048, *, page: int = 16, dense_layers: int = 2) -> Policy:
+    """Decode steps read the ``budget`` keys whose pages promise most (Quest, https://arxiv.org/abs/2406.10774).
+
+    The first ``dense_layers`` read everything, and so does the prefill. Quest chooses pages of 16 for every query head: with
+    ``SparseCache(page_size=16)`` and as many KV heads as query heads this is its kernels' rule. Storage pages of 64 are faster,
+    and query heads that share a KV head choose together, by the largest score. See ``page_topk``.
+
+        >>> quest(1024, dense_layers=1).mask_for("", 1, "decode")
+        causal & page_topk(1024)
+    """
+    step = causal & page_topk(budget, page=page)
+    return Policy(prefill=causal, decode=Policy(step, layers={range(dense_layers): causal} if dense_layers else {}))
+
+
+def lserve(
+    pattern: Pattern | None = None,
+    *,
+    budget: int = 4096,
+    every: int = 4,
+    page: int = 16,
+    sparsity: float = 0.5,
+    sink: int = 128,
+    recent: int = 256,
+    prefill_recent: int = 8192,
+) -> Policy:
+    """``lserve_static``, and the other heads read ``budget`` keys a step, chosen every ``every`` steps (LServe, https://arxiv.org/abs/2502.14866).
+
+    Storage pages of 64 are worth their best ``page`` keys. LServe chooses for each query head, here those of a KV head choose
+    together. Without a ``pattern`` no head streams, and every head chooses.
+
+        >>> lserve([[0.9, 0.1]], budget=64, sink=2, recent=4).mask_for("", 0, "decode")
+        per_head([causal & page_topk(64, every=4), causal & (sink(2) | sliding_window(4))])
+
+    Raises as ``duo_attention``.
+    """
+    chosen = causal & page_topk(budget, page=page, every=every)
+    if pattern is None:
+        return Policy(prefill=causal, decode=chosen)
+    full = full_heads(_gates(pattern)[0], sparsity).full
+    return Policy(
+        prefill=Policy(layers=_layers(full, _streaming(sink, prefill_recent))),
+        decode=Policy(layers=_layers(full, _streaming(sink, recent), seeing=chosen)),
+    )
+
+
+def block_topk(pages: int = 64, *, page: int = 16, sink: int = 4, dense_layers: int = 1) -> Policy:
+    """Decode steps read the ``pages`` with the best mean key, the first ``sink`` tokens among them (Kinetics, https://arxiv.org/abs/2506.05333).
+
+    The query heads of a KV head choose by the mean of their scores. The prefill and the first ``dense_layers`` are dense.
+    Kinetics reads pages of 16: ``SparseCache(page_size=16)``; larger storage pages are worth their best ``page`` keys.
+
+        >>> block_topk(8).mask_for("", 1, "decode")
+        causal & (sink(4) | page_topk(128, score='mean', group='mean'))
+    """
+    chosen: Mask = page_topk(pages * page, page=page, score="mean", group="mean")
+    step = causal & (masks.sink(sink) | chosen if sink else chosen)
+    return Policy(prefill=causal, decode=Policy(step, layers={range(dense_layers): causal} if dense_layers else {}))
+
+
 @dataclass(frozen=True)
 class FullHeads:
     """Which KV heads see everything, ``[layers][heads]``, and how many heads tied for how many of the last places."""
@@ -117,9 +176,10 @@ def _streaming(sink: int, recent: int) -> Mask:
     return causal & (masks.sink(sink) | sliding_window(recent))
 
 
-def _layers(full: tuple[tuple[bool, ...], ...], streaming: Mask) -> dict[int | range | str, Mask]:
+def _layers(full: tuple[tuple[bool, ...], ...], streaming: Mask, *, seeing: Mask = causal) -> dict[int | range | str, Mask]:
+    """A mask for each layer: ``seeing`` for the heads that see everything, ``streaming`` for the others."""
     return {
-        layer: causal if all(row) else per_head([causal if sees_all else streaming for sees_all in row])
+        layer: seeing if all(row) else per_head([seeing if sees_all else streaming for sees_all in row])
         for layer, row in enumerate(full)
     }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from sparse_compile.masks import Mask
 from sparse_compile.masks.heads import PerHead
+from sparse_compile.masks.selectors import has_selector
 from sparse_compile.masks.serial import decode, encode
 
 VERSION = 1
@@ -86,6 +87,11 @@ class Policy:
         """Whether the policy has entries for modules by path."""
         phases = (phase for phase in (self.prefill, self.decode) if phase is not None)
         return any(isinstance(key, str) for key, _ in self.layers) or any(phase.names_modules() for phase in phases)
+
+    def selects(self) -> bool:
+        """Whether decode steps look at queries and keys (``page_topk``), which takes a ``SparseCache``."""
+        masks = [mask for mask in (self.default, *(mask for _, mask in self.layers)) if mask is not None]
+        return self.decode.selects() if self.decode is not None else any(map(has_selector, masks))
 
     def check_layers(self, layers: int) -> None:
         """Raise ``ValueError`` if the policy names a layer that a model of so many layers does not have."""

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from sparse_compile.masks import Mask
+from sparse_compile.masks.counting import largest_density
 
 Action = Literal["exact", "sparse", "left"]
 
@@ -49,12 +50,12 @@ class Site:
     def density(self) -> float | None:
         """Visible pairs over all pairs at the traced lengths; None for calls left alone.
 
-        Padding and other tensors that are only known at run time count as fully visible.
+        Padding and other tensors that are only known at run time count as fully visible, and a page_topk as its whole budget.
         """
         if self.mask is None:
             return None
         q_len, kv_len, start = self.traced
-        return self.mask.density(q_len, kv_len, q_offset=start, heads=self.heads)
+        return largest_density(self.mask, q_len, kv_len, start, self.heads)
 
     def as_dict(self) -> dict[str, Any]:
         """The row as JSON values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sparse_compile.masks.selectors import has_selector
 from sparse_compile.masks.unknown import without_symbols
 from sparse_compile.passes.call import AttentionCall, Left
 from sparse_compile.passes.graph import hint_of, layer_index, module_path
@@ -11,6 +12,7 @@ from sparse_compile.report import Site
 NAMES = {
     "flash": "FlexAttention FLASH",
     "triton": "FlexAttention",
+    "pages": "page attention",
     "cpp": "FlexAttention",
     "sdpa": "SDPA",
     "reference": "dense reference",
@@ -30,6 +32,8 @@ def _rewritten(call: AttentionCall, rewrite: Rewrite, graph: int) -> Site:
     at = call.positions
     mask = call.mask if call.policy is None else call.mask & call.policy
     start = hint_of(kv_len) - hint_of(q_len) if at.q_shift is not None or not at.q_start.is_Integer else int(at.q_start)
+    estimates = call.policy is not None and has_selector(call.policy) and phase_of(call) != "decode"
+    lossy = "lossy: blocks of queries choose keys by their mean (page_topk in a prefill)" if estimates else ""
     held, dense = call.cache_nbytes or ((), None)
     return Site(
         module=call.module,
@@ -41,7 +45,9 @@ def _rewritten(call: AttentionCall, rewrite: Rewrite, graph: int) -> Site:
         policy_mask=str(call.policy) if call.policy is not None else "",
         kernel=" + ".join(dict.fromkeys(NAMES[kernel.name] for kernel in kernels)),
         action="sparse" if call.policy is not None else "exact",
-        reason="; ".join(text for text in dict.fromkeys([call.policy_reason, *(kernel.why for kernel in kernels)]) if text),
+        reason="; ".join(
+            text for text in dict.fromkeys([call.policy_reason, lossy, *(kernel.why for kernel in kernels)]) if text
+        ),
         graph=graph,
         score_mod=str(call.score_mod) if call.score_mod is not None else "",
         heads=call.heads,

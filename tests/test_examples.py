@@ -6,6 +6,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,8 +21,12 @@ from sparse_compile import masks
 ROOT = Path(__file__).parent.parent
 
 
+IN_TRITON = ("page_kernels", "page_attention")  # which the CPU build of torch comes without
+
+
 def modules() -> list[ModuleType]:
-    names = [m.name for m in pkgutil.walk_packages(sc.__path__, "sparse_compile.") if not m.name.endswith("__main__")]
+    left_out = ("__main__", *(IN_TRITON if find_spec("triton") is None else ()))
+    names = [m.name for m in pkgutil.walk_packages(sc.__path__, "sparse_compile.") if not m.name.endswith(left_out)]
     return [sc, *(importlib.import_module(name) for name in names)]
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_compile import Policy, policies
-from sparse_compile.masks import causal, per_head, sink, sliding_window
+from sparse_compile.masks import causal, page_topk, per_head, sink, sliding_window
 
 numpy = pytest.importorskip("numpy")
 
@@ -28,6 +28,41 @@ def published(folder: Path, gates: list[list[float]]) -> Path:
 def test_dense_and_streaming_are_one_mask() -> None:
     assert policies.dense() == Policy(causal)
     assert policies.streaming_llm(sink=4, recent=12) == Policy(causal & (sink(4) | sliding_window(12)))
+
+
+def test_quest_reads_pages_in_decode_steps_beyond_its_dense_layers() -> None:
+    policy = policies.quest(1024, page=8, dense_layers=2)
+    assert [policy.mask_for("", layer, "decode") for layer in (0, 1, 2)] == [causal, causal, causal & page_topk(1024, page=8)]
+    assert {policy.mask_for("", layer, "prefill") for layer in range(3)} == {causal}
+    assert policies.quest(1024, dense_layers=0).mask_for("", 0, "decode") == causal & page_topk(1024)
+    assert policy.selects()
+    assert Policy.from_json(policy.to_json()) == policy
+
+
+def test_lserve_streams_some_heads_and_chooses_for_the_others() -> None:
+    policy = policies.lserve(
+        [[0.9, 0.1], [0.8, 0.95]], budget=512, every=2, sink=8, recent=16, prefill_recent=32, sparsity=0.25
+    )
+    chosen = causal & page_topk(512, every=2)
+    assert policy.mask_for("", 0, "decode") == per_head([chosen, causal & (sink(8) | sliding_window(16))])
+    assert policy.mask_for("", 1, "decode") == chosen
+    assert policy.mask_for("", 0, "prefill") == per_head([causal, causal & (sink(8) | sliding_window(32))])
+    assert policies.lserve().mask_for("", 7, "decode") == causal & page_topk(4096, every=4)
+
+
+def test_block_topk_keeps_the_sink_and_reads_pages_by_their_mean() -> None:
+    policy = policies.block_topk(16, page=32, sink=4, dense_layers=1)
+    chosen = page_topk(512, page=32, score="mean", group="mean")
+    assert policy.mask_for("", 0, "decode") == causal
+    assert policy.mask_for("", 1, "decode") == causal & (sink(4) | chosen)
+    assert policies.block_topk(16, page=32, sink=0).mask_for("", 1, "decode") == causal & chosen
+
+
+def test_only_policies_that_look_at_keys_need_their_pages() -> None:
+    chosen = causal & page_topk(64)
+    assert not policies.streaming_llm().selects()
+    assert not Policy(chosen, decode=causal).selects()
+    assert Policy(causal, layers={1: chosen}).selects()
 
 
 def test_a_published_folder_loads_as_it_is(tmp_path: Path) -> None:

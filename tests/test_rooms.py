@@ -11,7 +11,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "masks": {"sparse_compile.masks", "torch", "matplotlib", *sys.stdlib_module_names},
-    "passes": {"sparse_compile.masks", "sparse_compile.passes", "torch", "sympy", "torch_tensorrt", *sys.stdlib_module_names},
+    "passes": {
+        "sparse_compile.masks",
+        "sparse_compile.passes",
+        "torch",
+        "sympy",
+        "torch_tensorrt",
+        "triton",
+        *sys.stdlib_module_names,
+    },
 }
 PRIVATE = {"torch._higher_order_ops", "torch._inductor"}
 MAY_TOUCH_PRIVATE = {

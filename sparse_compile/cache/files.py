@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sparse_compile.masks.serial import encode
-from sparse_compile.passes.storage import Pages
+from sparse_compile.passes.storage import Ring, Storage
 
 if TYPE_CHECKING:
     from sparse_compile.cache.sparse_cache import SparseCache
@@ -62,11 +62,18 @@ def load(cache: SparseCache, path: str | Path) -> None:
         if part.numel():
             part.copy_(tensors[name])
     cache.positions.columns.fill_(columns)
+    cache.positions.choose_anew()
     cache.books.columns, cache.books.batch = columns, rows or None
 
 
 def _fits(tensor: Tensor | None, part: Tensor) -> bool:
     return tensor is not None and tensor.shape == part.shape and tensor.dtype == part.dtype
+
+
+def _kept(storage: Storage) -> list[Any]:
+    if isinstance(storage, Ring):
+        return [storage.heads, [storage.sink, storage.slots]]
+    return [storage.heads, "pages", *([] if storage.selecting is None else [storage.selecting.page_size])]
 
 
 def _identity(cache: SparseCache) -> str:
@@ -75,7 +82,7 @@ def _identity(cache: SparseCache) -> str:
     for layer in cache.kept:
         plan = layer.plan
         masks = [None if mask is None else encode(mask) for mask in (plan.model, plan.prefill, plan.decode)]
-        kept = [[s.heads, "pages" if isinstance(s, Pages) else [s.sink, s.slots]] for s in plan.storages]
+        kept = [_kept(storage) for storage in plan.storages]
         layers.append([masks, kept, plan.rings])
     geometry = cache.geometry
     sizes = [geometry.heads, geometry.kv_heads, geometry.key_dim, geometry.value_dim]

@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from sparse_compile.cache.books import Books
 from sparse_compile.cache.positions import Positions
 from sparse_compile.passes import cache_ops  # noqa: F401  # registers the op that update() calls
-from sparse_compile.passes.storage import LayerPlan, Ring, misfit
+from sparse_compile.passes.storage import Choice, LayerPlan, Pages, Ring, Storage, misfit
 
 
 class SparseCacheLayer(CacheLayerMixin):
@@ -23,11 +23,20 @@ class SparseCacheLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(
-        self, plan: LayerPlan, buffers: list[Tensor], positions: Positions, books: Books, frequencies: Tensor | None
+        self,
+        plan: LayerPlan,
+        buffers: list[Tensor],
+        positions: Positions,
+        books: Books,
+        *,
+        frequencies: Tensor | None,
+        own: list[Choice[Tensor]],
+        selection: list[Tensor],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # transformers'
         self.plan, self.buffers, self.positions, self.books = plan, buffers, positions, books
         self.text = plan.to_text()
+        self.own, self.selection = own, selection  # what is kept here to choose pages, and what steps use
         self.stream = [] if frequencies is None else [*positions.stream, frequencies]
         self.dtype, self.device = buffers[0].dtype, buffers[0].device
         self.is_initialized = True
@@ -46,7 +55,17 @@ class SparseCacheLayer(CacheLayerMixin):
             raise ValueError(why)
         at = self.positions
         k, v = torch.ops.sparse_compile.cache_update(
-            key_states, value_states, at.columns, at.texts, at.page_texts, at.rings, self.buffers, self.stream, self.text
+            key_states,
+            value_states,
+            at.columns,
+            at.texts,
+            at.page_texts,
+            at.rings,
+            self.buffers,
+            self.stream,
+            at.anchor,
+            self.selection,
+            self.text,
         )
         return k, v
 
@@ -61,16 +80,27 @@ class SparseCacheLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks are written over all columns there may ever be, as for a ``StaticCache``; traced ones are not built."""
-        return self.plan.max_length, 0
+        return self.plan.columns, 0
 
     def get_max_length(self) -> int:
         """The most tokens the cache takes."""
-        return self.plan.max_length
+        return self.books.max_length
+
+    def digests(self) -> list[tuple[Tensor, int]]:
+        """The digests of this layer's own pages, and how many keys each describes."""
+        chosen = [s.selecting for s in self.plan.storages if isinstance(s, Pages)]
+        pages = [s.selector.page for s in chosen if s is not None and s.leader == self.plan.layer]
+        found = zip((choice.digest for choice in self.own), pages, strict=True)
+        return [(digest, page) for digest, page in found if digest is not None]
+
+    def tensors(self) -> list[Tensor]:
+        """All that this layer keeps."""
+        return [*self.buffers, *(tensor for choice in self.own for tensor in choice.used())]
 
     @property
     def nbytes(self) -> int:
-        """The bytes of keys and values, as they are kept."""
-        return sum(buffer.nbytes for buffer in self.buffers)
+        """The bytes of keys and values as they are kept, and of what describes their pages."""
+        return sum(tensor.nbytes for tensor in self.tensors())
 
     @property
     def head_nbytes(self) -> tuple[int, ...]:
@@ -83,8 +113,11 @@ class SparseCacheLayer(CacheLayerMixin):
         return tuple(each[head] for head in sorted(each))
 
     def __repr__(self) -> str:
-        kept = [
-            f"{len(s.heads)} heads x {s.slots} slots" + (f" (sink {s.sink}, recent {s.recent})" if isinstance(s, Ring) else "")
-            for s in self.plan.storages
-        ]
-        return f"SparseCacheLayer({', '.join(kept)})"
+        return f"SparseCacheLayer({', '.join(_written(storage) for storage in self.plan.storages)})"
+
+
+def _written(storage: Storage) -> str:
+    kept = f"{len(storage.heads)} heads x {storage.slots} slots"
+    if isinstance(storage, Ring):
+        return f"{kept} (sink {storage.sink}, recent {storage.recent})"
+    return kept if storage.selecting is None else f"{kept} ({storage.selecting.selector})"

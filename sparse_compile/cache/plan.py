@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
 
+from sparse_compile.cache.selection import check_budget, selecting_pages
 from sparse_compile.masks import Mask, causal, chunked, sliding_window
 from sparse_compile.masks.past import Past
+from sparse_compile.masks.selectors import PageTopK, selector_of
 from sparse_compile.passes.storage import MODES, LayerPlan, Pages, Ring, Storage, needed_past
 from sparse_compile.policy import Policy
 
@@ -83,12 +86,13 @@ def plan_layers(
             raise ValueError(
                 "a SparseCache knows layers by number, and the policy names modules: write it with layer indices or ranges"
             )
-    plans = []
+    columns = -(-max_length // page_size) * page_size
+    plans: list[LayerPlan] = []
     for layer, model in enumerate(geometry.masks):
         prefill, decode = (None if policy is None else policy.mask_for("", layer, phase) for phase in ("prefill", "decode"))
-        storages = _storages(geometry, model, [prefill, decode], max_length, page_size, rollback, mode)
+        storages = _storages(geometry, model, [prefill, decode], max_length, page_size, rollback, mode, plans)
         last = layer == len(geometry.masks) - 1
-        plans.append(LayerPlan(layer, last, max_length, (), storages, model, prefill, decode, mode))
+        plans.append(LayerPlan(layer, last, columns, (), storages, model, prefill, decode, mode))
     rings = dict.fromkeys(s.kind for plan in plans for s in plan.storages if isinstance(s, Ring))
     return tuple(replace(plan, rings=tuple(rings)) for plan in plans)
 
@@ -101,25 +105,36 @@ def _storages(
     page_size: int,
     rollback: int,
     mode: str,
+    before: list[LayerPlan],
 ) -> tuple[Storage, ...]:
     group = geometry.heads // geometry.kv_heads
-    pages: list[int] = []
+    pages: dict[PageTopK | None, dict[int, Mask]] = {}
     rings: dict[tuple[int, int], list[tuple[int, int]]] = {}  # sink and slots: head and recent
     most = -(-max_length // page_size) * page_size
     for head in range(geometry.kv_heads):
         queries = range(head * group, (head + 1) * group)
-        seen = {
-            model if policy is None else model & policy.for_head(query, geometry.heads)
+        prefill, decode = (
+            [model if policy is None else model & policy.for_head(query, geometry.heads) for query in queries]
             for policy in policies
-            for query in queries
-        }
-        past = _union([needed_past(mask, mode, max_length) for mask in seen])
+        )
+        past = _union([needed_past(mask, mode, max_length) for mask in {*prefill, *decode}])
         slots = most if past is None else -(-(past.sink + past.recent + rollback) // page_size) * page_size
+        for phase in (prefill, decode):  # what chooses among pages needs pages, and the last one counts in a step
+            whole = reduce(lambda a, b: a | b, dict.fromkeys(phase))
+            selector = selector_of(whole)
+            if selector is not None:
+                check_budget(selector, whole, max_length)
+                past = None
         if past is None or slots >= most:
-            pages.append(head)
+            pages.setdefault(selector, {})[head] = whole
         else:
             rings.setdefault((past.sink, slots), []).append((head, past.recent))
-    storages: list[Storage] = [Pages(tuple(pages), most)] if pages else []
+    storages: list[Storage] = [
+        Pages(tuple(heads), most)
+        if selector is None
+        else selecting_pages(selector, heads, most, page_size, len(before), before)
+        for selector, heads in pages.items()
+    ]
     for (sink, slots), members in rings.items():
         heads, recent = zip(*members, strict=True)
         storages.append(Ring(tuple(heads), slots, sink, max(recent)))

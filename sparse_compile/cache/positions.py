@@ -10,7 +10,14 @@ class Positions:
     """The positions of a cache, shared by its layers; see ``cache_update`` for the tensors."""
 
     def __init__(
-        self, max_batch: int, page_columns: int, rings: tuple[tuple[int, int], ...], device: torch.device, *, moving: bool
+        self,
+        max_batch: int,
+        page_columns: int,
+        rings: tuple[tuple[int, int], ...],
+        device: torch.device,
+        *,
+        moving: bool,
+        selects: bool,
     ) -> None:
         self.max_batch = max_batch
         self.columns = torch.zeros((), dtype=torch.int64, device=device)
@@ -20,15 +27,19 @@ class Positions:
             torch.full((max_batch, slots), -1, dtype=torch.int64, device=device) for _, slots in rings for _ in range(2)
         ]
         self.stream = [torch.zeros_like(self.columns), torch.zeros_like(self.texts)] if moving else []
+        self.anchor = torch.zeros_like(self.columns) if selects else None
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
-        pages = [] if self.page_texts is None else [self.page_texts]
-        return [self.columns, self.texts, *self.stream, *pages, *self.rings]
+        optional = [tensor for tensor in (self.anchor, self.page_texts) if tensor is not None]
+        return [self.columns, self.texts, *self.stream, *optional, *self.rings]
 
     def clear(self) -> None:
         """No token at all."""
-        for count in (self.columns, self.texts, *self.stream):
-            count.zero_()
-        for table in self.tensors()[2 + len(self.stream) :]:
-            table.fill_(-1)
+        for tensor in self.tensors():
+            tensor.fill_(-1 if tensor.dim() == 2 else 0)
+
+    def choose_anew(self) -> None:
+        """The next step scores its pages, whatever was scored before."""
+        if self.anchor is not None:
+            self.anchor.copy_(self.columns)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.cache_utils import Cache
 
 from sparse_compile.cache.books import Books
@@ -14,6 +15,7 @@ from sparse_compile.cache.layer import SparseCacheLayer
 from sparse_compile.cache.plan import Geometry, check_dtype, check_sizes, plan_layers
 from sparse_compile.cache.positions import Positions
 from sparse_compile.cache.rotation import in_cache_positions
+from sparse_compile.cache.selection import Selection
 from sparse_compile.masks import Mask
 from sparse_compile.passes.cache_ops import SparseCacheError
 from sparse_compile.passes.storage import Pages, Ring
@@ -75,22 +77,27 @@ class SparseCache(Cache):
         self.geometry, self.policy = Geometry.of(config), as_policy(policy)
         self.max_length, self.max_batch, self.mode = max_length, max_batch, mode
         self._adds_no_mask = getattr(config, "_attn_implementation", None) != "eager"
-        plans = plan_layers(
-            self.geometry, self.policy, max_length=max_length, page_size=page_size, rollback=rollback, mode=mode
-        )
+        sizes = {"max_length": max_length, "page_size": page_size, "rollback": rollback}
+        with unset_fake_temporarily(), torch.device("cpu"):  # masks are asked, also where nothing else is computed
+            plans = plan_layers(self.geometry, self.policy, **sizes, mode=mode)
         frequencies: list[Tensor | None] = [None] * len(plans)
         if cache_positions:
             plans, frequencies = in_cache_positions(plans, config, self.geometry.key_dim, device)
         has_pages = any(isinstance(storage, Pages) for plan in plans for storage in plan.storages)
-        self.positions = Positions(max_batch, max_length if has_pages else 0, plans[0].rings, device, moving=cache_positions)
+        selects = any(isinstance(s, Pages) and s.selecting is not None for plan in plans for s in plan.storages)
+        columns = plans[0].columns if has_pages else 0
+        self.positions = Positions(max_batch, columns, plans[0].rings, device, moving=cache_positions, selects=selects)
         self.books = Books(max_length, max_batch, len(plans))
         dims = self.geometry.key_dim, self.geometry.value_dim
+        selection = Selection(plans, self.geometry.key_dim, max_batch, dtype, device)
         kept = []
-        for plan, own in zip(plans, frequencies, strict=True):
+        for plan, turns in zip(plans, frequencies, strict=True):
             shapes = [(max_batch, len(storage.heads), storage.slots, dim) for storage in plan.storages for dim in dims]
             # Not ``empty``: a masked value takes part with weight 0, and 0 * NaN is NaN.
             buffers = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-            kept.append(SparseCacheLayer(plan, buffers, self.positions, self.books, own))
+            own, used = selection.own(plan), selection.used(plan)
+            state = SparseCacheLayer(plan, buffers, self.positions, self.books, frequencies=turns, own=own, selection=used)
+            kept.append(state)
         self.kept = tuple(kept)  # ``layers``, by their own type
         layers: list[Any] = kept
         super().__init__(layers=layers)
@@ -135,7 +142,11 @@ class SparseCache(Cache):
 
     def _tensors(self) -> list[Tensor]:
         frequencies = {id(layer.stream[2]): layer.stream[2] for layer in self.kept if layer.stream}
-        return [*self.positions.tensors(), *frequencies.values(), *(buffer for layer in self.kept for buffer in layer.buffers)]
+        return [
+            *self.positions.tensors(),
+            *frequencies.values(),
+            *(tensor for layer in self.kept for tensor in layer.tensors()),
+        ]
 
     def __repr__(self) -> str:
         held = f"{self.books.columns} of {self.max_length} tokens, {self.nbytes / 2**20:.1f} MiB"
@@ -194,6 +205,7 @@ class SparseCache(Cache):
         at.columns.sub_(remove)
         for rope in at.stream[:1]:
             rope.sub_(remove)
+        at.choose_anew()
         self.books.columns = first
 
     def _texts_without(self, first: int, rows: int) -> Tensor:
@@ -239,6 +251,7 @@ class SparseCache(Cache):
         for part in self.parts(max(held, rows.numel())).values():
             if part.dim():
                 part[: rows.numel()] = part.index_select(0, rows)
+        self.positions.choose_anew()
         self.books.batch = rows.numel() or None
 
     def parts(self, rows: int, columns: int | None = None) -> dict[str, Tensor]:
@@ -254,6 +267,8 @@ class SparseCache(Cache):
             for number, buffer in enumerate(layer.buffers):
                 pages = isinstance(layer.plan.storages[number // 2], Pages)
                 parts[f"layer_{layer.plan.layer}_{number}"] = buffer[:rows, :, :columns] if pages else buffer[:rows]
+            for number, (digest, page) in enumerate(layer.digests()):
+                parts[f"layer_{layer.plan.layer}_digest_{number}"] = digest[:rows, :, : -(-columns // page)]
         return parts
 
     # -- files ------------------------------------------------------------------------------------------------------

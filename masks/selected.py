@@ -1,0 +1,104 @@
+"""What selectors choose in one attention, found slowly and plainly: the oracle of page selection."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from sparse_compile.masks.given import Explicit
+from sparse_compile.masks.heads import PerHead
+from sparse_compile.masks.mask import Mask, check_sizes
+from sparse_compile.masks.pages import HIDDEN, KEPT, OFFERED, alive, choose, describe, pool, score_digests, score_keys
+from sparse_compile.masks.selectors import PageTopK, choosing_together, has_selector, offered, static_part
+
+
+def selected(mask: Mask, q: Tensor, k: Tensor, *, q_offset: int, page_size: int, q_block: int, valid: Tensor | None) -> Mask:
+    """See ``Mask.selected``."""
+    if not has_selector(mask):
+        return mask
+    heads, kv_heads, kv_len = q.shape[1], k.shape[1], k.shape[2]
+    check_sizes(q_offset=q_offset, page_size=page_size, q_block=q_block)
+    if heads % kv_heads:
+        raise ValueError(f"the query heads share KV heads evenly, and here are {heads} and {kv_heads}")
+    valid = torch.ones(1, kv_len, dtype=torch.bool, device=k.device) if valid is None else valid.bool()
+    group = heads // kv_heads
+    seen_by: list[Mask] = [mask.for_head(head, heads) for head in range(heads)]
+    for kv_head in range(kv_heads):
+        mine = slice(kv_head * group, (kv_head + 1) * group)
+        selector, seen_by[mine] = choosing_together(seen_by[mine])
+        if selector is None:
+            continue
+        whole = reduce(lambda a, b: a | b, dict.fromkeys(seen_by[mine]))
+        kept = _kept(whole, selector, q[:, mine], k[:, kv_head : kv_head + 1], valid, q_offset, page_size, q_block)
+        chosen = Explicit(kept[..., :kv_len].unsqueeze(1), q_start=q_offset)
+        seen_by[mine] = [_replaced(head, chosen) for head in seen_by[mine]]
+    return seen_by[0] if len(set(seen_by)) == 1 else PerHead(seen_by)
+
+
+def _kept(
+    mask: Mask, selector: PageTopK, q: Tensor, k: Tensor, valid: Tensor, q_offset: int, page_size: int, q_block: int
+) -> Tensor:
+    """Which keys the kept pages hold: bool ``[B, Q, pages * page_size]`` of one KV head."""
+    check_pages(selector, page_size)
+    q_len, kv_len = q.shape[2], k.shape[2]
+    pages = -(-kv_len // page_size)
+    room = pages * page_size - kv_len
+    k, valid = torch.nn.functional.pad(k, (0, 0, 0, room)), torch.nn.functional.pad(valid, (0, room))
+    at = torch.arange(q_offset, q_offset + q_len, device=k.device)
+    rows = []
+    for first in range(0, q_len, q_block):
+        last = min(first + q_block, q_len) - 1
+        classes = torch.full((q.shape[0], pages), HIDDEN, device=k.device)
+        for part, rank in ((offered(mask), OFFERED), (static_part(mask), KEPT)):
+            classes = torch.where(_pages_of(part, at[first : last + 1], kv_len, pages, page_size), rank, classes)
+        classes[:, int(at[first]) // page_size : int(at[last]) // page_size + 1] = KEPT
+        mean = _mean(q[:, :, first : last + 1], valid, at[first : last + 1]).unsqueeze(1)  # [B, 1, G, D]
+        if selector.score == "keys":
+            scores = score_keys(mean, k, valid, selector.page)
+        else:
+            scores = score_digests(mean, describe(k, valid, selector.page, selector.score), selector.score)
+        heard = alive(valid, selector.page).unsqueeze(1)
+        pooled = pool(scores, selector.group, page_size // selector.page, heard)[:, 0]
+        count, listed = choose(pooled, classes, -(-selector.tokens // page_size), pages)
+        kept = torch.zeros(classes.shape, dtype=torch.bool, device=k.device)
+        for row, (number, table) in enumerate(zip(count.tolist(), listed, strict=True)):
+            kept[row, table[:number].long()] = True
+        rows.append(kept.repeat_interleave(page_size, dim=1).unsqueeze(1).expand(-1, last - first + 1, -1))
+    return torch.cat(rows, dim=1)
+
+
+def _mean(q: Tensor, valid: Tensor, at: Tensor) -> Tensor:
+    """The mean of the queries ``[B, G, n, D]`` that are no padding, fp32 ``[B, G, D]``; of one query, itself."""
+    if q.shape[2] == 1:
+        return q.float().squeeze(2)
+    counts = valid.index_select(1, at.clamp(max=valid.shape[1] - 1)).float()[:, None, :, None]  # [B | 1, 1, n, 1]
+    mean: Tensor = (q.float() * counts).sum(dim=2) / counts.sum(dim=2).clamp(min=1)
+    return mean
+
+
+def check_pages(selector: PageTopK, page_size: int) -> None:
+    """Raise ``ValueError`` unless described pages fit into stored ones."""
+    if page_size % selector.page:
+        raise ValueError(
+            f"a page of {page_size} keys is stored and read as one, and {selector} describes pages of {selector.page}: give it "
+            f"a page that divides {page_size}, or store other pages (SparseCache(page_size=...))"
+        )
+
+
+def _pages_of(mask: Mask, at: Tensor, kv_len: int, pages: int, page_size: int) -> Tensor:
+    """Which pages hold a key that any of the queries sees: bool ``[B | 1, pages]``."""
+    batch, _ = mask.sizes()
+    b = torch.arange(batch, device=at.device).view(-1, 1, 1)
+    j = torch.arange(kv_len, device=at.device)
+    seen = torch.as_tensor(mask(b, b * 0, at.view(1, -1, 1), j)).expand(batch, at.numel(), kv_len).any(dim=1)
+    paged: Tensor = torch.nn.functional.pad(seen, (0, pages * page_size - kv_len)).unflatten(1, (pages, page_size))
+    return paged.any(dim=2)
+
+
+def _replaced(mask: Mask, chosen: Mask) -> Mask:
+    if isinstance(mask, PageTopK):
+        return chosen
+    children = mask.children()
+    return mask.rebuild([_replaced(child, chosen) for child in children]) if children else mask

@@ -1,0 +1,159 @@
+"""Page selection in a prefill: runs of queries choose blocks of keys by their mean query. An estimate, and therefore lossy."""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparse_compile.masks import Mask
+from sparse_compile.masks.blocks import query_blocks, split_tables
+from sparse_compile.masks.given import Explicit
+from sparse_compile.masks.pages import HIDDEN, KEPT, OFFERED, alive, choose, describe, pool, score_digests, score_keys
+from sparse_compile.masks.selectors import PageTopK, offered, selector_of, static_part
+from sparse_compile.passes.options import BLOCK
+from sparse_compile.passes.tables import bind, given, parse, starts
+
+NUMBERS_AT_ONCE = 1 << 28  # of estimates that are in memory together
+
+
+@torch.library.custom_op("sparse_compile::select_blocks", mutates_args=())
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    mask: str,
+    heads: int,
+    q_start: int,
+    kv_start: int,
+    q_shift: Tensor | None,
+    captures: list[Tensor],
+    width: int,
+    split: bool,
+) -> list[Tensor]:
+    """The positions of the first query and key ``[1]`` and the tables of ``mask``, as ``block_tables_op`` lists them, int32.
+
+    ``q`` is ``[B, Hq, Q, D]``, ``k`` ``[B, Hkv, KV, D]``; blocks hold 128 queries and keys. Kept are the blocks that the static
+    part of the mask shows to any query of a block, and those of the queries themselves. ``heads`` is the number of query heads
+    if the mask tells them apart, else 1; the query heads of a KV head choose together. Tables are those of all query heads.
+    """
+    tree = parse(mask)
+    first_query, first_key = starts(q_start, kv_start, q_shift, q.device)
+    bound = bind(tree, given(tree), captures, first_query, first_key)
+    group, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
+    if heads == 1:
+        chosen = [_choose(q, k, bound, first_query, first_key, width, split)]
+    else:
+        chosen = []
+        for kv_head in range(kv_heads):
+            mine = range(kv_head * group, (kv_head + 1) * group)
+            whole = reduce(lambda a, b: a | b, dict.fromkeys(bound.for_head(head, heads) for head in mine))
+            own = q[:, mine.start : mine.stop], k[:, kv_head : kv_head + 1]
+            chosen.append(_choose(*own, whole, first_query, first_key, width, split))
+    tables = [torch.cat(parts, dim=1).repeat_interleave(group, dim=1) for parts in zip(*chosen, strict=True)]
+    return [first_query.int(), first_key.int(), *tables]
+
+
+@select_blocks.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    mask: str,
+    heads: int,
+    q_start: int,
+    kv_start: int,
+    q_shift: Tensor | None,
+    captures: list[Tensor],
+    width: int,
+    split: bool,
+) -> list[Tensor]:
+    rows = -(-q.shape[2] // BLOCK)
+    table = (q.shape[0], q.shape[1], rows)
+    sizes: list[Any] = [(1,), (1,)] + [table, (*table, width)] * (2 if split else 1)
+    return [torch.empty(size, dtype=torch.int32, device=q.device) for size in sizes]
+
+
+def _choose(
+    q: Tensor, k: Tensor, mask: Mask, first_query: Tensor, first_key: Tensor, width: int, split: bool
+) -> tuple[Tensor, ...]:
+    """The tables of some KV heads under one mask."""
+    selector = selector_of(mask)
+    batch, kv_heads, kv_len, _ = k.shape
+    pages = -(-kv_len // BLOCK)
+    lo, hi = query_blocks(q.shape[2], BLOCK, q.device)
+    valid = _valid(offered(mask), first_key, kv_len)
+    means = _means(q, kv_heads, lo.numel(), valid, first_query - first_key)  # [B, H, G, rows, D]
+    described = None if selector is None else _described(k, valid, selector)
+    compared = pages if described is None else described.shape[2]
+    step = max(1, NUMBERS_AT_ONCE // (batch * kv_heads * means.shape[2] * compared))
+    found = []
+    for at in range(0, lo.numel(), step):
+        rows = slice(at, at + step)
+        run = lo[rows] + first_query, hi[rows] + first_query
+        may, must = (part.bounds(*run) for part in (offered(mask), static_part(mask)))
+        maybe, kept, surely = (((x - first_key).clamp(0, kv_len)) for x in (may.maybe, must.maybe, may.surely))
+        start = torch.arange(pages, device=q.device) * BLOCK
+        classes = torch.where(maybe.overlap(start, start + BLOCK) > 0, OFFERED, HIDDEN)
+        own = (start + BLOCK > (run[0] - first_key).unsqueeze(-1)) & (start <= (run[1] - first_key).unsqueeze(-1))
+        keeps = kept.overlap(start, start + BLOCK) > 0 if selector is not None else classes == OFFERED
+        classes = torch.where(keeps | own, KEPT, classes)
+        classes = classes.expand(batch, kv_heads, *classes.shape[-2:])
+        scores = torch.zeros(classes.shape, device=q.device)
+        if selector is not None and described is not None:
+            scores = _scores(means[:, :, :, rows], described, valid, selector)
+        budget = pages if selector is None else -(-selector.tokens // BLOCK)
+        count, index = choose(scores, classes, budget, width)
+        found.append(split_tables(index, count, surely, BLOCK) if split else (count, index))
+    return tuple(torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
+
+
+def _means(q: Tensor, kv_heads: int, rows: int, valid: Tensor | None, first: Tensor) -> Tensor:
+    """The mean of the queries of each block that are no padding, fp32 ``[B, Hkv, G, rows, D]``."""
+    q_len, room = q.shape[2], rows * BLOCK - q.shape[2]
+    if valid is None:
+        counts = (q_len - torch.arange(rows, device=q.device) * BLOCK).clamp(max=BLOCK).view(1, 1, rows, 1)
+    else:
+        column = (torch.arange(q_len, device=q.device) + first).clamp(max=valid.shape[1] - 1)
+        own = valid.index_select(1, column)
+        q = q * own[:, None, :, None]
+        counts = pad(own, (0, room)).unflatten(1, (rows, BLOCK)).sum(dim=2).clamp(min=1)[:, None, :, None]
+    total = (pad(q, (0, 0, 0, room)) if room else q).unflatten(2, (rows, BLOCK)).sum(dim=3, dtype=torch.float32)
+    means: Tensor = (total / counts).unflatten(1, (kv_heads, -1))
+    return means
+
+
+def _valid(mask: Mask, first_key: Tensor, kv_len: int) -> Tensor | None:
+    """Which keys are no padding, bool ``[B | 1, KV]``: those that see themselves. None if all do, or nobody can tell."""
+    if not mask.captures() or any(isinstance(node, Explicit) for node in mask.walk()):
+        return None
+    b = torch.arange(mask.sizes()[0], device=first_key.device).view(-1, 1)
+    at = torch.arange(kv_len, device=first_key.device) + first_key
+    seen: Tensor = mask(b, b * 0, at, at).expand(b.shape[0], kv_len)
+    return seen
+
+
+def _described(k: Tensor, valid: Tensor | None, selector: PageTopK) -> Tensor:
+    """What queries are compared with: digests of logical pages, or the keys, of whole blocks."""
+    room = -k.shape[2] % BLOCK
+    if room:
+        valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if valid is None else valid
+        k, valid = pad(k, (0, 0, 0, room)), pad(valid, (0, room))
+    return k if selector.score == "keys" else describe(k, valid, selector.page, selector.score)
+
+
+def _scores(means: Tensor, described: Tensor, valid: Tensor | None, selector: PageTopK) -> Tensor:
+    """``[B, Hkv, rows, blocks]`` of mean queries ``[B, Hkv, G, rows, D]``."""
+    group, rows = means.shape[2:4]
+    queries = means.transpose(2, 3).flatten(2, 3)
+    if selector.score == "keys":
+        room = described.shape[2]
+        seen = None if valid is None else pad(valid, (0, room - valid.shape[1]))
+        scores = score_keys(queries, described, seen, selector.page)
+    else:
+        scores = score_digests(queries, described, selector.score)
+    heard = None
+    if valid is not None:
+        heard = alive(pad(valid, (0, -valid.shape[1] % BLOCK)), selector.page)[:, None, None]
+    return pool(scores.unflatten(2, (rows, group)), selector.group, BLOCK // selector.page, heard)

@@ -1,0 +1,465 @@
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+"""Page selection on CUDA: kernels that score pages, pick pages, or do both; ``masks.pages`` says what they compute.
+
+None waits for the device, and all read there how far decoding is, so that CUDA graphs can hold them. Times are of an H200.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST_PAGES = 32768  # a program picks from registers, and counts in fields of 16 bits
+# Three programs of two tiles on each multiprocessor keep 192 KiB on their way: 11 us for 34 MB of digests, 34 for 134 MB.
+TILE_BYTES, PROGRAMS = 32768, 3
+
+# Up to so many pages the last program that scores a row picks as well: with more it needs registers that scoring is short of.
+FUSED_PAGES = 4096
+
+
+def score_pages(
+    q: Tensor,
+    keys: Tensor,
+    digest: Tensor,
+    scores: Tensor,
+    columns: Tensor,
+    anchor: Tensor,
+    texts: Tensor | None,
+    *,
+    page_size: int,
+    page: int,
+    score: str,
+    group: str,
+    every: int,
+) -> None:
+    """Describe the logical page of the newest key anew; on every ``every``-th column from ``anchor`` on, score the full pages.
+
+    ``q`` is ``[B, Hkv * G, 1, D]``, ``keys`` ``[B', Hkv, P * page_size, D]``, ``digest`` ``[B', Hkv, L, width]`` and ``scores``
+    ``[B', Hkv, P]``, with ``B' >= B``; ``columns`` is the column of the newest key. The page that is being filled, and those
+    that will be before the next scoring, get inf. ``texts`` ``[B, N]`` is negative where a column is padding. Keys are not NaN.
+    """
+    texts_b = 0 if texts is None else texts.stride(0)
+    splits, sizes = _scoring(q, keys, digest, scores, page_size, page, score, group, every)
+    _score_pages[(splits + 1, q.shape[0] * keys.shape[1])](
+        *(q, keys, digest, scores, columns, anchor, texts),
+        *(q.stride(0), q.stride(1), q.stride(3), texts_b, scores.shape[2]),
+        **sizes,
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+def _scoring(
+    q: Tensor, keys: Tensor, digest: Tensor, scores: Tensor, page_size: int, page: int, score: str, group: str, every: int
+) -> tuple[int, dict[str, Any]]:
+    """Among how many programs the tiles of a row are divided, and the constants of scoring."""
+    batch, heads, dim = q.shape[0], keys.shape[1], keys.shape[3]
+    width, per_page, pages = digest.shape[3], page_size // page, scores.shape[2]
+    channels = triton.next_power_of_2(width)
+    rows = min(128, max(16, TILE_BYTES // (channels * digest.element_size())))
+    block = max(rows // per_page, 1)
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    splits = PROGRAMS * processors // (batch * heads)
+    splits -= splits > 8  # leave room for the one that describes: 0.7 of 15 us of 32 heads
+    splits = max(1, min(splits, triton.cdiv(pages, block)))
+    return splits, {
+        "HEADS": heads,
+        "GROUP": q.shape[1] // heads,
+        "ROWS": max(16, triton.next_power_of_2(q.shape[1] // heads)),
+        "DIM": dim,
+        "WIDTH": width,
+        "CHANNELS": channels,
+        "PAGE": page,
+        "PAGE_SIZE": page_size,
+        "EVERY": every,
+        "AHEAD": triton.next_power_of_2(2 + every // page_size),
+        "MINMAX": score == "minmax",
+        "POOL": group,
+        "BLOCK": block,
+    }
+
+
+def select_pages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    digest: Tensor,
+    scores: Tensor,
+    counts: Tensor,
+    table: Tensor,
+    classes: Tensor,
+    columns: Tensor,
+    anchor: Tensor,
+    changed: Tensor | None,
+    texts: Tensor | None,
+    *,
+    page_size: int,
+    page: int,
+    score: str,
+    group: str,
+    every: int,
+    budget: int,
+) -> None:
+    """Store ``k`` and ``v`` at ``columns``, do as ``score_pages``, and if that scored or ``changed`` is not 0, ``pick_pages``.
+
+    ``k`` and ``v`` are ``[B, Hkv, 1, *]``, ``values`` is like ``keys``. Unless pages are picked, ``counts`` ``[B', Hkv, 1]``
+    and ``table`` ``[B', Hkv, 1, width]`` stay as they are. ``counts`` must be zeros at first: programs count themselves in
+    their upper halves. ``changed`` is int32 ``[1]``; None picks always.
+    """
+    batch, heads, pages, width = q.shape[0], keys.shape[1], scores.shape[2], table.shape[3]
+    assert pages <= MOST_PAGES and width < 1 << 16 and classes.stride(2) == 1
+    assert all(tensor.is_contiguous() for tensor in (keys, values, digest, scores, counts, table))
+    classes = classes.expand(batch, heads, pages)
+    texts_b = 0 if texts is None else texts.stride(0)
+    splits, sizes = _scoring(q, keys, digest, scores, page_size, page, score, group, every)
+    fused = pages <= FUSED_PAGES
+    _select_pages[(splits + 1, batch * heads)](
+        *(q, k, v, keys, values, digest, scores, counts, table, classes, columns, anchor, changed, texts),
+        *(q.stride(0), q.stride(1), q.stride(3), k.stride(0), k.stride(1), k.stride(3), v.stride(0), v.stride(1), v.stride(3)),
+        *(texts_b, classes.stride(0), classes.stride(1), pages, budget, width),
+        **sizes,
+        DIM_V=values.shape[3],
+        PICK=fused,
+        PICK_BLOCK=max(triton.next_power_of_2(pages), 512),
+        PICK_LEAST=512,
+        PICK_WIDTH=triton.next_power_of_2(width),
+        ALIGNED=_aligned(classes),
+        num_warps=4,
+        num_stages=2,
+    )
+    if not fused:
+        _pick(scores, classes, columns, anchor, changed, counts, table, budget, page_size, every)
+
+
+def pick_pages(
+    scores: Tensor, classes: Tensor, columns: Tensor | None = None, *, batch: int, budget: int, width: int, page_size: int = 1
+) -> tuple[Tensor, Tensor]:
+    """``choose`` of the first ``batch`` rows of ``[B, H, P]``: counts ``[B, H, 1]``, pages ``[B, H, 1, width]``.
+
+    ``classes`` is ``[batch | 1, H | 1, P]``. With ``columns``, no page is read after the one of this column: their class is 0.
+    """
+    heads, pages = scores.shape[1:]
+    assert pages <= MOST_PAGES and scores.is_contiguous() and classes.stride(2) == 1
+    classes = classes.expand(batch, heads, pages)
+    counts = torch.empty(batch, heads, 1, dtype=torch.int32, device=scores.device)
+    table = torch.empty(batch, heads, 1, width, dtype=torch.int32, device=scores.device)
+    _pick(scores, classes, columns, None, None, counts, table, budget, page_size, 1)
+    return counts, table
+
+
+def _pick(
+    scores: Tensor,
+    classes: Tensor,
+    columns: Tensor | None,
+    anchor: Tensor | None,
+    changed: Tensor | None,
+    counts: Tensor,
+    table: Tensor,
+    budget: int,
+    page_size: int,
+    every: int,
+) -> None:
+    """``classes`` are expanded to the rows that are picked; all of them are, unless ``changed`` is given."""
+    batch, heads, pages = classes.shape
+    width = table.shape[3]
+    # Most of the time goes into sums over all threads, and few warps are quick at that: 6 us of 2048 pages, 10 of 8192.
+    warps = 4 if pages <= 4096 else 8 if pages <= 16384 else 16
+    _pick_pages[(batch * heads,)](
+        *(scores, classes, columns, anchor, changed, counts, table),
+        *(classes.stride(0), classes.stride(1), heads, pages, budget, width),
+        BLOCK=max(triton.next_power_of_2(pages), warps * 128),
+        LEAST=warps * 128,
+        PAGE_SIZE=page_size,
+        WIDTH=triton.next_power_of_2(width),
+        ALIGNED=_aligned(classes),
+        EVERY=every,
+        num_warps=warps,
+    )
+
+
+def _aligned(classes: Tensor) -> bool:
+    """Whether rows of scores and of classes can be read four pages at a time."""
+    return classes.shape[2] % 4 == 0 and all(stride % 4 == 0 for stride in classes.stride()[:2])
+
+
+@triton.jit
+def _describe(keys, fresh, digest, texts, column, row, batch, text_b, pages, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX):
+    """Write the digest of the logical page that holds ``column``, whose key is ``fresh`` unless that is None."""
+    ROWS: tl.constexpr = triton.next_power_of_2(PAGE)
+    CHANNELS: tl.constexpr = triton.next_power_of_2(DIM)
+    channel = tl.arange(0, CHANNELS)
+    logical = column // PAGE
+    at = logical * PAGE + tl.arange(0, ROWS)
+    seen = (tl.arange(0, ROWS) < PAGE) & (at <= column)
+    there = seen[:, None] & (channel[None, :] < DIM)
+    source = keys + (row * pages * PAGE_SIZE + at)[:, None] * DIM + channel[None, :]
+    if fresh is None:
+        block = tl.load(source, mask=there, other=0).to(tl.float32)
+    else:  # other threads may not see yet that it was stored
+        newest = (at == column)[:, None]
+        block = tl.load(source, mask=there & (at < column)[:, None], other=0).to(tl.float32)
+        block = tl.where(newest, fresh[None, :].to(tl.float32), block)
+    if texts is not None:
+        seen &= tl.load(texts + batch * text_b + at, mask=seen, other=-1) >= 0
+    count = tl.sum(seen.to(tl.int32), axis=0)
+    target = digest + (row * pages * (PAGE_SIZE // PAGE) + logical) * WIDTH + channel
+    if MINMAX:
+        low = tl.min(tl.where(seen[:, None], block, float("inf")), axis=0)
+        high = tl.max(tl.where(seen[:, None], block, float("-inf")), axis=0)
+        tl.store(target, tl.where(count > 0, low, 0).to(digest.dtype.element_ty), mask=channel < DIM)
+        tl.store(target + DIM, tl.where(count > 0, high, 0).to(digest.dtype.element_ty), mask=channel < DIM)
+    else:
+        mean = tl.sum(tl.where(seen[:, None], block, 0), axis=0) / tl.maximum(count, 1).to(tl.float32)
+        tl.store(target, mean.to(digest.dtype.element_ty), mask=channel < DIM)
+
+
+@triton.jit
+def _score(
+    q, digest, scores, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages,
+    GROUP, ROWS, DIM, WIDTH, CHANNELS, PAGE, PER, MINMAX, POOL, BLOCK,
+):  # fmt: skip
+    """Write the scores of this program's tiles of full pages."""
+    KEYS: tl.constexpr = triton.next_power_of_2(PAGE)
+    # q twice for minima and maxima: its negative parts meet the minima, its positive ones the maxima.
+    member = tl.arange(0, ROWS)
+    channel = tl.arange(0, CHANNELS)
+    source = q + batch * q_b + (head * GROUP + member)[:, None] * q_h + (channel % DIM)[None, :] * q_d
+    query = tl.load(source, mask=(member < GROUP)[:, None] & (channel < WIDTH)[None, :], other=0)
+    if MINMAX:
+        query = tl.where((channel < DIM)[None, :] == (query < 0), query, 0)
+    digest += row * pages * PER * WIDTH
+    for tile in tl.range(tl.program_id(0) - 1, tl.cdiv(newest, BLOCK), tl.num_programs(0) - 1):
+        logical = tile * (BLOCK * PER) + tl.arange(0, BLOCK * PER)
+        # Never the newest page, which another program describes now.
+        there = (logical < newest * PER)[:, None] & (channel < WIDTH)[None, :]
+        block = tl.load(digest + logical.to(tl.int64)[:, None] * WIDTH + channel[None, :], mask=there, other=0)
+        found = tl.dot(block, tl.trans(query), input_precision="ieee")  # [logical pages, ROWS]
+        if POOL == "max":
+            pooled = tl.max(tl.where((member < GROUP)[None, :], found, float("-inf")), axis=1)
+        else:
+            pooled = tl.sum(tl.where((member < GROUP)[None, :], found, 0), axis=1)
+            pooled = pooled / GROUP if POOL == "mean" else pooled
+        if texts is not None:  # what holds padding alone counts for nothing
+            key = tl.arange(0, KEYS)
+            held = texts + batch * text_b + (logical * PAGE)[:, None] + key[None, :]
+            known = (logical < newest * PER)[:, None] & (key < PAGE)[None, :]
+            pooled = tl.where(tl.max(tl.load(held, mask=known, other=-1), axis=1) >= 0, pooled, float("-inf"))
+        best = tl.max(tl.reshape(pooled, [BLOCK, PER]), axis=1)
+        number = tile * BLOCK + tl.arange(0, BLOCK)
+        tl.store(scores + number, best, mask=number < newest)
+
+
+@triton.jit
+def _open(scores, newest, pages, AHEAD, COUNT):
+    """Rank the page that is being filled, and those that will be, above every score."""
+    ahead = tl.arange(0, AHEAD)
+    infinite = tl.full([AHEAD], float("inf"), tl.float32)
+    tl.store(scores + newest + ahead, infinite, mask=(ahead < COUNT) & (newest + ahead < pages))
+
+
+@triton.jit
+def _score_pages(
+    q, keys, digest, scores, columns, anchor, texts, q_b, q_h, q_d, text_b, pages,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr, PAGE: tl.constexpr, PAGE_SIZE: tl.constexpr, EVERY: tl.constexpr, AHEAD: tl.constexpr,
+    MINMAX: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    batch, head = row // HEADS, row % HEADS
+    PER: tl.constexpr = PAGE_SIZE // PAGE
+    now = tl.load(columns)
+    due = (now - tl.load(anchor)) % EVERY == 0
+    newest = (now // PAGE_SIZE).to(tl.int32)
+    scores += row * pages
+    if split == 0:
+        _describe(keys, None, digest, texts, now, row, batch, text_b, pages, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX)
+        if due:
+            _open(scores, newest, pages, AHEAD, 2 + EVERY // PAGE_SIZE)
+    elif due:
+        _score(q, digest, scores, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages,
+               GROUP, ROWS, DIM, WIDTH, CHANNELS, PAGE, PER, MINMAX, POOL, BLOCK)  # fmt: skip
+
+
+# As for `_pick_pages`, the offsets of scores and classes must not be known to be multiples of more than four.
+@triton.jit(do_not_specialize=["class_b", "class_h", "pages", "budget", "width"])
+def _select_pages(
+    q, k, v, keys, values, digest, scores, counts, table, classes, columns, anchor, changed, texts,
+    q_b, q_h, q_d, k_b, k_h, k_d, v_b, v_h, v_d, text_b, class_b, class_h, pages, budget, width,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr, PAGE: tl.constexpr, PAGE_SIZE: tl.constexpr, EVERY: tl.constexpr, AHEAD: tl.constexpr,
+    MINMAX: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr,
+    PICK: tl.constexpr, PICK_BLOCK: tl.constexpr, PICK_LEAST: tl.constexpr, PICK_WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    batch, head = row // HEADS, row % HEADS
+    PER: tl.constexpr = PAGE_SIZE // PAGE
+    now = tl.load(columns)
+    due = (now - tl.load(anchor)) % EVERY == 0
+    newest = (now // PAGE_SIZE).to(tl.int32)
+    source = row * pages
+    if ALIGNED:
+        source = tl.multiple_of(source, 4)
+    if split == 0:
+        channel = tl.arange(0, triton.next_power_of_2(DIM))
+        fresh = tl.load(k + batch * k_b + head * k_h + channel * k_d, mask=channel < DIM, other=0).to(keys.dtype.element_ty)
+        feature = tl.arange(0, triton.next_power_of_2(DIM_V))
+        value = tl.load(v + batch * v_b + head * v_h + feature * v_d, mask=feature < DIM_V, other=0)
+        place = row * pages * PAGE_SIZE + now
+        tl.store(keys + place * DIM + channel, fresh, mask=channel < DIM)
+        tl.store(values + place * DIM_V + feature, value.to(values.dtype.element_ty), mask=feature < DIM_V)
+        _describe(keys, fresh, digest, texts, now, row, batch, text_b, pages, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX)
+        if due:
+            _open(scores + source, newest, pages, AHEAD, 2 + EVERY // PAGE_SIZE)
+    elif due:
+        _score(q, digest, scores + source, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages,
+               GROUP, ROWS, DIM, WIDTH, CHANNELS, PAGE, PER, MINMAX, POOL, BLOCK)  # fmt: skip
+    if PICK:
+        if due:
+            # The last program of a row picks. They count themselves in the upper half of `counts`, which the pick clears.
+            tl.debug_barrier()
+            turn = tl.atomic_add(counts + row, 1 << 16, sem="acq_rel") >> 16
+            picks = turn == tl.num_programs(0) - 1
+        else:
+            picks = split == 0
+            if changed is not None:
+                picks = picks & (tl.load(changed) != 0)
+        if picks:
+            place = batch * class_b + head * class_h
+            if ALIGNED:
+                place = tl.multiple_of(place, 4)
+            _pick_fitting(scores + source, classes + place, counts + row, table + row * width, tl.minimum(newest + 1, pages),
+                          budget, width, PICK_BLOCK, PICK_LEAST, PICK_WIDTH)  # fmt: skip
+
+
+@triton.jit
+def _survey(count, least, most, count_, least_, most_):
+    return count + count_, tl.minimum(least, least_), tl.maximum(most, most_)
+
+
+@triton.jit
+def _fold(count, least, most, SHAPE, AXIS):
+    """Within each thread."""
+    return tl.reduce((tl.reshape(count, SHAPE), tl.reshape(least, SHAPE), tl.reshape(most, SHAPE)), AXIS, _survey)
+
+
+@triton.jit
+def _survey_groups(count, least, most, bound, some, count_, least_, most_, bound_, some_):
+    return count + count_, tl.minimum(least, least_), tl.maximum(most, most_), tl.maximum(bound, bound_), some + some_
+
+
+@triton.jit
+def _add(a, b, c, d, a_, b_, c_, d_):
+    return a + a_, b + b_, c + c_, d + d_
+
+
+@triton.jit
+def _field(word, index):
+    """The ``index``-th 16 bits."""
+    return ((word >> (index * 16)) & 0xFFFF).to(tl.int32)
+
+
+# If all that Triton knows of offsets is that four divides them, each thread holds the same pages of scores and of classes.
+@triton.jit(do_not_specialize=["class_b", "class_h", "heads", "pages", "budget", "width"])
+def _pick_pages(
+    scores, classes, columns, anchor, changed, counts, table, class_b, class_h, heads, pages, budget, width,
+    BLOCK: tl.constexpr, LEAST: tl.constexpr, PAGE_SIZE: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+    EVERY: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    if changed is not None and ((tl.load(columns) - tl.load(anchor)) % EVERY != 0) & (tl.load(changed) == 0):
+        return
+    source, place = row * pages, row // heads * class_b + row % heads * class_h
+    if ALIGNED:
+        source, place = tl.multiple_of(source, 4), tl.multiple_of(place, 4)
+    scores, classes, counts, table = scores + source, classes + place, counts + row, table + row * width
+    if columns is not None:
+        pages = tl.minimum((tl.load(columns) // PAGE_SIZE).to(tl.int32) + 1, pages)
+    _pick_fitting(scores, classes, counts, table, pages, budget, width, BLOCK, LEAST, WIDTH)
+
+
+@triton.jit
+def _pick_fitting(
+    scores, classes, counts, table, pages, budget, width, BLOCK: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """The time grows with BLOCK, so that buffers that are mostly empty take a smaller one."""
+    if BLOCK >= 2 * LEAST:
+        if pages <= BLOCK // 2:
+            _pick_fitting(scores, classes, counts, table, pages, budget, width, BLOCK // 2, LEAST, WIDTH)
+        else:
+            _pick_row(scores, classes, counts, table, pages, budget, width, BLOCK, LEAST, WIDTH)
+    else:
+        _pick_row(scores, classes, counts, table, pages, budget, width, BLOCK, LEAST, WIDTH)
+
+
+@triton.jit
+def _pick_row(
+    scores, classes, counts, table, pages, budget, width, BLOCK: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """One row, of at most BLOCK pages."""
+    ROWS: tl.constexpr = min(8, BLOCK // LEAST)
+    number = tl.arange(0, BLOCK)
+    score = tl.load(scores + number, mask=number < pages, other=0, cache_modifier=".cg")  # just written elsewhere
+    kind = tl.load(classes + number, mask=number < pages, other=0)
+    kept, offered = kind == 2, kind == 1
+
+    # A key per page, the best the least; 0 is taken anyway and the largest never. No score comes near either.
+    score = tl.where(score != score, float("-inf"), tl.where(score == 0, 0.0, score))
+    bits = score.to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits, bits ^ 0x7FFFFFFF).to(tl.uint32, bitcast=True)
+    never = tl.full([BLOCK], 0xFFFFFFFF, tl.uint32)
+    tally = tl.where(kept, 1 << 16, offered.to(tl.int32))
+    best, worst = tl.where(offered, key, never), tl.where(offered, key, 0)
+    tally, best, worst = _fold(tally, best, worst, [BLOCK // LEAST, LEAST], 0)
+    if 4 * WIDTH <= LEAST:
+        tally, best, worst = _fold(tally, best, worst, [LEAST // 4, 4], 1)
+    some = best != 0xFFFFFFFF
+    bound = tl.where(some, best, 0)
+    tally, low, high, bound, groups = tl.reduce((tally, best, worst, bound, some.to(tl.int32)), 0, _survey_groups)
+    all_kept, among = (tally >> 16) & 0xFFFF, tally & 0xFFFF
+    count = tl.minimum(tl.maximum(all_kept, tl.minimum(all_kept + among, budget)), width)
+    rest = count - all_kept
+    # Where as many groups have a page as are wanted, none is wanted that is worse than the best of each.
+    span = tl.where(groups >= rest, bound, high) - low
+    key = tl.where(kept, 0, tl.where(offered, key, never))
+    full = all_kept > width  # then the first of the kept ones
+    rest = tl.where(full, width, rest)
+    low, span = tl.where(full, 0, low).to(tl.uint32), tl.where(full, 0, span).to(tl.uint32)
+
+    # Find the `rest`-th least key: low <= it <= low + span, one of `among`. An eighth of the range remains after each round.
+    while (rest > 0) & (rest < among) & (span > 0):
+        step = tl.maximum((span.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 129, 0).to(tl.uint32)
+        inside = (key - low) <= span
+        digit = ((key - low) >> step) & 7
+        # Counts by digit: in four bits each while a thread adds up its ROWS <= 15 keys, then in sixteen, of 0 and 4, 1 and 5...
+        nibbles = tl.sum(tl.reshape(inside.to(tl.uint32) << (digit * 4), [ROWS, BLOCK // ROWS]), axis=0)
+        ones = 0x000F000F
+        a, b, c, d = tl.reduce((nibbles & ones, (nibbles >> 4) & ones, (nibbles >> 8) & ones, (nibbles >> 12) & ones), 0, _add)
+        lower = _field(a + b + c + d, 0)
+        half = (lower < rest).to(tl.int32)
+        rest -= half * lower
+        first, second, third, fourth = _field(a, half), _field(b, half), _field(c, half), _field(d, half)
+        two, three = first + second, first + second + third
+        unit = (first < rest).to(tl.int32) + (two < rest) + (three < rest)
+        rest -= tl.where(unit == 0, 0, tl.where(unit == 1, first, tl.where(unit == 2, two, three)))
+        among = tl.where(unit == 0, first, tl.where(unit == 1, second, tl.where(unit == 2, third, fourth)))
+        below = (half * 4 + unit).to(tl.uint32) << step
+        low += below
+        span = tl.minimum((tl.full([], 1, tl.uint32) << step) - 1, span - below)
+
+    # Those before `low` are taken, and of the range that is left the first `rest` pages.
+    ahead, equal = key < low, (key - low) <= span
+    seen = tl.cumsum(ahead.to(tl.int32) + (equal.to(tl.int32) << 16), axis=0)
+    equals = (seen >> 16) & 0xFFFF
+    taken = ahead | (equal & (equals <= rest))
+    tl.store(table + (seen & 0xFFFF) + tl.minimum(equals, rest) - 1, number, mask=taken)
+    column = tl.arange(0, WIDTH)
+    tl.store(table + column, tl.zeros([WIDTH], tl.int32), mask=(column >= count) & (column < width))
+    tl.store(counts, count)
