@@ -54,18 +54,20 @@ def markdown(folder: Path) -> str:
 
 
 HEADLINES = {"Llama-3-8B": ("1000000", "327680", "131072"), "Llama-2-7B": ("200000",)}  # of a cache: its longest contexts
+DROPPED = ("prefill, eager", "prefill, all streaming", "decode step, all streaming, batch 1")
 
 
 def _is_headline(row: dict[str, str]) -> bool:
     if "page_topk" in row["mask"]:
-        return row["kv_len"] in ("131072", "1048576", "32768") and not row["baseline"].startswith("SparseCache")
+        return row["bench"] != "select-prefill" or "16384" in row["what"]
     if row["bench"] == "cache":
-        return row["kv_len"] in HEADLINES.get(row["shape"].split(" ")[0], ()) and "dense" not in row["what"]
+        longest = row["kv_len"] in HEADLINES.get(row["shape"].split(" ")[0], ())
+        return longest and "dense" not in row["what"] and "per layer" not in row["what"]
     if row["bench"] == "model":
         short = row["kv_len"] in ("8192", "16384")
-        dropped = ("prefill, eager", "prefill, all streaming", "decode step, all streaming, batch 1")
-        return row["what"] not in dropped and row["baseline"] != "eager" and not short
-    return row["kv_len"] == "131072" and row["what"].endswith("streaming, with FLASH")
+        whole = row["shape"] == "Llama-3-8B"  # others are cut to a few layers
+        return whole and row["what"] not in DROPPED and row["baseline"] != "eager" and not short
+    return row["kv_len"] == "131072" and row["what"].endswith("half streaming, with FLASH")
 
 
 def _short(number: str) -> str:
