@@ -142,7 +142,7 @@ def pick_pages(
 ) -> tuple[Tensor, Tensor]:
     """``choose`` of the first ``batch`` rows of ``[B, H, P]``: counts ``[B, H, 1]``, pages ``[B, H, 1, width]``.
 
-    ``classes`` is ``[batch | 1, H | 1, P]``. With ``columns``, no page is read after the one of this column: their class is 0.
+    ``classes`` is ``[batch | 1, H | 1, P]``. With ``columns``, that of the page of this column is 2, and of those after it 0.
     """
     heads, pages = scores.shape[1:]
     assert pages <= MOST_PAGES and scores.is_contiguous() and classes.stride(2) == 1
@@ -335,8 +335,8 @@ def _select_pages(
             place = batch * class_b + head * class_h
             if ALIGNED:
                 place = tl.multiple_of(place, 4)
-            _pick_fitting(scores + source, classes + place, counts + row, table + row * width, tl.minimum(newest + 1, pages),
-                          budget, width, PICK_BLOCK, PICK_LEAST, PICK_WIDTH)  # fmt: skip
+            _pick_fitting(scores + source, classes + place, counts + row, table + row * width, tl.minimum(newest, pages - 1),
+                          budget, width, PICK_BLOCK, PICK_LEAST, PICK_WIDTH, True)  # fmt: skip
 
 
 @triton.jit
@@ -381,29 +381,34 @@ def _pick_pages(
         source, place = tl.multiple_of(source, 4), tl.multiple_of(place, 4)
     scores, classes, counts, table = scores + source, classes + place, counts + row, table + row * width
     if columns is not None:
-        pages = tl.minimum((tl.load(columns) // PAGE_SIZE).to(tl.int32) + 1, pages)
-    _pick_fitting(scores, classes, counts, table, pages, budget, width, BLOCK, LEAST, WIDTH)
+        pages = tl.minimum((tl.load(columns) // PAGE_SIZE).to(tl.int32), pages - 1)
+    _pick_fitting(scores, classes, counts, table, pages, budget, width, BLOCK, LEAST, WIDTH, columns is not None)
 
 
 @triton.jit
 def _pick_fitting(
-    scores, classes, counts, table, pages, budget, width, BLOCK: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr
+    scores, classes, counts, table, pages, budget, width,
+    BLOCK: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr, NEWEST: tl.constexpr,
 ):  # fmt: skip
-    """The time grows with BLOCK, so that buffers that are mostly empty take a smaller one."""
+    """The time grows with BLOCK, so that buffers that are mostly empty take a smaller one.
+
+    The newest page is left out: it is the last of 2049 where the context is 131072 long, and BLOCK would double for it.
+    """
     if BLOCK >= 2 * LEAST:
         if pages <= BLOCK // 2:
-            _pick_fitting(scores, classes, counts, table, pages, budget, width, BLOCK // 2, LEAST, WIDTH)
+            _pick_fitting(scores, classes, counts, table, pages, budget, width, BLOCK // 2, LEAST, WIDTH, NEWEST)
         else:
-            _pick_row(scores, classes, counts, table, pages, budget, width, BLOCK, LEAST, WIDTH)
+            _pick_row(scores, classes, counts, table, pages, budget, width, BLOCK, LEAST, WIDTH, NEWEST)
     else:
-        _pick_row(scores, classes, counts, table, pages, budget, width, BLOCK, LEAST, WIDTH)
+        _pick_row(scores, classes, counts, table, pages, budget, width, BLOCK, LEAST, WIDTH, NEWEST)
 
 
 @triton.jit
 def _pick_row(
-    scores, classes, counts, table, pages, budget, width, BLOCK: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr
+    scores, classes, counts, table, pages, budget, width,
+    BLOCK: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr, NEWEST: tl.constexpr,
 ):  # fmt: skip
-    """One row, of at most BLOCK pages."""
+    """One row, of at most BLOCK pages; if NEWEST, the one after them is kept as well."""
     ROWS: tl.constexpr = min(8, BLOCK // LEAST)
     number = tl.arange(0, BLOCK)
     score = tl.load(scores + number, mask=number < pages, other=0, cache_modifier=".cg")  # just written elsewhere
@@ -424,13 +429,17 @@ def _pick_row(
     bound = tl.where(some, best, 0)
     tally, low, high, bound, groups = tl.reduce((tally, best, worst, bound, some.to(tl.int32)), 0, _survey_groups)
     all_kept, among = (tally >> 16) & 0xFFFF, tally & 0xFFFF
-    count = tl.minimum(tl.maximum(all_kept, tl.minimum(all_kept + among, budget)), width)
+    room = width
+    if NEWEST:
+        last = (all_kept < width).to(tl.int32)  # whether it is listed, as the last one
+        room, budget = width - last, budget - 1
+    count = tl.minimum(tl.maximum(all_kept, tl.minimum(all_kept + among, budget)), room)
     rest = count - all_kept
     # Where as many groups have a page as are wanted, none is wanted that is worse than the best of each.
     span = tl.where(groups >= rest, bound, high) - low
     key = tl.where(kept, 0, tl.where(offered, key, never))
-    full = all_kept > width  # then the first of the kept ones
-    rest = tl.where(full, width, rest)
+    full = all_kept > room  # then the first of the kept ones
+    rest = tl.where(full, room, rest)
     low, span = tl.where(full, 0, low).to(tl.uint32), tl.where(full, 0, span).to(tl.uint32)
 
     # Find the `rest`-th least key: low <= it <= low + span, one of `among`. An eighth of the range remains after each round.
@@ -460,6 +469,9 @@ def _pick_row(
     equals = (seen >> 16) & 0xFFFF
     taken = ahead | (equal & (equals <= rest))
     tl.store(table + (seen & 0xFFFF) + tl.minimum(equals, rest) - 1, number, mask=taken)
+    if NEWEST:
+        tl.store(table + count, pages, mask=last != 0)
+        count += last
     column = tl.arange(0, WIDTH)
     tl.store(table + column, tl.zeros([WIDTH], tl.int32), mask=(column >= count) & (column < width))
     tl.store(counts, count)
