@@ -84,7 +84,7 @@ class Variant:
         """Against the bytes that a step reads: weights without the embedding, visible keys and values, and digests of pages."""
         case, timing, mask = self.case, self.timings[length], causal if self.mask is None else self.mask
         cache = case.cache(self.mask, length, "meta")
-        density = largest_density(mask, 1, length, length - 1, case.config.num_attention_heads)
+        density = largest_density(mask, 1, length, length - 1, case.config.num_attention_heads, (1, 64))
         embedding = model.get_input_embeddings().weight.nbytes  # of which a step reads a row
         read = weights(model) - embedding + density * cache.dense_nbytes + digest_bytes(cache)
         sizes = [size / GIB for size in (weights(model), cache.nbytes, self.beside)]

@@ -122,6 +122,11 @@ class Not(Mask):
     name: ClassVar[str] = "not"
     tightness: ClassVar[int] = 3
 
+    def __post_init__(self) -> None:
+        chosen = next((node for node in self.mask.walk() if node.selects), None)
+        if chosen is not None:
+            raise ValueError(f"{chosen} says what is worth reading, and its opposite is no selection: leave the ~ out")
+
     def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
         visible = self.mask.__call__(b, h, q_idx, kv_idx)
         return not visible if isinstance(visible, bool) else ~visible

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_compile.masks.blocks import Runs
+from sparse_compile.masks.intervals import Intervals
 from sparse_compile.masks.mask import Mask, check_sizes
-from sparse_compile.masks.selectors import offered, selector_of
+from sparse_compile.masks.selectors import PageTopK, offered, selector_of, static_part
 
 ROWS_AT_ONCE = 1 << 16
 PAIRS_AT_ONCE = 1 << 24
@@ -21,43 +23,66 @@ def density(mask: Mask, q_len: int, kv_len: int, q_offset: int, batch: int | Non
     return _counted(mask, q_len, kv_len, q_offset, batch, heads)
 
 
-def largest_density(mask: Mask, q_len: int, kv_len: int, q_offset: int, heads: int) -> float:
-    """The density of a mask in which every selector takes its whole budget; without selectors, the density."""
-    return _counted(mask, q_len, kv_len, q_offset, mask.sizes()[0], heads)
+def largest_density(mask: Mask, q_len: int, kv_len: int, q_offset: int, heads: int, block: tuple[int, int]) -> float:
+    """The density of a mask in which every selector takes its whole budget; without selectors, the density.
+
+    ``block`` are the queries that choose together and the keys of a page.
+    """
+    return _counted(mask, q_len, kv_len, q_offset, mask.sizes()[0], heads, block)
 
 
-def _counted(mask: Mask, q_len: int, kv_len: int, q_offset: int, batch: int, heads: int) -> float:
+def _counted(
+    mask: Mask, q_len: int, kv_len: int, q_offset: int, batch: int, heads: int, block: tuple[int, int] = (1, 1)
+) -> float:
     visible = 0
     for group, members in mask.head_groups(heads).items():
-        selector = selector_of(group)
         shared = batch if group.sizes()[0] == 1 else 1
-        most = kv_len if selector is None else min(selector.tokens, kv_len)
-        visible += _visible(offered(group), q_len, kv_len, q_offset, most) * shared * len(members)
+        visible += _visible(group, q_len, kv_len, q_offset, block) * shared * len(members)
     return visible / (q_len * kv_len * batch * heads)
 
 
-def _visible(mask: Mask, q_len: int, kv_len: int, q_offset: int, limit: int) -> int:
-    """The visible pairs, no more than ``limit`` for each query."""
-    total = 0
-    for first in range(q_offset, q_offset + q_len, ROWS_AT_ONCE):
-        rows = torch.arange(first, min(first + ROWS_AT_ONCE, q_offset + q_len))
-        bounds = mask.bounds(rows, rows)
+def _visible(mask: Mask, q_len: int, kv_len: int, q_offset: int, block: tuple[int, int]) -> int:
+    """The visible pairs; under a selector no more for each query than the pages it may have hold."""
+    selector, shown = selector_of(mask), offered(mask)
+    total, at_once = 0, ROWS_AT_ONCE // block[0] * block[0]
+    for first in range(q_offset, q_offset + q_len, at_once):
+        rows = torch.arange(first, min(first + at_once, q_offset + q_len))
+        limit = None if selector is None else _limits(mask, selector, rows, kv_len, block)
+        bounds = shown.bounds(rows, rows)
         most, least = bounds.maybe.clamp(0, kv_len).count(), bounds.surely.clamp(0, kv_len).count()
-        most, least = most.expand(*mask.sizes(), -1), least.expand(*mask.sizes(), -1)
+        most, least = most.expand(*shown.sizes(), -1), least.expand(*shown.sizes(), -1)
         certain = (most == least).flatten(0, -2).all(0)  # [rows]
-        total += int(most[..., certain].clamp(max=limit).sum())
-        total += _one_by_one(mask, rows[~certain], kv_len, limit)
+        sure = most[..., certain]
+        total += int((sure if limit is None else torch.minimum(sure, limit[..., certain])).sum())
+        total += _one_by_one(shown, rows[~certain], kv_len, None if limit is None else limit[..., ~certain])
     return total
 
 
-def _one_by_one(mask: Mask, rows: Tensor, kv_len: int, limit: int) -> int:
+def _limits(mask: Mask, selector: PageTopK, rows: Tensor, kv_len: int, block: tuple[int, int]) -> Tensor:
+    """The most keys that the pages of each query hold, ``[..., rows]``: those of the budget, or of what is kept anyway."""
+    queries, page = block
+    lo = rows[::queries]
+    hi = (lo + (queries - 1)).clamp(max=int(rows[-1]))
+    kept = static_part(mask).bounds(lo, hi).maybe | Intervals.of(lo, hi + 1)
+    pages = Runs.of(kept.clamp(0, kv_len), page).end[..., -1]
+    keys = pages.clamp(min=-(-selector.tokens // page)) * page
+    # Of the pages that hold the queries themselves, each sees a part.
+    start, stop = ((x.repeat_interleave(queries)[: rows.numel()] // page) * page for x in (lo, hi + page))
+    seen = offered(mask).bounds(rows, rows).maybe.overlap(start.unsqueeze(-1), stop.unsqueeze(-1)).squeeze(-1)
+    return keys.repeat_interleave(queries, dim=-1)[..., : rows.numel()] - (stop - start - seen)
+
+
+def _one_by_one(mask: Mask, rows: Tensor, kv_len: int, limit: Tensor | None) -> int:
     """Ask the mask about every pair of the given query positions."""
     batch, heads = mask.sizes()
     b = torch.arange(batch).view(-1, 1, 1, 1)
     h = torch.arange(heads).view(1, -1, 1, 1)
     j = torch.arange(kv_len)
     total = 0
-    for part in rows.split(max(PAIRS_AT_ONCE // (kv_len * batch * heads), 1)):
+    size = max(PAIRS_AT_ONCE // (kv_len * batch * heads), 1)
+    limits = [None] * rows.numel() if limit is None else limit.split(size, dim=-1)
+    for part, most in zip(rows.split(size), limits, strict=False):
         seen = torch.as_tensor(mask(b, h, part.view(1, 1, -1, 1), j))
-        total += int(seen.expand(batch, heads, part.numel(), kv_len).sum(dim=-1).clamp(max=limit).sum())
+        count = seen.expand(batch, heads, part.numel(), kv_len).sum(dim=-1)
+        total += int((count if most is None else torch.minimum(count, most)).sum())
     return total

@@ -43,6 +43,7 @@ class Mask(ABC):
 
     name: ClassVar[str]
     tightness: ClassVar[int] = 4  # how strongly it binds when written; operators bind less
+    selects: ClassVar[bool] = False  # whether it looks at queries and keys
 
     @abstractmethod
     def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:

@@ -7,6 +7,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from sparse_compile.masks.budget import check_pages
 from sparse_compile.masks.given import Explicit
 from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.mask import Mask, check_sizes
@@ -18,10 +19,12 @@ def selected(mask: Mask, q: Tensor, k: Tensor, *, q_offset: int, page_size: int,
     """See ``Mask.selected``."""
     if not has_selector(mask):
         return mask
+    if q.dim() != 4 or k.dim() != 4 or q.shape[1] % k.shape[1] or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        raise ValueError(f"selected needs q [B, Hq, Q, D] and k [B, Hkv, KV, D], got {list(q.shape)} and {list(k.shape)}")
     heads, kv_heads, kv_len = q.shape[1], k.shape[1], k.shape[2]
+    if valid is not None and (valid.dim() != 2 or valid.shape[0] not in (1, q.shape[0]) or valid.shape[1] != kv_len):
+        raise ValueError(f"selected needs valid [B, KV] for {q.shape[0]} rows of {kv_len} keys, got {list(valid.shape)}")
     check_sizes(q_offset=q_offset, page_size=page_size, q_block=q_block)
-    if heads % kv_heads:
-        raise ValueError(f"the query heads share KV heads evenly, and here are {heads} and {kv_heads}")
     valid = torch.ones(1, kv_len, dtype=torch.bool, device=k.device) if valid is None else valid.bool()
     group = heads // kv_heads
     seen_by: list[Mask] = [mask.for_head(head, heads) for head in range(heads)]
@@ -76,15 +79,6 @@ def _mean(q: Tensor, valid: Tensor, at: Tensor) -> Tensor:
     counts = valid.index_select(1, at.clamp(max=valid.shape[1] - 1)).float()[:, None, :, None]  # [B | 1, 1, n, 1]
     mean: Tensor = (q.float() * counts).sum(dim=2) / counts.sum(dim=2).clamp(min=1)
     return mean
-
-
-def check_pages(selector: PageTopK, page_size: int) -> None:
-    """Raise ``ValueError`` unless described pages fit into stored ones."""
-    if page_size % selector.page:
-        raise ValueError(
-            f"a page of {page_size} keys is stored and read as one, and {selector} describes pages of {selector.page}: give it "
-            f"a page that divides {page_size}, or store other pages (SparseCache(page_size=...))"
-        )
 
 
 def _pages_of(mask: Mask, at: Tensor, kv_len: int, pages: int, page_size: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sparse_compile.masks.algebra import Not, full, nothing
+from sparse_compile.masks.algebra import full, nothing
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.intervals import Bounds, Intervals
 from sparse_compile.masks.mask import Index, Mask
@@ -37,11 +37,12 @@ class PageTopK(Mask):
     chooses for each query head alone, which is the same where every query head has its own KV head.
 
     ``every`` > 1 scores pages in every so many decode steps only; until the next time the page of the scoring token and those
-    after it are kept. ``share`` names a
+    after it rank above all. ``share`` names a
     leader layer whose scores serve this layer, or maps layers to leaders: ``{1: 0, 2: 0}``.
 
-    Decode steps need a ``SparseCache``. In a prefill policy, blocks of 128 queries choose blocks of keys by their mean query:
-    lossy, and ``every`` and ``share`` do not matter.
+    Decode steps need a ``SparseCache``, and a model without a mask or score mod for each head (ALiBi, learned sinks). In a
+    prefill policy, blocks of 128 queries choose blocks of keys by their mean query: lossy, and ``every`` and ``share`` do not
+    matter.
 
         >>> causal & (sink(64) | sliding_window(256) | page_topk(4096, every=4))
         causal & (sink(64) | sliding_window(256) | page_topk(4096, every=4))
@@ -57,6 +58,7 @@ class PageTopK(Mask):
     every: int = field(default=1, kw_only=True)
     share: Share | None = field(default=None, kw_only=True)  # a map is kept as sorted pairs
     name: ClassVar[str] = "page_topk"
+    selects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for rule, value in (("tokens", self.tokens), ("page", self.page), ("every", self.every)):
@@ -74,7 +76,7 @@ class PageTopK(Mask):
             raise TypeError(f"page_topk share needs a leader layer or a map of layers, got {self.share!r}") from None
         for layer in (*leaders, *leaders.values()):
             at_least("page_topk share", layer, 0)
-        object.__setattr__(self, "share", tuple(sorted(leaders.items())))
+        object.__setattr__(self, "share", tuple(sorted(leaders.items())) or None)
         for layer in sorted(leaders):
             self.leader(layer)
 
@@ -108,9 +110,6 @@ class PageTopK(Mask):
     def check(self, batch: int, heads: int, q_len: int, kv_len: int, q_offset: int = 0) -> None:
         raise ValueError(WHY_NOT.format(self))
 
-    def __invert__(self) -> Mask:
-        raise ValueError(f"{self} says what is worth reading, and its opposite is no selection: leave the ~ out")
-
 
 WHY_NOT = (
     "{} depends on queries and keys, so there is no static answer: ask mask.selected(q, k), which gives the mask of one "
@@ -120,17 +119,14 @@ WHY_NOT = (
 
 def has_selector(mask: Mask) -> bool:
     """Whether a mask looks at queries and keys."""
-    return any(isinstance(node, PageTopK) for node in mask.walk())
+    return any(node.selects for node in mask.walk())
 
 
 def selector_of(mask: Mask) -> PageTopK | None:
-    """The selector of a mask of one KV head. Raises ``ValueError`` if it has two, or one under ``~``."""
+    """The selector of a mask of one KV head. Raises ``ValueError`` if it has two."""
     found = dict.fromkeys(node for node in mask.walk() if isinstance(node, PageTopK))
     if len(found) > 1:
         raise ValueError(f"the query heads of a KV head read the same pages, so it has one page_topk, and here are two: {mask}")
-    for node in mask.walk():
-        if isinstance(node, Not) and has_selector(node.mask):
-            raise ValueError(f"{mask} hides what page_topk chooses, and there is no such selection: leave the ~ out")
     return next(iter(found), None)
 
 

@@ -16,7 +16,7 @@ from sparse_compile.masks.unknown import without_tensors
 from sparse_compile.passes.cache_ops import SparseCacheError, Update
 from sparse_compile.passes.cached import CacheInGraph
 from sparse_compile.passes.call import AttentionCall, Left
-from sparse_compile.passes.graph import expr_of, hint_of, is_one, memory_of, op_name, value_of
+from sparse_compile.passes.graph import expr_of, hint_of, memory_of, op_name, value_of
 from sparse_compile.passes.pieces import Pieces
 from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.storage import LayerPlan, Pages, Storage, misfit, needed_past
@@ -176,6 +176,8 @@ def plan_of(call: AttentionCall) -> LayerPlan:
 def _with_policy(call: AttentionCall, phase: str) -> AttentionCall:
     """The call under what both the cache and the backend ask for."""
     kept = plan_of(call).policy(phase)
+    if phase == "decode":
+        _check_choice(call, kept)
     policy = kept if call.policy is None else call.policy if kept is None else kept & call.policy
     if policy is not None:
         policy.for_heads(call.heads)  # a head count that fits neither query nor KV heads is an error
@@ -209,7 +211,7 @@ def check_storage(call: AttentionCall, storage: Storage, heads: tuple[int, ...])
             f"for each head ({call.mask}, {call.score_mod}): give all heads of this layer one mask"
         )
     if isinstance(storage, Pages):
-        _check_selection(call, storage, heads, by_head)
+        _check_selection(call, storage, by_head)
         return
     if call.score_mod is not None and Q_START in call.score_mod.captures():
         raise SparseCacheError(
@@ -230,24 +232,32 @@ def check_storage(call: AttentionCall, storage: Storage, heads: tuple[int, ...])
             )
 
 
-def _check_selection(call: AttentionCall, storage: Pages, heads: tuple[int, ...], by_head: bool) -> None:
-    """Raise unless pages that a decode step chooses from are there."""
-    if not is_one(call.size("q", 2)):
-        return
+def _check_choice(call: AttentionCall, kept: Mask | None) -> None:
+    """Raise ``SparseCacheError`` if a model asks for pages that its cache does not choose, or would see others than those."""
     layer, group = plan_of(call).layer, call.heads // call.kv_heads
-    for first in range(0, len(heads), group):
-        masks = [
-            full if call.policy is None else call.policy.for_head(head, call.heads) for head in heads[first : first + group]
-        ]
-        asked, _ = choosing_together(masks)
-        if asked is not None and (storage.selecting is None or storage.selecting.selector != asked):
+    for first in range(0, call.heads if call.policy is not None else 0, group):
+        asked, built = (
+            [full if mask is None else mask.for_head(head, call.heads) for head in range(first, first + group)]
+            for mask in (call.policy, kept)
+        )
+        (wanted, _), (chosen, _) = choosing_together(asked), choosing_together(built)
+        if wanted is not None and wanted != chosen:
             raise SparseCacheError(
-                f"layer {layer} of the SparseCache was not built for {asked}: build the cache from the policy of the model"
+                f"layer {layer} of the SparseCache was not built for {wanted}: build the cache from the policy of the model"
             )
+        if chosen is not None and chosen.every > 1 and any(a & b != b for a, b in zip(asked, built, strict=True)):
+            raise SparseCacheError(
+                f"layer {layer} of the SparseCache uses choices again ({chosen}), and this model's policy {call.policy} is not "
+                "that of the cache: build the cache from the policy of the model, or let every be 1"
+            )
+
+
+def _check_selection(call: AttentionCall, storage: Pages, by_head: bool) -> None:
+    """Raise unless heads that share their pages also share the model's masks and scores."""
     if storage.selecting is not None and by_head:
         raise SparseCacheError(
-            f"layer {layer} of the SparseCache chooses pages, and the model has a mask or score mod for each head "
-            f"({call.mask}, {call.score_mod}): give this layer a policy without page_topk"
+            f"layer {plan_of(call).layer} of the SparseCache chooses pages, and the model has a mask or score mod for each "
+            f"head ({call.mask}, {call.score_mod}): give this layer a policy without page_topk"
         )
 
 

@@ -20,14 +20,14 @@ from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.selectors import has_selector, offered
 from sparse_compile.masks.serial import to_json
 from sparse_compile.passes.attention import FlexAttention, Spec
-from sparse_compile.passes.block_ops import select_blocks
-from sparse_compile.passes.call import AttentionCall, Left, Scored
+from sparse_compile.passes.call import AttentionCall, Left
+from sparse_compile.passes.choices import Choices
 from sparse_compile.passes.graph import Order, emit_int, expr_of, fake_mode_of, hint_of, inline, op_name, value_of
 from sparse_compile.passes.heads import join_heads, pick_heads
 from sparse_compile.passes.kernels import FLEX, Target, plain_form
 from sparse_compile.passes.layout import layout_of
 from sparse_compile.passes.opaque import attention_op, to_text
-from sparse_compile.passes.page_ops import attend_pages, page_classes, pick_pages, select_pages
+from sparse_compile.passes.page_tables import attend_pages
 from sparse_compile.passes.parts import Part
 from sparse_compile.passes.realise import realise
 from sparse_compile.passes.reference import DenseMask, ListedPairs, ReferenceAttention
@@ -179,8 +179,17 @@ class _Lowering:
     def _select(self, q: Node, k: Node, captures: dict[Captured, Node]) -> Node | list[Node] | Left:
         """Tables of what selectors choose. From then on the mask is what they could choose from: no other block is visited."""
         read = [captures[name] for name in given(self.layout.mask)]
-        scored = self.call.scored
-        chosen = self._selected_blocks(q, k, read) if scored is None else self._selected_pages(scored, q, read)
+        where = (self.graph, self.call, self.layout, self.kernel, self.point, self.shared)
+        choices = Choices(*where, lambda found: self._is_fresh(found, self._read))
+        chosen: Node | list[Node] | Left
+        if self.call.scored is not None:
+            chosen = choices.pages(self.call.scored, q, read)
+        else:
+            kv_len = emit_int(self.graph, expr_of(self.call.size("k", 2)), self.point)
+            if kv_len is None:
+                return Left(self.call.node, "its length cannot be had where its blocks are chosen")
+            width = self._blocks(kv_len) if self.layout.width is None else self.layout.width
+            chosen = choices.blocks(q, k, read, width)
         self.mask = offered(self.mask)
         if isinstance(chosen, Left) or self.kernel.name in (*FLEX, "pages"):
             return chosen
@@ -188,65 +197,11 @@ class _Lowering:
         if isinstance(dense, Left):
             return dense
         assert isinstance(dense, Node)
-        first_query, first_key, visible = (self._item(dense, n) for n in range(3))
+        first_query, first_key, visible = (choices.item(dense, n) for n in range(3))
         name = self._submodule("listed_pairs", ListedPairs(self.layout.block))
         heads = self.call.heads if q is self.call.q else value_of(q).shape[1]
-        tables = (
-            [self.graph.call_function(operator.getitem, (chosen, n)) for n in (2, 3)]
-            if isinstance(chosen, Node)
-            else chosen[2:]
-        )
+        tables = [choices.item(chosen, n) for n in (2, 3)] if isinstance(chosen, Node) else chosen[2:]
         return [first_query, first_key, self.graph.call_module(name, (visible, *tables, heads))]
-
-    def _selected_blocks(self, q: Node, k: Node, read: list[Node]) -> Node | Left:
-        """A prefill: blocks of queries choose blocks of keys."""
-        at, tables = self.positions, self.layout
-        where = [emit_int(self.graph, expr, self.point) for expr in (at.q_start, at.kv_start)]
-        kv_len = emit_int(self.graph, expr_of(self.call.size("k", 2)), self.point)
-        if kv_len is None or None in where:
-            return Left(self.call.node, f"its lengths or positions ({at}) cannot be had where its blocks are chosen")
-        width = self._blocks(kv_len) if tables.width is None else tables.width
-        what = (to_json(tables.mask), tables.heads, *where, at.q_shift, read, width, tables.split)
-        return self.graph.call_function(select_blocks._opoverload, (q, k, *what))
-
-    def _selected_pages(self, scored: Scored, q: Node, read: list[Node]) -> list[Node]:
-        """A decode step: pages of a cache."""
-        selecting, choice, columns = scored.selecting, scored.choice, self.positions.q_shift
-        tables, text = self.layout, to_json(self.layout.mask)
-        pages = self.call.size("k", 2) // selecting.page_size
-        compare = selecting.selector.every > 1
-        key: tuple[object, ...] = ("classes", text, tables.heads, selecting.page_size, pages, compare, str(self.call.sources))
-        if key not in self.shared or not self._is_fresh(self.shared[key], self._read):
-            sizes = (selecting.page_size, pages, compare)
-            self.shared[key] = self.graph.call_function(page_classes._opoverload, (text, tables.heads, columns, read, *sizes))
-        first_query, first_key, classes, changed = (self._item(self.shared[key], n) for n in range(4))
-        batch = emit_int(self.graph, expr_of(self.call.size("q", 0)), self.point)
-        by = ("chosen by", choice.scores, self.shared[key], selecting.budget)
-        selector, place = selecting.selector, list(selecting.rows)
-        if scored.new:
-            k, v, keys, values, _, anchor, texts = scored.new
-            state = (keys, values, choice.digest, choice.scores, choice.counts, choice.table)
-            how = (selecting.page_size, selector.page, selector.score, selector.group, selector.every, selecting.budget)
-            told = (q, k, v, classes, columns, anchor, changed, texts, *how)
-            self.shared[by] = self.graph.call_function(select_pages._opoverload, (*state, *told))
-        alike = choice.table is not None and value_of(choice.table).shape[3] == tables.width
-        if by in self.shared and alike and place == list(range(value_of(choice.scores).shape[1])):
-            whole = batch == value_of(choice.scores).shape[0]
-            listed = [x for x in (choice.counts, choice.table) if x is not None]
-            chosen = [x if whole else self.graph.call_function(operator.getitem, (x, slice(0, batch))) for x in listed]
-        else:
-            limits = (batch, selecting.budget, tables.width, selecting.page_size)
-            picked = self.graph.call_function(pick_pages._opoverload, (choice.scores, classes, columns, place, *limits))
-            chosen = [self._item(picked, n) for n in range(2)]
-        if tables.group == 1 and self.kernel.name in FLEX and self.call.heads != self.call.kv_heads:
-            group = self.call.heads // self.call.kv_heads
-            chosen = [self.graph.call_function(torch.repeat_interleave, (x, group, 1)) for x in chosen]
-        if tables.split:  # the C++ template compiles with full blocks only; there are none
-            chosen += [self.graph.call_function(torch.zeros_like, (x,)) for x in chosen]
-        return [first_query, first_key, *chosen]
-
-    def _item(self, node: Node, number: int) -> Node:
-        return self.graph.call_function(operator.getitem, (node, number))
 
     def _is_constant(self, captures: dict[Captured, Node]) -> bool:
         """Whether shapes alone decide the tables, and they are small enough to keep."""

@@ -1,23 +1,18 @@
-"""Page selection while a compiled graph runs: describe pages as keys arrive, score them, choose, and list what is read.
+"""The state of page selection while a compiled graph runs: pages are described as keys arrive, scored and chosen.
 
-The ops are opaque: their tables are read by kernels, their state (digests, scores) is written in place, and on CUDA two Triton
-kernels do the work of a decode step. Nothing here waits for the device. What an op writes comes first: the passes ask no
-further (``graph.writers``).
+The ops are opaque: what they keep is written in place, and on CUDA one or two Triton kernels do all the work of a step. Nothing
+here waits for the device. What an op writes comes first: the passes ask no further (``graph.writers``).
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_compile.masks import Mask
-from sparse_compile.masks.given import Explicit
-from sparse_compile.masks.heads import consecutive
-from sparse_compile.masks.pages import HIDDEN, KEPT, OFFERED, alive, choose, describe, pool, score_digests, score_keys
-from sparse_compile.masks.selectors import offered, static_part
-from sparse_compile.passes.tables import batch_of, bind, given, parse, starts
+from sparse_compile.masks.pages import alive, choose, describe, pool, score_digests, score_keys
 
 
 @torch.library.custom_op("sparse_compile::describe_pages", mutates_args=("digest",))
@@ -82,20 +77,17 @@ def select_pages(
     and those to come rank above every score until the next time. Pages are chosen when they were scored, and when ``changed``
     says that their ``classes`` did.
     """
-    batch, pages = q.shape[0], scores.shape[2]
-    if q.is_cuda:
-        from sparse_compile.passes import page_kernels
-
-        how: dict[str, Any] = {"page_size": page_size, "page": page, "score": score, "group": group, "every": every}
-        if pages <= page_kernels.MOST_PAGES:
-            state = (keys, values, digest, scores, counts, table)
-            told = (classes, columns, anchor, changed if every > 1 else None, texts)
-            page_kernels.select_pages(q, k, v, *state, *told, **how, budget=budget)
-            return
+    how: dict[str, Any] = {"page_size": page_size, "page": page, "score": score, "group": group, "every": every}
+    batch, kernels = q.shape[0], triton_kernels() if q.is_cuda else None
+    if kernels is not None and scores.shape[2] <= kernels.MOST_PAGES:
+        state = (keys, values, digest, scores, counts, table)
+        told = (classes, columns, anchor, changed if every > 1 else None, texts)
+        kernels.select_pages(q, k, v, *state, *told, **how, budget=budget)
+        return
     for buffer, new in ((keys, k), (values, v)):
         buffer[:batch].index_copy_(2, columns.view(1), new)
-    if q.is_cuda:
-        page_kernels.score_pages(q, keys, digest, scores, columns, anchor, texts, **how)
+    if kernels is not None:  # it scores any number of pages, and picks from no more than its registers hold
+        kernels.score_pages(q, keys, digest, scores, columns, anchor, texts, **how)
     else:
         describe_pages(digest, keys, columns, texts, batch, 1, page, score)
         due = int(columns - anchor) % every == 0
@@ -103,11 +95,17 @@ def select_pages(
             return
         if due:
             found = score_digests(q.unflatten(1, (keys.shape[1], -1)).squeeze(3), digest[:batch], score)
-            column = torch.arange(keys.shape[2], device=keys.device)
-            heard = alive(_valid(column, columns + 1, texts), page).unsqueeze(1)
+            heard = alive(_valid(torch.arange(keys.shape[2], device=keys.device), columns + 1, texts), page).unsqueeze(1)
             _note(scores, pool(found, group, page_size // page, heard), columns // page_size)
     count, index = choose(scores[:batch], classes, budget, table.shape[3])
     counts[:batch], table[:batch] = count.unsqueeze(2), index.unsqueeze(2)
+
+
+def triton_kernels() -> ModuleType:
+    """The Triton kernels, which torch for CPU comes without."""
+    from sparse_compile.passes import page_kernels
+
+    return page_kernels
 
 
 @select_pages.register_fake
@@ -178,124 +176,3 @@ def _note(scores: Tensor, pooled: Tensor, newest: Tensor) -> None:
     """Write new scores, and one above all others for the newest page and those to come."""
     later = torch.arange(scores.shape[2], device=scores.device) >= newest
     scores[: pooled.shape[0]] = pooled.masked_fill(later, torch.inf)
-
-
-@torch.library.custom_op("sparse_compile::page_classes", mutates_args=())
-def page_classes(
-    mask: str, heads: int, columns: Tensor, captures: list[Tensor], page_size: int, pages: int, compare: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What becomes of each page for the query at column ``columns``: int8 ``[B | 1, H | 1, pages]``.
-
-    Kept are the query's own page and those of which the static part of ``mask`` shows a key, offered those of which it may show
-    a key, hidden all others. The positions of the first query and key come first, int32 ``[1]``; last, whether the column
-    before had other classes, int32 ``[1]`` (1 unless asked to ``compare``).
-    """
-    tree = parse(mask)
-    shape = (batch_of(captures), heads, pages, page_size)
-    first_query, first_key = starts(0, 0, columns, columns.device)
-    classes = _classes(tree, captures, first_query, first_key, shape)
-    changed = torch.ones(1, dtype=torch.int32, device=columns.device)
-    if compare and not any(isinstance(node, Explicit) for node in tree.walk()):  # whose rows begin at this column
-        before = _classes(tree, captures, first_query - 1, first_key, shape)
-        changed = (before != classes).any().int().view(1)
-    return first_query.int(), first_key.int(), classes, changed
-
-
-@page_classes.register_fake
-def _(
-    mask: str, heads: int, columns: Tensor, captures: list[Tensor], page_size: int, pages: int, compare: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first_query, first_key, changed = (torch.empty(1, dtype=torch.int32, device=columns.device) for _ in range(3))
-    return first_query, first_key, columns.new_empty(batch_of(captures), heads, pages, dtype=torch.int8), changed
-
-
-def _classes(mask: Mask, captures: list[Tensor], query: Tensor, first_key: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    bound = bind(mask, given(mask), captures, query, first_key)
-    if shape[1] > 1:
-        bound = bound.for_heads(shape[1])
-    may, must = (_shown(part, shape, query) for part in (offered(bound), static_part(bound)))
-    newest = torch.arange(shape[2], device=query.device) == query // shape[3]
-    return torch.where(must | newest, KEPT, torch.where(may, OFFERED, HIDDEN)).to(torch.int8)
-
-
-def _shown(mask: Mask, shape: tuple[int, int, int, int], at: Tensor) -> Tensor:
-    """Which pages hold a key that the query ``at`` sees: bool ``[batch, heads, pages]``; ``shape`` ends in a page's keys."""
-    batch, heads, pages, page_size = shape
-    bounds = mask.bounds(at, at)
-    if bounds.certain:  # a few numbers for each page, not for each key: a tenth of a millisecond at a million keys
-        start = torch.arange(pages, device=at.device) * page_size
-        found = bounds.maybe.overlap(start, start + page_size) > 0
-        return found.view(*found.shape[:-2] or (1, 1), pages).expand(batch, heads, pages)
-    b = torch.arange(batch, device=at.device).view(-1, 1, 1)
-    h = torch.arange(heads, device=at.device).view(1, -1, 1)
-    seen = torch.as_tensor(mask(b, h, at, torch.arange(pages * page_size, device=at.device)))
-    shown: Tensor = seen.expand(batch, heads, -1).unflatten(2, (pages, page_size)).any(dim=3)
-    return shown
-
-
-@torch.library.custom_op("sparse_compile::pick_pages", mutates_args=())
-def pick_pages(
-    scores: Tensor, classes: Tensor, columns: Tensor, rows: list[int], batch: int, budget: int, width: int, page_size: int
-) -> tuple[Tensor, Tensor]:
-    """The pages each head reads, as a block table of one query block: int32 ``[B, H, 1]`` and ``[B, H, 1, width]``; see
-    ``choose``.
-
-    ``rows`` are the places of the heads in ``scores`` ``[max_batch, *, pages]``. Pages beyond column ``columns`` are hidden.
-    """
-    if rows != list(range(scores.shape[1])):
-        scores = torch.cat([scores[:, slice(*run)] for run in consecutive(rows)], dim=1)
-    if scores.is_cuda:
-        from sparse_compile.passes import page_kernels
-
-        if scores.shape[2] <= page_kernels.MOST_PAGES:
-            sizes = {"batch": batch, "budget": budget, "width": width, "page_size": page_size}
-            return page_kernels.pick_pages(scores, classes, columns, **sizes)
-    count, index = choose(scores[:batch], classes, budget, width)
-    return count.unsqueeze(2), index.unsqueeze(2)
-
-
-@pick_pages.register_fake
-def _(
-    scores: Tensor, classes: Tensor, columns: Tensor, rows: list[int], batch: int, budget: int, width: int, page_size: int
-) -> tuple[Tensor, Tensor]:
-    size = (batch, len(rows), 1)
-    return scores.new_empty(size, dtype=torch.int32), scores.new_empty(*size, width, dtype=torch.int32)
-
-
-@torch.library.custom_op("sparse_compile::attend_pages", mutates_args=())
-def attend_pages(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    counts: Tensor,
-    table: Tensor,
-    columns: Tensor,
-    page_size: int,
-    budget: int,
-    scale: float,
-) -> Tensor:
-    """Causal attention of the query at column ``columns`` to the pages listed, ``[B, Hq, 1, Dv]``; on CUDA only.
-
-    FlexAttention's decode kernel does the same under any mask and score mod, and takes half as long again: its splits are
-    merged by two more kernels, which cannot start early. ``budget`` is how many pages there usually are.
-    """
-    from sparse_compile.passes import page_attention
-
-    return page_attention.attend_pages(
-        q, keys, values, counts, table, columns, None, page_size=page_size, scale=scale, usual=budget
-    )
-
-
-@attend_pages.register_fake
-def _(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    counts: Tensor,
-    table: Tensor,
-    columns: Tensor,
-    page_size: int,
-    budget: int,
-    scale: float,
-) -> Tensor:
-    return q.new_empty(*q.shape[:3], values.shape[3])

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import sympy
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
 from sparse_compile.masks import Mask, causal, full
-from sparse_compile.masks.selected import check_pages
-from sparse_compile.masks.selectors import PageTopK, has_selector
+from sparse_compile.masks.budget import check_budget, check_pages
+from sparse_compile.masks.selectors import has_selector, selector_of
 from sparse_compile.passes.ancestry import is_self_attention
 from sparse_compile.passes.cache_ops import SparseCacheError
 from sparse_compile.passes.call import AttentionCall, Left, Phase, read_sdpa
-from sparse_compile.passes.graph import Order, erase_dead, expr_of, is_one, op_name
+from sparse_compile.passes.graph import Order, erase_dead, expr_of, hint_of, is_one, op_name
 from sparse_compile.passes.kernels import Target
 from sparse_compile.passes.kv import CacheRefused, CacheUse, find_cache, keep
 from sparse_compile.passes.lift import lift_call
@@ -115,12 +118,23 @@ def assign_policy(rewrite: Rewrite) -> int:
             results.append(replace(call, policy_reason="cross-attention: its keys have no place in the text of the queries"))
         else:
             mask.for_heads(call.heads)  # a head count that fits neither query nor KV heads is an error now, not at run time
-            for node in mask.walk():
-                if isinstance(node, PageTopK) and phase_of(call) != "decode":
-                    check_pages(node, BLOCK)
+            if phase_of(call) != "decode":
+                _check_selectors(call, mask)
             results.append(replace(call, policy=mask))
     rewrite.keep(results)
     return 0
+
+
+def _check_selectors(call: AttentionCall, mask: Mask) -> None:
+    """Raise ``ValueError`` for selectors that no prefill can follow."""
+    group = call.heads // call.kv_heads
+    for first in range(0, call.heads if has_selector(mask) else 0, group):
+        whole = reduce(lambda a, b: a | b, dict.fromkeys(mask.for_head(h, call.heads) for h in range(first, first + group)))
+        selector = selector_of(whole)
+        if selector is not None:
+            check_pages(selector, BLOCK, prefill=True)
+            with unset_fake_temporarily(), torch.device("cpu"):
+                check_budget(selector, whole, hint_of(call.size("k", 2)))
 
 
 def keep_in_cache(rewrite: Rewrite) -> int:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from sparse_compile.masks import Mask
 from sparse_compile.masks.pages import digest_width
@@ -115,7 +117,12 @@ class LayerPlan:
     @staticmethod
     @lru_cache(maxsize=4096)
     def from_text(text: str) -> LayerPlan:
-        """Read ``to_text`` back."""
+        """Read ``to_text`` back, with real tensors also while a graph is traced."""
+        with unset_fake_temporarily(), torch.device("cpu"):
+            return LayerPlan._from_text(text)
+
+    @staticmethod
+    def _from_text(text: str) -> LayerPlan:
         content = json.loads(text)
         layer, last, columns, mode, rotation = content["layer"]
         rings = tuple((sink, slots) for sink, slots in content["rings"])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_compile import masks
 from sparse_compile.masks import Mask, causal, page_topk, per_head, sliding_window
+from sparse_compile.masks.patterns import at_least
 from sparse_compile.policy import Policy
 
 log = logging.getLogger(__name__)
@@ -87,8 +88,7 @@ def quest(budget: int = 2048, *, page: int = 16, dense_layers: int = 2) -> Polic
         >>> quest(1024, dense_layers=1).mask_for("", 1, "decode")
         causal & page_topk(1024)
     """
-    step = causal & page_topk(budget, page=page)
-    return Policy(prefill=causal, decode=Policy(step, layers={range(dense_layers): causal} if dense_layers else {}))
+    return _chosen_above(dense_layers, causal & page_topk(budget, page=page))
 
 
 def lserve(
@@ -132,8 +132,7 @@ def block_topk(pages: int = 64, *, page: int = 16, sink: int = 4, dense_layers: 
         causal & (sink(4) | page_topk(128, score='mean', group='mean'))
     """
     chosen: Mask = page_topk(pages * page, page=page, score="mean", group="mean")
-    step = causal & (masks.sink(sink) | chosen if sink else chosen)
-    return Policy(prefill=causal, decode=Policy(step, layers={range(dense_layers): causal} if dense_layers else {}))
+    return _chosen_above(dense_layers, causal & (masks.sink(sink) | chosen if sink else chosen))
 
 
 @dataclass(frozen=True)
@@ -170,6 +169,12 @@ def full_heads(gates: Tensor | Sequence[Sequence[float]], sparsity: float) -> Fu
     told = (tied, -edge, places, sparsity)
     log.warning("%d heads tie at gate %g for %d places at sparsity %g: lower layers and heads won", *told)
     return FullHeads(full, tied, places)
+
+
+def _chosen_above(dense_layers: int, step: Mask) -> Policy:
+    """Decode steps under ``step`` but in the first layers."""
+    at_least("dense_layers", dense_layers, 0)
+    return Policy(prefill=causal, decode=Policy(step, layers={range(dense_layers): causal} if dense_layers else {}))
 
 
 def _streaming(sink: int, recent: int) -> Mask:

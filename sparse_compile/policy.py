@@ -11,7 +11,7 @@ from typing import Any
 
 from sparse_compile.masks import Mask
 from sparse_compile.masks.heads import PerHead
-from sparse_compile.masks.selectors import has_selector
+from sparse_compile.masks.selectors import PageTopK, has_selector
 from sparse_compile.masks.serial import decode, encode
 
 VERSION = 1
@@ -99,6 +99,11 @@ class Policy:
             highest = key if isinstance(key, int) else max(key, default=-1) if isinstance(key, range) else -1
             if highest >= layers:
                 raise ValueError(f"the policy names layer {highest}, but the model has {layers} layers (0 to {layers - 1})")
+        for mask in [self.default, *(mask for _, mask in self.layers)]:
+            for node in mask.walk() if mask is not None else ():
+                shared = node.share if isinstance(node, PageTopK) and isinstance(node.share, tuple) else ()
+                if max((layer for pair in shared for layer in pair), default=-1) >= layers:
+                    raise ValueError(f"{node} shares layers that the model does not have: it has {layers} (0 to {layers - 1})")
         for phase in (self.prefill, self.decode):
             if phase is not None:
                 phase.check_layers(layers)

@@ -44,22 +44,24 @@ class Site:
     kv_nbytes: int | None = None
     kv_head_nbytes: tuple[int, ...] = ()
     kv_dense_nbytes: int | None = None
+    block: tuple[int, int] = (1, 1)  # the queries that choose keys together, and the keys of a page
     mask: Mask | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def density(self) -> float | None:
         """Visible pairs over all pairs at the traced lengths; None for calls left alone.
 
-        Padding and other tensors that are only known at run time count as fully visible, and a page_topk as its whole budget.
+        Padding and other tensors that are only known at run time count as fully visible, and a page_topk as all that it may
+        read.
         """
         if self.mask is None:
             return None
         q_len, kv_len, start = self.traced
-        return largest_density(self.mask, q_len, kv_len, start, self.heads)
+        return largest_density(self.mask, q_len, kv_len, start, self.heads, self.block)
 
     def as_dict(self) -> dict[str, Any]:
         """The row as JSON values."""
-        content = {k: v for k, v in asdict(self).items() if k not in ("mask", "traced")}
+        content = {k: v for k, v in asdict(self).items() if k not in ("mask", "traced", "block")}
         return {**content, "density": self.density, "traced_q_len": self.traced[0], "traced_kv_len": self.traced[1]}
 
 

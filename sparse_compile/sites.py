@@ -6,6 +6,7 @@ from sparse_compile.masks.selectors import has_selector
 from sparse_compile.masks.unknown import without_symbols
 from sparse_compile.passes.call import AttentionCall, Left
 from sparse_compile.passes.graph import hint_of, layer_index, module_path
+from sparse_compile.passes.options import BLOCK
 from sparse_compile.passes.pipeline import Rewrite, phase_of
 from sparse_compile.report import Site
 
@@ -56,8 +57,15 @@ def _rewritten(call: AttentionCall, rewrite: Rewrite, graph: int) -> Site:
         kv_nbytes=sum(held) if held else None,
         kv_head_nbytes=held,
         kv_dense_nbytes=dense,
+        block=_block(call),
         mask=without_symbols(mask),
     )
+
+
+def _block(call: AttentionCall) -> tuple[int, int]:
+    """Which queries choose keys together, and by how many."""
+    sizes = [piece.scored.selecting.page_size for piece in call.pieces if piece.scored is not None]
+    return (1, max(sizes)) if sizes else (BLOCK, BLOCK)
 
 
 def _left(call: Left, graph: int) -> Site:

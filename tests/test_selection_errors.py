@@ -11,7 +11,8 @@ from transformers import DynamicCache, StaticCache
 import sparse_compile as sc
 from cache_oracle import random_tokens
 from selection_oracle import build
-from sparse_compile.masks import Mask, causal, page_topk, per_head, sink, sliding_window
+from sparse_compile.masks import Mask, causal, page_topk, per_head, prefix, sink, sliding_window
+from sparse_compile.passes.cache_ops import SparseCacheError
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +46,13 @@ def test_a_budget_of_just_the_static_part_is_a_cache() -> None:
 
 @pytest.mark.parametrize(("page", "page_size"), [(3, 4), (8, 4), (16, 24), (5, 1)])
 def test_pages_that_do_not_nest_are_refused(page: int, page_size: int) -> None:
-    with pytest.raises(
-        ValueError, match=rf"a page of {page_size} keys is stored and read as one, .* describes pages of {page}"
-    ):
-        new_cache(causal & page_topk(64, page=page), page_size=page_size)
+    with pytest.raises(ValueError, match=rf"a step reads pages of {page_size} keys, and .* describes pages of {page}"):
+        new_cache(sc.Policy(prefill=causal, decode=causal & page_topk(64, page=page)), page_size=page_size)
+
+
+def test_a_prefill_reads_blocks_of_its_own_size() -> None:
+    with pytest.raises(ValueError, match=r"a prefill reads blocks of 128 keys, and .* describes pages of 48: .* divides 128$"):
+        new_cache(causal & page_topk(96, page=48), page_size=48)
 
 
 def test_the_usual_sizes_nest() -> None:
@@ -74,9 +78,39 @@ def test_a_leader_that_runs_later_or_is_not_there_is_refused() -> None:
         new_cache(causal & page_topk(8, page=4, share=1))
 
 
-def test_a_leader_map_for_a_larger_model_does_not_matter() -> None:
+def test_a_leader_map_for_a_larger_model_is_refused() -> None:
     mask = causal & page_topk(8, page=4, share={1: 0, 7: 5})
-    assert new_cache(sc.Policy(prefill=causal, decode=mask)).get_seq_length() == 0
+    with pytest.raises(ValueError, match=r"shares layers that the model does not have: it has 2 \(0 to 1\)"):
+        new_cache(sc.Policy(prefill=causal, decode=mask))
+
+
+def test_what_the_static_part_shows_is_counted_not_guessed() -> None:
+    with pytest.raises(ValueError, match="alone shows 6 keys: give page_topk at least 6 tokens"):
+        new_cache(sc.Policy(prefill=causal, decode=causal & (prefix(6) | page_topk(4, page=4))))
+    assert new_cache(sc.Policy(prefill=causal, decode=causal & (prefix(6) | page_topk(32, page=4)))).get_seq_length() == 0
+
+
+def test_a_prefill_budget_below_the_static_part_is_refused_without_a_cache_too() -> None:
+    with pytest.raises(Exception, match="alone shows 200 keys"):
+        sc.explain(
+            build("llama"), torch.ones(1, 300, dtype=torch.int64), policy=causal & (sliding_window(200) | page_topk(128))
+        )
+
+
+def test_a_model_of_another_policy_cannot_use_choices_again() -> None:
+    """What was chosen under one mask would be read under another, until pages are scored the next time."""
+    chosen = causal & page_topk(16, page=4, every=4)
+    cache = new_cache(sc.Policy(prefill=causal, decode=chosen))
+    for other, error in (
+        (sc.Policy(prefill=causal, decode=chosen & sliding_window(24)), "uses choices again"),
+        (sc.Policy(prefill=causal, decode=causal & page_topk(8, page=4)), "was not built for"),
+    ):
+        torch._dynamo.reset()
+        cache.reset()
+        model = sc.compile(build("llama"), other, inner="eager")
+        model(torch.ones(1, 20, dtype=torch.int64), past_key_values=cache)
+        with pytest.raises(SparseCacheError, match=error):
+            model(torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)
 
 
 def test_two_selectors_of_a_kv_head_are_refused() -> None:

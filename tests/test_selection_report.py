@@ -12,7 +12,8 @@ from bench.recall import recall
 from cache_oracle import llama, random_tokens
 from cache_session import Session
 from models import left_padding
-from sparse_compile.masks import causal, page_topk, sink, sliding_window
+from sparse_compile.masks import Mask, causal, page_topk, sink, sliding_window
+from sparse_compile.masks.counting import largest_density
 from sparse_compile.plan import explain_config
 
 
@@ -25,9 +26,22 @@ def test_the_report_counts_the_budget_and_says_that_a_prefill_is_lossy() -> None
     policy = causal & (sink(4) | page_topk(128, page=8))
     report = sc.explain(llama(), random_tokens(512), policy=policy, use_cache=False)
     site = report.sites[0]
-    assert site.density == pytest.approx((128 * 129 / 2 + 384 * 128) / 512**2)
+    # Of the first block its own half; of the others also the block of the sink, which takes the budget.
+    assert site.density == pytest.approx((4 * 128 * 129 / 2 + 3 * 128 * 128) / 512**2)
     assert "lossy" in site.reason
     assert site.policy_mask == "causal & (sink(4) | page_topk(128, page=8))"
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [page_topk(16), page_topk(128), page_topk(256), sliding_window(300) | page_topk(384), sink(200) | page_topk(256)],
+    ids=str,
+)
+def test_the_density_is_what_is_visible(mask: Mask) -> None:
+    """Exactly, where every page of the budget can be had and is wholly visible."""
+    q, k = torch.randn(1, 1, 700, 8), torch.randn(1, 1, 700, 8)
+    seen = (causal & mask).selected(q, k, page_size=128, q_block=128).dense(700, 700)
+    assert largest_density(causal & mask, 700, 700, 0, 1, (128, 128)) == pytest.approx(float(seen.float().mean()))
 
 
 def test_a_decode_step_is_not_called_lossy_beyond_its_policy() -> None:

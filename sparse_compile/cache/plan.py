@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from sparse_compile.cache.selection import check_budget, selecting_pages
+from sparse_compile.cache.selection import selecting_pages
 from sparse_compile.masks import Mask, causal, chunked, sliding_window
+from sparse_compile.masks.budget import check_budget, check_pages
 from sparse_compile.masks.past import Past
-from sparse_compile.masks.selectors import PageTopK, selector_of
+from sparse_compile.masks.selectors import PageTopK, offered, selector_of, static_part
+from sparse_compile.passes.options import BLOCK
 from sparse_compile.passes.storage import MODES, LayerPlan, Pages, Ring, Storage, needed_past
 from sparse_compile.policy import Policy
 
@@ -90,6 +92,10 @@ def plan_layers(
     plans: list[LayerPlan] = []
     for layer, model in enumerate(geometry.masks):
         prefill, decode = (None if policy is None else policy.mask_for("", layer, phase) for phase in ("prefill", "decode"))
+        for mask in (prefill, decode):
+            if mask is not None:
+                for part in (offered(mask), static_part(mask)):
+                    part.check(part.sizes()[0], geometry.heads, 1, columns)
         storages = _storages(geometry, model, [prefill, decode], max_length, page_size, rollback, mode, plans)
         last = layer == len(geometry.masks) - 1
         plans.append(LayerPlan(layer, last, columns, (), storages, model, prefill, decode, mode))
@@ -124,6 +130,8 @@ def _storages(
             selector = selector_of(whole)
             if selector is not None:
                 check_budget(selector, whole, max_length)
+                if phase is prefill:
+                    check_pages(selector, BLOCK, prefill=True)
                 past = None
         if past is None or slots >= most:
             pages.setdefault(selector, {})[head] = whole

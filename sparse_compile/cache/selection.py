@@ -8,23 +8,10 @@ import torch
 from torch import Tensor
 
 from sparse_compile.masks import Mask, causal
-from sparse_compile.masks.past import visible_past
-from sparse_compile.masks.selected import check_pages
+from sparse_compile.masks.budget import check_pages
 from sparse_compile.masks.selectors import PageTopK, static_part
 from sparse_compile.passes.layout import step_width
 from sparse_compile.passes.storage import Choice, LayerPlan, Pages, Selecting, choice_shapes
-
-
-def check_budget(selector: PageTopK, mask: Mask, max_length: int) -> None:
-    """Raise ``ValueError`` if the static part of ``mask`` shows more keys than the budget has."""
-    static = static_part(mask)
-    past = visible_past(static, max_length)
-    shown = max_length if past is None else min(past.sink + past.recent, max_length)
-    if selector.tokens < shown:
-        raise ValueError(
-            f"{selector} is the budget for all that a query reads, and the static part of {mask} alone shows {shown} keys: "
-            f"give page_topk at least {shown} tokens"
-        )
 
 
 def most_pages(selector: PageTopK, masks: Sequence[Mask], slots: int, page_size: int) -> int:
