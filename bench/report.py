@@ -36,7 +36,7 @@ def with_table(text: str, folder: Path = RESULTS) -> str:
 
 def markdown(folder: Path) -> str:
     """The figures worth a line in the README."""
-    names = ("model", "cache", "select-attention", "select-model", "select-prefill", "prefill")
+    names = ("model", "cache", "select-attention", "select-model", "select-prefill")
     rows = [row for name in names for row in read(folder, name) if _is_headline(row)]
     lines = ["| what | keys | kernel | ms | against | ratio | of the bound |", "|---|---|---|---|---|---|---|"]
     for row in rows:
@@ -53,7 +53,7 @@ def markdown(folder: Path) -> str:
     return "\n".join(lines)
 
 
-HEADLINES = {"Llama-3-8B": ("1000000", "327680", "131072"), "Llama-2-7B": ("200000",)}  # of a cache: its longest contexts
+LONGEST = ("1000000", "327680", "131072")  # contexts of a Llama-3-8B over a cache
 DROPPED = ("prefill, eager", "prefill, all streaming", "decode step, all streaming, batch 1")
 
 
@@ -61,13 +61,10 @@ def _is_headline(row: dict[str, str]) -> bool:
     if "page_topk" in row["mask"]:
         return row["bench"] != "select-prefill" or "16384" in row["what"]
     if row["bench"] == "cache":
-        longest = row["kv_len"] in HEADLINES.get(row["shape"].split(" ")[0], ())
-        return longest and "dense" not in row["what"] and "per layer" not in row["what"]
-    if row["bench"] == "model":
-        short = row["kv_len"] in ("8192", "16384")
-        whole = row["shape"] == "Llama-3-8B"  # others are cut to a few layers
-        return whole and row["what"] not in DROPPED and row["baseline"] != "eager" and not short
-    return row["kv_len"] == "131072" and row["what"].endswith("half streaming, with FLASH")
+        return row["shape"] == "Llama-3-8B" and row["kv_len"] in LONGEST and "dense" not in row["what"]
+    short = row["kv_len"] in ("8192", "16384")
+    whole = row["shape"] == "Llama-3-8B"  # others are cut to a few layers
+    return whole and row["what"] not in DROPPED and row["baseline"] != "eager" and not short
 
 
 def _short(number: str) -> str:
