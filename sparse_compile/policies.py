@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from sparse_compile import masks
-from sparse_compile.masks import Mask, causal, page_topk, per_head, sliding_window
+from sparse_compile.masks import Mask, causal, page_topk, sliding_window
 from sparse_compile.masks.patterns import at_least
 from sparse_compile.policy import Policy
+from sparse_compile.profile import FullHeads, Profile, Table, masks_by_layer, read_table
 
 log = logging.getLogger(__name__)
-Pattern = str | Path | Tensor | Sequence[Sequence[float]]
+Pattern = Table | Profile
 
 
 def dense() -> Policy:
@@ -45,8 +42,9 @@ def streaming_llm(sink: int = 4, recent: int = 1020) -> Policy:
 def duo_attention(pattern: Pattern, sparsity: float = 0.5, sink: int | None = 64, recent: int | None = 256) -> Policy:
     """A share ``sparsity`` of all KV heads streams, those with the lowest gates (DuoAttention, https://arxiv.org/abs/2410.10819).
 
-    ``pattern`` is a published folder (``full_attention_heads.tsv`` and ``config.json``), a tsv file, or the gates themselves,
-    ``[layers, KV heads]``. ``sink`` and ``recent`` of None take the sizes from ``config.json``. See ``full_heads`` for ties.
+    ``pattern`` is a published folder (``full_attention_heads.tsv`` and ``config.json``), a tsv file, a ``Profile``, or the
+    gates themselves, ``[layers, KV heads]``. ``sink`` and ``recent`` of None take the sizes from ``config.json``. See
+    ``full_heads`` for ties.
 
         >>> duo_attention([[0.9, 0.1], [0.2, 0.3]], sparsity=0.5, sink=2, recent=4).layers[1][1]
         per_head([causal & (sink(2) | sliding_window(4)), causal])
@@ -57,7 +55,7 @@ def duo_attention(pattern: Pattern, sparsity: float = 0.5, sink: int | None = 64
     sink, recent = (given if given is not None else sizes.get(name) for name, given in (("sink", sink), ("recent", recent)))
     if sink is None or recent is None:
         raise ValueError(f"{pattern} has no config.json with sink_size and recent_size: give sink and recent")
-    return Policy(layers=_layers(full_heads(gates, sparsity).full, _streaming(sink, recent)))
+    return Policy(layers=masks_by_layer(full_heads(gates, sparsity).full, _streaming(sink, recent)))
 
 
 def lserve_static(
@@ -73,8 +71,8 @@ def lserve_static(
     """
     full = full_heads(_gates(pattern)[0], sparsity).full
     return Policy(
-        prefill=Policy(layers=_layers(full, _streaming(sink, prefill_recent))),
-        decode=Policy(layers=_layers(full, _streaming(sink, recent))),
+        prefill=Policy(layers=masks_by_layer(full, _streaming(sink, prefill_recent))),
+        decode=Policy(layers=masks_by_layer(full, _streaming(sink, recent))),
     )
 
 
@@ -117,8 +115,8 @@ def lserve(
         return Policy(prefill=causal, decode=chosen)
     full = full_heads(_gates(pattern)[0], sparsity).full
     return Policy(
-        prefill=Policy(layers=_layers(full, _streaming(sink, prefill_recent))),
-        decode=Policy(layers=_layers(full, _streaming(sink, recent), seeing=chosen)),
+        prefill=Policy(layers=masks_by_layer(full, _streaming(sink, prefill_recent))),
+        decode=Policy(layers=masks_by_layer(full, _streaming(sink, recent), seeing=chosen)),
     )
 
 
@@ -133,15 +131,6 @@ def block_topk(pages: int = 64, *, page: int = 16, sink: int = 4, dense_layers: 
     """
     chosen: Mask = page_topk(pages * page, page=page, score="mean", group="mean")
     return _chosen_above(dense_layers, causal & (masks.sink(sink) | chosen if sink else chosen))
-
-
-@dataclass(frozen=True)
-class FullHeads:
-    """Which KV heads see everything, ``[layers][heads]``, and how many heads tied for how many of the last places."""
-
-    full: tuple[tuple[bool, ...], ...]
-    tied: int = 0
-    places: int = 0
 
 
 def full_heads(gates: Tensor | Sequence[Sequence[float]], sparsity: float) -> FullHeads:
@@ -181,31 +170,6 @@ def _streaming(sink: int, recent: int) -> Mask:
     return causal & (masks.sink(sink) | sliding_window(recent))
 
 
-def _layers(full: tuple[tuple[bool, ...], ...], streaming: Mask, *, seeing: Mask = causal) -> dict[int | range | str, Mask]:
-    """A mask for each layer: ``seeing`` for the heads that see everything, ``streaming`` for the others."""
-    return {
-        layer: seeing if all(row) else per_head([seeing if sees_all else streaming for sees_all in row])
-        for layer, row in enumerate(full)
-    }
-
-
-def _gates(pattern: Pattern) -> tuple[Sequence[Sequence[float]], dict[str, int]]:
+def _gates(pattern: Pattern) -> tuple[Sequence[Sequence[float]], Mapping[str, int]]:
     """The gates, and the sizes that a published folder suggests."""
-    if isinstance(pattern, Tensor):
-        if pattern.dim() != 2:
-            raise ValueError(f"gates need shape [layers, KV heads], got {list(pattern.shape)}")
-        return pattern.to(torch.float64).tolist(), {}
-    if not isinstance(pattern, str | Path):
-        return pattern, {}
-    path, sizes = Path(pattern), {}
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    if config.is_file():
-        content = json.loads(config.read_text("utf-8"))
-        sizes = {name: content[f"{name}_size"] for name in ("sink", "recent") if f"{name}_size" in content}
-    path = path / "full_attention_heads.tsv" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no pattern {path}: give a folder with full_attention_heads.tsv, or a tsv file")
-    try:
-        return [[float(cell) for cell in line.split()] for line in path.read_text("utf-8").splitlines() if line.strip()], sizes
-    except ValueError as wrong:
-        raise ValueError(f"{path} holds gates, one layer a line, and this is no number: {wrong}") from wrong
+    return (pattern.scores, pattern.numbers) if isinstance(pattern, Profile) else read_table(pattern)
