@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,6 @@ from sparse_compile.masks import Mask
 from sparse_compile.masks.heads import consecutive
 from sparse_compile.masks.pages import HIDDEN, KEPT, OFFERED, choose
 from sparse_compile.masks.selectors import offered, static_part
-from sparse_compile.passes.page_ops import triton_kernels
 from sparse_compile.passes.tables import batch_of, bind, given, parse, starts
 
 
@@ -55,7 +56,7 @@ def _shown(mask: Mask, shape: tuple[int, int, int, int], at: Tensor) -> Tensor:
     """Which pages hold a key that the query ``at`` sees: bool ``[batch, heads, pages]``; ``shape`` ends in a page's keys."""
     batch, heads, pages, page_size = shape
     bounds = mask.bounds(at, at)
-    if bounds.certain:  # a few numbers for each page, not for each key: a tenth of a millisecond at a million keys
+    if bounds.certain:  # a few numbers for each page, not for each key
         start = torch.arange(pages, device=at.device) * page_size
         found = bounds.maybe.overlap(start, start + page_size) > 0
         return found.view(*found.shape[:-2] or (1, 1), pages).expand(batch, heads, pages)
@@ -77,9 +78,9 @@ def pick_pages(
     """
     if rows != list(range(scores.shape[1])):
         scores = torch.cat([scores[:, slice(*run)] for run in consecutive(rows)], dim=1)
-    if scores.is_cuda and scores.shape[2] <= triton_kernels().MOST_PAGES:
+    if scores.is_cuda and scores.shape[2] <= triton_picks().MOST_PAGES:
         sizes = {"batch": batch, "budget": budget, "width": width, "page_size": page_size}
-        picked: tuple[Tensor, Tensor] = triton_kernels().pick_pages(scores, classes, columns, **sizes)
+        picked: tuple[Tensor, Tensor] = triton_picks().pick_pages(scores, classes, columns, **sizes)
         return picked
     count, index = choose(scores[:batch], classes, budget, width)
     return count.unsqueeze(2), index.unsqueeze(2)
@@ -91,6 +92,13 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     size = (batch, len(rows), 1)
     return scores.new_empty(size, dtype=torch.int32), scores.new_empty(*size, width, dtype=torch.int32)
+
+
+def triton_picks() -> ModuleType:
+    """The Triton kernels of the pick, which torch for CPU comes without."""
+    from sparse_compile.passes import page_picks
+
+    return page_picks
 
 
 @torch.library.custom_op("sparse_compile::attend_pages", mutates_args=())

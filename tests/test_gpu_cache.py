@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import sparse_compile as sc
 from models import DECODERS, left_padding, tokens
+from one_graph import assert_steps_are_one_graph
 from sparse_compile.masks import Mask, causal, per_head, sink, sliding_window
 
 pytestmark = [
@@ -91,25 +92,7 @@ def test_generate_over_padded_rows_equals_the_reference() -> None:
 @pytest.mark.slow
 def test_a_thousand_steps_are_one_graph_without_syncs() -> None:
     model = decoder("llama").bfloat16()
-    policy = POLICIES["by KV head"]
-    cache = sc.SparseCache(model.config, policy, max_length=2048, page_size=8, dtype=torch.bfloat16, device="cuda")
-    addresses = [tensor.data_ptr() for layer in cache.kept for tensor in layer.buffers]
-    model = sc.compile(model, policy, mode="reduce-overhead", dynamic=False)
-    ids = tokens(batch=1, length=1).cuda()
-    with torch.no_grad():
-        model(tokens(batch=1, length=200).cuda(), past_key_values=cache)
-        compiles = model.sparse_compile_report.compiles
-        for step in range(1000):
-            torch.compiler.cudagraph_mark_step_begin()
-            torch.cuda.set_sync_debug_mode("error" if step > 4 else "default")
-            try:
-                model(ids, past_key_values=cache)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-    assert model.sparse_compile_report.compiles == compiles + 1
-    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
-    assert [tensor.data_ptr() for layer in cache.kept for tensor in layer.buffers] == addresses
-    assert cache.get_seq_length() == 1200
+    assert_steps_are_one_graph(model, POLICIES["by KV head"], prompt=200, steps=1000, page_size=8)
 
 
 def test_a_decode_step_reads_the_heads_it_was_given() -> None:

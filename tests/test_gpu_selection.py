@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import sparse_compile as sc
 from models import DECODERS, left_padding, tokens
+from one_graph import assert_steps_are_one_graph
 from sparse_compile.masks import Mask, causal, page_topk, per_head, sink, sliding_window
 from sparse_compile.masks.pages import alive, choose, describe, pool, score_digests
 
@@ -128,7 +129,7 @@ def test_scores_equal_those_of_plain_pytorch(heads: int, group: int, dim: int, d
 
 @pytest.mark.parametrize("pages", [1, 7, 512, 2048, 5000, 16384])
 def test_pages_are_picked_as_by_plain_pytorch(pages: int) -> None:
-    from sparse_compile.passes.page_kernels import pick_pages
+    from sparse_compile.passes.page_picks import pick_pages
 
     torch.manual_seed(pages)
     scores = torch.randn(4, 3, pages, device="cuda").mul(4).round()  # with ties
@@ -145,7 +146,7 @@ def test_pages_are_picked_as_by_plain_pytorch(pages: int) -> None:
 
 @pytest.mark.parametrize("newest", [0, 1, 512, 2048, 8192])
 def test_the_newest_page_is_listed_without_being_searched(newest: int) -> None:
-    from sparse_compile.passes.page_kernels import pick_pages
+    from sparse_compile.passes.page_picks import pick_pages
 
     torch.manual_seed(newest)
     pages, at = newest + 64, torch.tensor(newest * 64 + 5, device="cuda")
@@ -186,24 +187,7 @@ def test_attention_to_listed_pages(
 @pytest.mark.slow
 def test_steps_are_one_graph_without_syncs() -> None:
     model = next(d for d in DECODERS if d.name == "llama").build().cuda().bfloat16()
-    policy = POLICIES["by KV head"]
-    cache = sc.SparseCache(model.config, policy, max_length=2048, page_size=16, dtype=torch.bfloat16, device="cuda")
-    addresses = [tensor.data_ptr() for layer in cache.kept for tensor in layer.tensors()]
-    model = sc.compile(model, policy, mode="reduce-overhead", dynamic=False)
-    ids = tokens(batch=1, length=1).cuda()
-    with torch.no_grad():
-        model(tokens(batch=1, length=200).cuda(), past_key_values=cache)
-        compiles = model.sparse_compile_report.compiles
-        for step in range(300):
-            torch.compiler.cudagraph_mark_step_begin()
-            torch.cuda.set_sync_debug_mode("error" if step > 4 else "default")
-            try:
-                model(ids, past_key_values=cache)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-    assert model.sparse_compile_report.compiles == compiles + 1
-    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
-    assert [tensor.data_ptr() for layer in cache.kept for tensor in layer.tensors()] == addresses
+    assert_steps_are_one_graph(model, POLICIES["by KV head"], prompt=200, steps=300, page_size=16)
 
 
 def test_chosen_blocks_of_a_prompt_equal_the_mask_they_are() -> None:

@@ -1,0 +1,203 @@
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+"""The pick of the best pages on CUDA, by a program for each row; ``masks.pages.choose`` says what it computes.
+
+Times are of an H200.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST_PAGES = 32768  # a program picks from registers, and counts in fields of 16 bits
+
+
+def pick_pages(
+    scores: Tensor, classes: Tensor, columns: Tensor | None = None, *, batch: int, budget: int, width: int, page_size: int = 1
+) -> tuple[Tensor, Tensor]:
+    """``choose`` of the first ``batch`` rows of ``[B, H, P]``: counts ``[B, H, 1]``, pages ``[B, H, 1, width]``.
+
+    ``classes`` is ``[batch | 1, H | 1, P]``. With ``columns``, that of the page of this column is 2, and of those after it 0.
+    """
+    heads, pages = scores.shape[1:]
+    assert pages <= MOST_PAGES and scores.is_contiguous() and classes.stride(2) == 1
+    classes = classes.expand(batch, heads, pages)
+    counts = torch.empty(batch, heads, 1, dtype=torch.int32, device=scores.device)
+    table = torch.empty(batch, heads, 1, width, dtype=torch.int32, device=scores.device)
+    pick_into(scores, classes, columns, None, None, counts, table, budget, page_size, 1)
+    return counts, table
+
+
+def pick_into(
+    scores: Tensor,
+    classes: Tensor,
+    columns: Tensor | None,
+    anchor: Tensor | None,
+    changed: Tensor | None,
+    counts: Tensor,
+    table: Tensor,
+    budget: int,
+    page_size: int,
+    every: int,
+) -> None:
+    """``classes`` are expanded to the rows that are picked; all of them are, unless ``changed`` is given."""
+    batch, heads, pages = classes.shape
+    width = table.shape[3]
+    # Most of the time goes into sums over all threads, and few warps are quick at that: 6 us of 2048 pages, 10 of 8192.
+    warps = 4 if pages <= 4096 else 8 if pages <= 16384 else 16
+    _pick_pages[(batch * heads,)](
+        *(scores, classes, columns, anchor, changed, counts, table),
+        *(classes.stride(0), classes.stride(1), heads, pages, budget, width),
+        BLOCK=max(triton.next_power_of_2(pages), warps * 128),
+        LEAST=warps * 128,
+        PAGE_SIZE=page_size,
+        WIDTH=triton.next_power_of_2(width),
+        ALIGNED=aligned(classes),
+        EVERY=every,
+        num_warps=warps,
+    )
+
+
+def aligned(classes: Tensor) -> bool:
+    """Whether rows of scores and of classes can be read four pages at a time."""
+    return classes.shape[2] % 4 == 0 and all(stride % 4 == 0 for stride in classes.stride()[:2])
+
+
+@triton.jit
+def _survey(count, least, most, count_, least_, most_):
+    return count + count_, tl.minimum(least, least_), tl.maximum(most, most_)
+
+
+@triton.jit
+def _fold(count, least, most, SHAPE, AXIS):
+    """Within each thread."""
+    return tl.reduce((tl.reshape(count, SHAPE), tl.reshape(least, SHAPE), tl.reshape(most, SHAPE)), AXIS, _survey)
+
+
+@triton.jit
+def _survey_groups(count, least, most, bound, some, count_, least_, most_, bound_, some_):
+    return count + count_, tl.minimum(least, least_), tl.maximum(most, most_), tl.maximum(bound, bound_), some + some_
+
+
+@triton.jit
+def _add(a, b, c, d, a_, b_, c_, d_):
+    return a + a_, b + b_, c + c_, d + d_
+
+
+@triton.jit
+def _field(word, index):
+    """The ``index``-th 16 bits."""
+    return ((word >> (index * 16)) & 0xFFFF).to(tl.int32)
+
+
+# If all that Triton knows of offsets is that four divides them, each thread holds the same pages of scores and of classes.
+@triton.jit(do_not_specialize=["class_b", "class_h", "heads", "pages", "budget", "width"])
+def _pick_pages(
+    scores, classes, columns, anchor, changed, counts, table, class_b, class_h, heads, pages, budget, width,
+    BLOCK: tl.constexpr, LEAST: tl.constexpr, PAGE_SIZE: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+    EVERY: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    if changed is not None and ((tl.load(columns) - tl.load(anchor)) % EVERY != 0) & (tl.load(changed) == 0):
+        return
+    source, place = row * pages, row // heads * class_b + row % heads * class_h
+    if ALIGNED:
+        source, place = tl.multiple_of(source, 4), tl.multiple_of(place, 4)
+    scores, classes, counts, table = scores + source, classes + place, counts + row, table + row * width
+    if columns is not None:
+        pages = tl.minimum((tl.load(columns) // PAGE_SIZE).to(tl.int32), pages - 1)
+    pick_fitting(scores, classes, counts, table, pages, budget, width, BLOCK, LEAST, WIDTH, columns is not None)
+
+
+@triton.jit
+def pick_fitting(
+    scores, classes, counts, table, pages, budget, width,
+    BLOCK: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr, NEWEST: tl.constexpr,
+):  # fmt: skip
+    """The time grows with BLOCK, so that buffers that are mostly empty take a smaller one.
+
+    The newest page is left out: it is the last of 2049 where the context is 131072 long, and BLOCK would double for it.
+    """
+    if BLOCK >= 2 * LEAST:
+        if pages <= BLOCK // 2:
+            pick_fitting(scores, classes, counts, table, pages, budget, width, BLOCK // 2, LEAST, WIDTH, NEWEST)
+        else:
+            _pick_row(scores, classes, counts, table, pages, budget, width, BLOCK, LEAST, WIDTH, NEWEST)
+    else:
+        _pick_row(scores, classes, counts, table, pages, budget, width, BLOCK, LEAST, WIDTH, NEWEST)
+
+
+@triton.jit
+def _pick_row(
+    scores, classes, counts, table, pages, budget, width,
+    BLOCK: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr, NEWEST: tl.constexpr,
+):  # fmt: skip
+    """One row, of at most BLOCK pages; if NEWEST, the one after them is kept as well."""
+    ROWS: tl.constexpr = min(8, BLOCK // LEAST)
+    number = tl.arange(0, BLOCK)
+    score = tl.load(scores + number, mask=number < pages, other=0, cache_modifier=".cg")  # just written elsewhere
+    kind = tl.load(classes + number, mask=number < pages, other=0)
+    kept, offered = kind == 2, kind == 1
+
+    # A key per page, the best the least; 0 is taken anyway and the largest never. No score comes near either.
+    score = tl.where(score != score, float("-inf"), tl.where(score == 0, 0.0, score))
+    bits = score.to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits, bits ^ 0x7FFFFFFF).to(tl.uint32, bitcast=True)
+    never = tl.full([BLOCK], 0xFFFFFFFF, tl.uint32)
+    tally = tl.where(kept, 1 << 16, offered.to(tl.int32))
+    best, worst = tl.where(offered, key, never), tl.where(offered, key, 0)
+    tally, best, worst = _fold(tally, best, worst, [BLOCK // LEAST, LEAST], 0)
+    if 4 * WIDTH <= LEAST:
+        tally, best, worst = _fold(tally, best, worst, [LEAST // 4, 4], 1)
+    some = best != 0xFFFFFFFF
+    bound = tl.where(some, best, 0)
+    tally, low, high, bound, groups = tl.reduce((tally, best, worst, bound, some.to(tl.int32)), 0, _survey_groups)
+    all_kept, among = (tally >> 16) & 0xFFFF, tally & 0xFFFF
+    room = width
+    if NEWEST:
+        last = (all_kept < width).to(tl.int32)  # whether it is listed, as the last one
+        room, budget = width - last, budget - 1
+    count = tl.minimum(tl.maximum(all_kept, tl.minimum(all_kept + among, budget)), room)
+    rest = count - all_kept
+    # Where as many groups have a page as are wanted, none is wanted that is worse than the best of each.
+    span = tl.where(groups >= rest, bound, high) - low
+    key = tl.where(kept, 0, tl.where(offered, key, never))
+    full = all_kept > room  # then the first of the kept ones
+    rest = tl.where(full, room, rest)
+    low, span = tl.where(full, 0, low).to(tl.uint32), tl.where(full, 0, span).to(tl.uint32)
+
+    # Find the `rest`-th least key: low <= it <= low + span, one of `among`. An eighth of the range remains after each round.
+    while (rest > 0) & (rest < among) & (span > 0):
+        step = tl.maximum((span.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 129, 0).to(tl.uint32)
+        inside = (key - low) <= span
+        digit = ((key - low) >> step) & 7
+        # Counts by digit: in four bits each while a thread adds up its ROWS <= 15 keys, then in sixteen, of 0 and 4, 1 and 5...
+        nibbles = tl.sum(tl.reshape(inside.to(tl.uint32) << (digit * 4), [ROWS, BLOCK // ROWS]), axis=0)
+        ones = 0x000F000F
+        a, b, c, d = tl.reduce((nibbles & ones, (nibbles >> 4) & ones, (nibbles >> 8) & ones, (nibbles >> 12) & ones), 0, _add)
+        lower = _field(a + b + c + d, 0)
+        half = (lower < rest).to(tl.int32)
+        rest -= half * lower
+        first, second, third, fourth = _field(a, half), _field(b, half), _field(c, half), _field(d, half)
+        two, three = first + second, first + second + third
+        unit = (first < rest).to(tl.int32) + (two < rest) + (three < rest)
+        rest -= tl.where(unit == 0, 0, tl.where(unit == 1, first, tl.where(unit == 2, two, three)))
+        among = tl.where(unit == 0, first, tl.where(unit == 1, second, tl.where(unit == 2, third, fourth)))
+        below = (half * 4 + unit).to(tl.uint32) << step
+        low += below
+        span = tl.minimum((tl.full([], 1, tl.uint32) << step) - 1, span - below)
+
+    # Those before `low` are taken, and of the range that is left the first `rest` pages.
+    ahead, equal = key < low, (key - low) <= span
+    seen = tl.cumsum(ahead.to(tl.int32) + (equal.to(tl.int32) << 16), axis=0)
+    equals = (seen >> 16) & 0xFFFF
+    taken = ahead | (equal & (equals <= rest))
+    tl.store(table + (seen & 0xFFFF) + tl.minimum(equals, rest) - 1, number, mask=taken)
+    if NEWEST:
+        tl.store(table + count, pages, mask=last != 0)
+        count += last
+    column = tl.arange(0, WIDTH)
+    tl.store(table + column, tl.zeros([WIDTH], tl.int32), mask=(column >= count) & (column < width))
+    tl.store(counts, count)
