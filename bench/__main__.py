@@ -14,6 +14,7 @@ from bench.compiling import run_compile
 from bench.generation import run_cache_generate, run_cache_prefill
 from bench.masks import run_masks
 from bench.model import run_model
+from bench.quantized import run_quantized_attention, run_quantized_cache, run_quantized_model
 from bench.report import report
 from bench.selection import run_select_attention, run_select_model, run_select_prefill
 from bench.sweep import sweep
@@ -29,6 +30,9 @@ BENCHES = {
     "select-attention": run_select_attention,
     "select-model": run_select_model,
     "select-prefill": run_select_prefill,
+    "quantized-attention": run_quantized_attention,
+    "quantized-model": run_quantized_model,
+    "quantized-cache": run_quantized_cache,
     "masks": run_masks,
     "compile": run_compile,
     "sweep": sweep,

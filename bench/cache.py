@@ -86,7 +86,7 @@ class Variant:
         cache = case.cache(self.mask, length, "meta")
         density = largest_density(mask, 1, length, length - 1, case.config.num_attention_heads, (1, 64))
         embedding = model.get_input_embeddings().weight.nbytes  # of which a step reads a row
-        read = weights(model) - embedding + density * cache.dense_nbytes + digest_bytes(cache)
+        read = weights(model) - embedding + case.read(cache, density) + digest_bytes(cache)
         sizes = [size / GIB for size in (weights(model), cache.nbytes, self.beside)]
         parts = "{:.2f} weights + {:.2f} KV of this length + {:.2f} beside them".format(*sizes)
         notes = [f"{case.batch * 1e3 / timing.p50:.1f} tokens/s", f"peak {parts}", self.note, note]
@@ -118,7 +118,7 @@ def decode_steps(model: Any, case: Case, mask: Mask | None, contexts: tuple[int,
     def steps(length: int) -> None:
         """The last steps of a context, one after the other, as a loop of generation issues them."""
         fill(cache, length - STEPS)
-        _run_steps(fast, ids, cache)
+        run_steps(fast, ids, cache)
 
     beside, first = first_call(partial(steps, max(contexts)))
     timings = {length: measure(partial(steps, length), repeat=5, warm_up=1).per(STEPS) for length in contexts}
@@ -135,7 +135,7 @@ def stock_steps(model: Any, case: Case, length: int) -> tuple[Timing, str]:
 
     def steps() -> None:
         fill_static(cache, length - STEPS)
-        _run_steps(stock, ids, cache)
+        run_steps(stock, ids, cache)
 
     beside, first = first_call(steps)
     timing = measure(steps, repeat=3, warm_up=1).per(STEPS)
@@ -144,7 +144,8 @@ def stock_steps(model: Any, case: Case, length: int) -> tuple[Timing, str]:
     return timing, f"stock: peak {peak:.2f}, {beside / GIB:.2f} of it beside weights and cache; first call {first:.0f} s"
 
 
-def _run_steps(model: Any, ids: Tensor, cache: Any) -> None:
+def run_steps(model: Any, ids: Tensor, cache: Any) -> None:
+    """The next steps, without waiting in between."""
     for _ in range(STEPS):
         torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():

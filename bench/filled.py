@@ -18,6 +18,8 @@ from bench.timing import CUDA, DEVICE, Row, Timing, measured
 from sparse_compile.masks import Mask, causal, per_head, sink, sliding_window
 from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.pages import describe
+from sparse_compile.passes.formats import Codes, dequantize
+from sparse_compile.passes.storage import codes_of
 
 LLAMA2_7B = LlamaConfig(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
@@ -54,6 +56,10 @@ class Case:
         """A SparseCache; on ``meta`` for its bytes alone."""
         return sc.SparseCache(self.config, mask, max_length=length, max_batch=self.batch, dtype=DTYPE, device=device)
 
+    def read(self, cache: Any, density: float) -> float:
+        """The bytes of keys and values that a step reads."""
+        return float(density * cache.dense_nbytes)
+
     def what(self, mask: Mask | None) -> str:
         """What is compared."""
         if mask is None:
@@ -89,15 +95,34 @@ def fill(cache: Any, tokens: int) -> None:
 
 
 def randomize(cache: Any) -> None:
-    """Random keys and values, and digests that describe those keys."""
+    """Random keys and values, or codes of such numbers, and digests that describe those keys."""
     for layer in cache.layers:
         for buffer in layer.buffers:
             buffer.normal_()
+        for part in layer.codes:
+            _draw_codes(part)
         leading = [at for at, storage in enumerate(layer.plan.storages) if getattr(storage, "selecting", None) is not None]
         for at, (digest, page) in zip(leading, layer.digests(), strict=True):
             for head in range(digest.shape[1]):
                 score = layer.plan.storages[at].selecting.selector.score
-                digest[:, head : head + 1] = describe(layer.buffers[2 * at][:, head : head + 1], None, page, score)
+                digest[:, head : head + 1] = describe(_keys_of(layer, at, head), None, page, score)
+
+
+def _draw_codes(part: Any) -> None:
+    """Codes, scales or offsets such that what they stand for is about as large as normal numbers."""
+    if part.dtype == torch.uint8:
+        part.random_(0, 64)  # of fp8 from 0 to 1.9
+    else:
+        part.uniform_(0.01, 0.02)
+
+
+def _keys_of(layer: Any, at: int, head: int) -> Any:
+    """The keys ``[B, 1, N, D]`` of a head of a storage."""
+    forms = layer.plan.storages[at].forms
+    if forms is None:
+        return layer.buffers[2 * at][:, head : head + 1]
+    codes = codes_of(layer.plan, layer.codes, at)[0]
+    return dequantize(Codes(*(part[:, head : head + 1] for part in codes.used())), forms[0], layer.dtype)
 
 
 def digest_bytes(cache: Any) -> int:

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sparse_compile.passes.storage import Choice, LayerPlan, Pages
+from sparse_compile.masks import Mask
+from sparse_compile.passes.formats import Codes
+from sparse_compile.passes.small_steps import in_few_kernels
+from sparse_compile.passes.storage import Choice, LayerPlan, Pages, codes_of
 from sparse_compile.passes.tables import bind, given, parse
 
 UNCOMPILED = (
@@ -37,6 +40,7 @@ def cache_update(
     stream: list[Tensor],
     anchor: Tensor | None,
     selection: list[Tensor],
+    codes: list[Tensor],
     plan: str,
 ) -> tuple[Tensor, Tensor]:
     """The keys and values ``[B, Hkv, columns, D]`` that attention would see if they existed; see ``LayerPlan`` for ``plan``.
@@ -47,7 +51,8 @@ def cache_update(
     each storage, ``[max_batch, heads, slots, D]``. ``stream`` is empty, or for positions in the cache: the rotary position
     of the next token ``[]``, text position less rotary position of the keys ``[max_batch]``, and the frequencies of the layer.
     ``anchor`` ``[]`` is the column from which steps that score pages are counted. ``selection`` is, for each
-    storage that selects, its ``Choice``: that of its leader, without digests, if it has one.
+    storage that selects, its ``Choice``: that of its leader, without digests, if it has one. ``codes`` are, for each storage in
+    fewer bits, the ``Codes`` of keys and of values; its buffers are tails.
     """
     raise SparseCacheError(UNCOMPILED)
 
@@ -64,6 +69,7 @@ def _(
     stream: list[Tensor],
     anchor: Tensor | None,
     selection: list[Tensor],
+    codes: list[Tensor],
     plan: str,
 ) -> tuple[Tensor, Tensor]:
     length = LayerPlan.from_text(plan).columns
@@ -83,6 +89,7 @@ class Update(NamedTuple):
     stream: list[Node]
     anchor: Node | None
     selection: list[Node]
+    codes: list[Node]
     plan: LayerPlan
 
     @staticmethod
@@ -103,6 +110,11 @@ class Update(NamedTuple):
         assert found is not None
         return found
 
+    def codes_of(self, number: int) -> tuple[Codes[Node], Codes[Node]]:
+        """What is kept of the keys and of the values of storage ``number``, in fewer bits."""
+        keys, values = codes_of(self.plan, self.codes, number)
+        return keys, values
+
 
 @torch.library.custom_op("sparse_compile::cache_tokens", mutates_args=())
 def cache_tokens(k: Tensor, columns: Tensor, texts: Tensor, mask: str, captures: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,15 +122,20 @@ def cache_tokens(k: Tensor, columns: Tensor, texts: Tensor, mask: str, captures:
 
     A token that the model's ``mask`` hides from itself is padding, at text position -1. An empty ``mask`` has no padding.
     """
-    batch, _, q_len, _ = k.shape
-    column = (torch.arange(q_len, device=k.device) + columns).expand(batch, q_len)
+    args = (*k.shape[::2], columns, texts, parse(mask) if mask else None, captures)
+    return in_few_kernels(_cache_tokens, *args) if k.shape[2] == 1 else _cache_tokens(*args)
+
+
+def _cache_tokens(
+    batch: int, q_len: int, columns: Tensor, texts: Tensor, tree: Mask | None, captures: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    column = (torch.arange(q_len, device=columns.device) + columns).expand(batch, q_len)
     before = texts[:batch]
-    if not mask:
-        text = torch.arange(q_len, device=k.device) + before.unsqueeze(1)
+    if tree is None:
+        text = torch.arange(q_len, device=columns.device) + before.unsqueeze(1)
         return column.clone(), text, before + q_len
-    tree = parse(mask)
     first = columns.view(1)
-    row = torch.arange(batch, device=k.device).unsqueeze(1)
+    row = torch.arange(batch, device=columns.device).unsqueeze(1)
     valid = bind(tree, given(tree), captures, first, torch.zeros_like(first))(row, row * 0, column, column)
     count = valid.expand(batch, q_len).cumsum(dim=1)
     return column.clone(), torch.where(valid, before.unsqueeze(1) + count - 1, -1), before + count[:, -1]
@@ -149,6 +166,12 @@ def ring_step(
 
     Also the slot of the token, ``[B, 1]``, and whether that slot keeps what it has, as it does if the token is padding.
     """
+    return in_few_kernels(_ring_step, ring_texts, ring_columns, sink, column, text)
+
+
+def _ring_step(
+    ring_texts: Tensor, ring_columns: Tensor, sink: int, column: Tensor, text: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, slots = column.shape[0], ring_texts.shape[1]
     known, at = ring_texts[:batch], ring_columns[:batch]
     slot = torch.where(text < sink, text.clamp(min=0), sink + (text - sink) % max(slots - sink, 1))

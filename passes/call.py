@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from sparse_compile.masks import Mask, ScoreMod
+from sparse_compile.passes.formats import Codes, Format
 from sparse_compile.passes.graph import Order, argument, expr_of, hint_of, layer_index, module_path, op_name, shape_of, value_of
 from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.storage import Choice, Selecting
@@ -38,6 +39,29 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Keys and values of a piece as they are kept, in ``forms``; those of the call are what these stand for."""
+
+    keys: Codes[Node]
+    values: Codes[Node]
+    forms: tuple[Format, Format]
+
+
+@dataclass(frozen=True)
+class RingRead:
+    """A step over the ring of KV heads ``heads`` of its layer, which see the first ``sink`` tokens and the last ``recent``.
+
+    ``texts`` ``[B, slots]`` are the text positions of the slots, ``text`` ``[B, 1]`` that of the query.
+    """
+
+    heads: tuple[int, ...]
+    texts: Node
+    text: Node
+    sink: int
+    recent: int
+
+
+@dataclass(frozen=True)
 class AttentionCall:
     """An attention call that was understood: ``softmax(score_mod(q @ k * scale) under mask) @ v``.
 
@@ -45,8 +69,9 @@ class AttentionCall:
     un-repeated. ``attn_mask``, ``is_causal``, ``score_steps`` and ``sink`` are what the model wrote; the lift pass turns them
     into ``mask``, ``score_mod`` and ``positions``, with ``sources`` naming the tensors those read; the assign pass fills
     ``policy``. ``cache`` is the update of a ``SparseCache`` whose keys these are, ``cache_was_empty`` if the call looks at the
-    new tokens alone; the kv pass cuts such a call into ``pieces``, and notes the bytes of
-    each KV head and of a dense layer. ``scored`` are the pages of a piece that selects.
+    new tokens alone; the kv pass cuts such a call into ``pieces``, and notes the bytes of each KV head and of a dense layer,
+    and for how many tokens they are. ``scored`` are the pages of a piece that selects, ``kept`` its keys and values in fewer
+    bits, ``ring`` what it sees of a ring; ``joined`` is the output of all pieces.
     """
 
     node: Node
@@ -67,9 +92,12 @@ class AttentionCall:
     policy_reason: str = ""
     cache: Node | None = None
     cache_was_empty: bool = False
-    cache_nbytes: tuple[tuple[int, ...], int] | None = None
+    cache_nbytes: tuple[tuple[int, ...], int, int] | None = None
     pieces: tuple[AttentionCall, ...] = ()
     scored: Scored | None = None
+    kept: Kept | None = None
+    ring: RingRead | None = None
+    joined: Node | None = None
 
     @property
     def mask_nodes(self) -> tuple[Node, ...]:

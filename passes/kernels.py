@@ -19,6 +19,8 @@ from sparse_compile.passes.options import BLOCK, FLASH_TILES
 
 SMALLEST_HEAD = 16  # of the Triton kernels
 SMALLEST_PAGE = 16  # keys of a block of theirs
+SMALLEST_GROUP = 8  # tokens that share a scale
+MOST_KV_HEADS = 63  # that a launch tells apart
 LARGEST_HEAD = 256  # of the flash kernels, SDPA's and FLASH
 HALF = (torch.bfloat16, torch.float16)
 # FLASH takes some 0.3 ms of Python to launch: single calls on an H200 take 1.17 ms against SDPA's 0.97 at 8K, and 3.50 against
@@ -31,7 +33,7 @@ FLEX = ("flash", "triton", "cpp")  # the kernels that FlexAttention generates
 class Kernel:
     """``name`` is ``flash``, ``triton``, ``cpp``, ``pages``, ``sdpa`` or ``reference``; ``why`` says what forbade a faster one.
 
-    ``pages`` is a kernel of ours, for decode steps that read chosen pages of a cache under a causal mask.
+    ``pages`` is a kernel of ours, for decode steps over a cache: rings, and chosen or encoded pages under a causal mask.
     ``flash``, ``triton`` and ``cpp`` are FlexAttention's, by the language they are generated in. ``sdpa`` is
     ``scaled_dot_product_attention`` without a mask tensor, on CPU also with a single row of one; ``reference`` has a dense one.
     """
@@ -112,7 +114,7 @@ def _order(call: AttentionCall, mask: Mask, target: Target) -> tuple[str, ...]:
     # On Blackwell nobody measured FLASH here: it runs if it is asked for by name.
     flash = ("flash",) if target.capability is not None and target.capability[0] == 9 else ()
     short = hint_of(call.size("q", 2)) < FLASH_FROM
-    if call.scored is not None:
+    if call.scored is not None or call.ring is not None or (call.kept is not None and is_decode_step(call)):
         return "pages", "triton"
     dense_first = is_decode_step(call) or (short and plain_form(call, mask) is not None)
     return ("sdpa", *flash, "triton") if dense_first else (*flash, "sdpa", "triton")
@@ -200,13 +202,28 @@ def _not_triton(call: AttentionCall, mask: Mask, target: Target) -> str:
 
 
 def _not_pages(call: AttentionCall, mask: Mask, target: Target) -> str:
-    assert call.scored is not None
-    if call.score_mod is not None or offered(mask) != causal:
+    if call.scored is None and call.ring is None and (call.kept is None or not is_decode_step(call)):
+        return "the kernel over pages reads rings, chosen pages and encoded pages of a SparseCache in a decode step"
+    if call.ring is None and (call.score_mod is not None or offered(mask) != causal):
         return f"the kernel over pages is causal, without score mods, and this call has {mask}, {call.score_mod}"
     largest = max(hint_of(call.size("q", 3)), hint_of(call.size("v", 3)))
     if largest > LARGEST_HEAD:
         return f"the kernel over pages takes a head_dim of at most {LARGEST_HEAD}, not {largest}"
-    return _not_triton(call, mask, target)
+    if call.kv_heads > MOST_KV_HEADS:
+        return f"the kernel over pages takes at most {MOST_KV_HEADS} KV heads, not {call.kv_heads}"
+    return _not_codes(call) or _not_triton(call, mask, target)
+
+
+def _not_codes(call: AttentionCall) -> str:
+    dims = hint_of(call.size("k", 3)), hint_of(call.size("v", 3))
+    for form, dim in zip(call.kept.forms if call.kept is not None else (), dims, strict=False):
+        tokens = form.tokens
+        if form.kind and (dim % 4 or (tokens > 1 and (tokens < SMALLEST_GROUP or tokens & (tokens - 1)))):
+            return (
+                f"the kernel over pages reads codes of a head_dim that 4 divides and of groups of a power of two from "
+                f"{SMALLEST_GROUP} tokens on, not of {dim} and {tokens}"
+            )
+    return ""
 
 
 def _not_cpp(call: AttentionCall, mask: Mask, target: Target) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -155,16 +156,19 @@ def _check_layers(updates: list[Node]) -> None:
         )
 
 
-def _nbytes(update: Update) -> tuple[tuple[int, ...], int]:
-    """The bytes of the keys and values of each KV head as they are kept, and of all of them in a dense cache."""
+def _nbytes(update: Update) -> tuple[tuple[int, ...], int, int]:
+    """The bytes of keys and values of each KV head as they are kept, of all in a dense cache, and for how many tokens."""
     plan, dense = update.plan, 0
     heads: dict[int, int] = {}
-    for number, buffer in enumerate(map(value_of, update.buffers)):
-        storage = plan.storages[number // 2]
-        slot = hint_of(buffer.shape[0]) * hint_of(buffer.shape[3]) * buffer.itemsize
-        dense += slot * len(storage.heads) * plan.columns
-        heads |= {head: heads.get(head, 0) + slot * storage.slots for head in storage.heads}
-    return tuple(heads[head] for head in sorted(heads)), dense
+    for number, storage in enumerate(plan.storages):
+        kept = [value_of(buffer) for buffer in update.buffers[2 * number : 2 * number + 2]]
+        for buffer in kept:
+            dense += hint_of(buffer.shape[0]) * hint_of(buffer.shape[3]) * buffer.itemsize * len(storage.heads) * plan.columns
+        if isinstance(storage, Pages) and storage.forms is not None:
+            kept += [value_of(part) for codes in update.codes_of(number) for part in codes.used()]
+        size = sum(math.prod(map(hint_of, x.shape)) * x.itemsize for x in kept)
+        heads |= {head: size // len(storage.heads) for head in storage.heads}
+    return tuple(heads[head] for head in sorted(heads)), dense, plan.columns * hint_of(value_of(update.buffers[0]).shape[0])
 
 
 def plan_of(call: AttentionCall) -> LayerPlan:

@@ -24,10 +24,10 @@ from sparse_compile.passes.call import AttentionCall, Left
 from sparse_compile.passes.choices import Choices
 from sparse_compile.passes.graph import Order, emit_int, expr_of, fake_mode_of, hint_of, inline, op_name, value_of
 from sparse_compile.passes.heads import join_heads, pick_heads
+from sparse_compile.passes.kept_ops import attend_kept, pages_of, ring_of
 from sparse_compile.passes.kernels import FLEX, Target, plain_form
 from sparse_compile.passes.layout import layout_of
 from sparse_compile.passes.opaque import attention_op, to_text
-from sparse_compile.passes.page_tables import attend_pages
 from sparse_compile.passes.parts import Part
 from sparse_compile.passes.realise import realise
 from sparse_compile.passes.reference import DenseMask, ListedPairs, ReferenceAttention
@@ -91,7 +91,10 @@ class _Lowering:
         self.layout = layout_of(self.call, self.mask, self.heads, part.kernel, self.target)
         with self.graph.inserting_before(self.point):
             named = {name: self._capture(name) for name in given(self.mask)}
-            prepared = self._select(q, k, named) if has_selector(self.mask) else self._prepare(named, self.point)
+            if has_selector(self.mask):
+                prepared = self._select(q, k, named)
+            else:
+                prepared = [] if part.kernel.name == "pages" else self._prepare(named, self.point)
         if isinstance(prepared, Left):
             return prepared
         captures = [named[name] for name in given(self.mask)]
@@ -234,10 +237,9 @@ class _Lowering:
     def _attend(self, q: Node, k: Node, v: Node, prepared: Node | list[Node], captures: list[Node], scores: list[Node]) -> Node:
         call, tables = self.call, self.layout
         if self.kernel.name == "pages":
-            assert call.scored is not None and isinstance(prepared, list)
-            chosen = call.scored.selecting
-            what = (*prepared[2:], self.positions.q_shift, chosen.page_size, chosen.budget, call.scale)
-            return self.graph.call_function(attend_pages._opoverload, (q, k, v, *what))
+            assert isinstance(prepared, list)
+            read = ring_of(call, k, v, call.scale) if call.ring is not None else pages_of(call, k, v, prepared[2:], call.scale)
+            return self.graph.call_function(attend_kept._opoverload, (q, *read))
         if self.kernel.name not in FLEX:
             name = self._submodule("attention", ReferenceAttention(call.scale, call.score_mod))
             return self.graph.call_module(name, (q, k, v, prepared, *scores))

@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sparse_compile.passes.page_picks import MOST_PAGES, aligned, pick_fitting, pick_into
+from sparse_compile.passes.page_picks import MOST_PAGES, aligned, pick_fitting, pick_into, starts_early
 
 # Three programs of two tiles on each multiprocessor keep 192 KiB on their way: 11 us for 34 MB of digests, 34 for 134 MB.
 TILE_BYTES, PROGRAMS = 32768, 3
@@ -39,15 +40,16 @@ def score_pages(
 ) -> None:
     """Describe the logical page of the newest key anew; on every ``every``-th column from ``anchor`` on, score the full pages.
 
-    ``q`` is ``[B, Hkv * G, 1, D]``, ``keys`` ``[B', Hkv, P * page_size, D]``, ``digest`` ``[B', Hkv, L, width]`` and ``scores``
-    ``[B', Hkv, P]``, with ``B' >= B``; ``columns`` is the column of the newest key. The page that is being filled, and those
-    that will be before the next scoring, get inf. ``texts`` ``[B, N]`` is negative where a column is padding. Keys are not NaN.
+    ``q`` is ``[B, Hkv * G, 1, D]``, ``keys`` ``[B', Hkv, N, D]`` with column ``n`` in slot ``n % N``, ``digest``
+    ``[B', Hkv, L, width]`` and ``scores`` ``[B', Hkv, P]``, with ``B' >= B``; ``columns`` is the column of the newest key. The
+    page that is being filled, and those that will be before the next scoring, get inf. ``texts`` ``[B, N]`` is negative where a
+    column is padding. Keys are not NaN.
     """
     texts_b = 0 if texts is None else texts.stride(0)
     splits, sizes = _scoring(q, keys, digest, scores, page_size, page, score, group, every)
     _score_pages[(splits + 1, q.shape[0] * keys.shape[1])](
         *(q, keys, digest, scores, columns, anchor, texts),
-        *(q.stride(0), q.stride(1), q.stride(3), texts_b, scores.shape[2]),
+        *(q.stride(0), q.stride(1), q.stride(3), texts_b, scores.shape[2], keys.shape[2]),
         **sizes,
         num_warps=4,
         num_stages=2,
@@ -123,7 +125,7 @@ def select_pages(
     _select_pages[(splits + 1, batch * heads)](
         *(q, k, v, keys, values, digest, scores, counts, table, classes, columns, anchor, changed, texts),
         *(q.stride(0), q.stride(1), q.stride(3), k.stride(0), k.stride(1), k.stride(3), v.stride(0), v.stride(1), v.stride(3)),
-        *(texts_b, classes.stride(0), classes.stride(1), pages, budget, width),
+        *(texts_b, classes.stride(0), classes.stride(1), pages, keys.shape[2], budget, width),
         **sizes,
         DIM_V=values.shape[3],
         PICK=fused,
@@ -131,15 +133,17 @@ def select_pages(
         PICK_LEAST=512,
         PICK_WIDTH=triton.next_power_of_2(width),
         ALIGNED=aligned(classes),
+        EARLY=starts_early(q.device),
         num_warps=4,
         num_stages=2,
+        launch_pdl=starts_early(q.device),
     )
     if not fused:
         pick_into(scores, classes, columns, anchor, changed, counts, table, budget, page_size, every)
 
 
 @triton.jit
-def _describe(keys, fresh, digest, texts, column, row, batch, text_b, pages, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX):
+def _describe(keys, fresh, digest, texts, column, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX):
     """Write the digest of the logical page that holds ``column``, whose key is ``fresh`` unless that is None."""
     ROWS: tl.constexpr = triton.next_power_of_2(PAGE)
     CHANNELS: tl.constexpr = triton.next_power_of_2(DIM)
@@ -148,7 +152,7 @@ def _describe(keys, fresh, digest, texts, column, row, batch, text_b, pages, DIM
     at = logical * PAGE + tl.arange(0, ROWS)
     seen = (tl.arange(0, ROWS) < PAGE) & (at <= column)
     there = seen[:, None] & (channel[None, :] < DIM)
-    source = keys + (row * pages * PAGE_SIZE + at)[:, None] * DIM + channel[None, :]
+    source = keys + (row * tail + at % tail)[:, None] * DIM + channel[None, :]
     if fresh is None:
         block = tl.load(source, mask=there, other=0).to(tl.float32)
     else:  # other threads may not see yet that it was stored
@@ -215,7 +219,7 @@ def _open(scores, newest, pages, AHEAD, COUNT):
 
 @triton.jit
 def _score_pages(
-    q, keys, digest, scores, columns, anchor, texts, q_b, q_h, q_d, text_b, pages,
+    q, keys, digest, scores, columns, anchor, texts, q_b, q_h, q_d, text_b, pages, tail,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr, PAGE: tl.constexpr, PAGE_SIZE: tl.constexpr, EVERY: tl.constexpr, AHEAD: tl.constexpr,
     MINMAX: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr,
@@ -229,7 +233,7 @@ def _score_pages(
     newest = (now // PAGE_SIZE).to(tl.int32)
     scores += row * pages
     if split == 0:
-        _describe(keys, None, digest, texts, now, row, batch, text_b, pages, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX)
+        _describe(keys, None, digest, texts, now, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX)
         if due:
             _open(scores, newest, pages, AHEAD, 2 + EVERY // PAGE_SIZE)
     elif due:
@@ -241,12 +245,16 @@ def _score_pages(
 @triton.jit(do_not_specialize=["class_b", "class_h", "pages", "budget", "width"])
 def _select_pages(
     q, k, v, keys, values, digest, scores, counts, table, classes, columns, anchor, changed, texts,
-    q_b, q_h, q_d, k_b, k_h, k_d, v_b, v_h, v_d, text_b, class_b, class_h, pages, budget, width,
+    q_b, q_h, q_d, k_b, k_h, k_d, v_b, v_h, v_d, text_b, class_b, class_h, pages, tail, budget, width,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr, PAGE: tl.constexpr, PAGE_SIZE: tl.constexpr, EVERY: tl.constexpr, AHEAD: tl.constexpr,
     MINMAX: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr,
     PICK: tl.constexpr, PICK_BLOCK: tl.constexpr, PICK_LEAST: tl.constexpr, PICK_WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     split = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // HEADS, row % HEADS
@@ -262,10 +270,10 @@ def _select_pages(
         fresh = tl.load(k + batch * k_b + head * k_h + channel * k_d, mask=channel < DIM, other=0).to(keys.dtype.element_ty)
         feature = tl.arange(0, triton.next_power_of_2(DIM_V))
         value = tl.load(v + batch * v_b + head * v_h + feature * v_d, mask=feature < DIM_V, other=0)
-        place = row * pages * PAGE_SIZE + now
+        place = row * tail + now % tail
         tl.store(keys + place * DIM + channel, fresh, mask=channel < DIM)
         tl.store(values + place * DIM_V + feature, value.to(values.dtype.element_ty), mask=feature < DIM_V)
-        _describe(keys, fresh, digest, texts, now, row, batch, text_b, pages, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX)
+        _describe(keys, fresh, digest, texts, now, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX)
         if due:
             _open(scores + source, newest, pages, AHEAD, 2 + EVERY // PAGE_SIZE)
     elif due:

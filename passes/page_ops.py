@@ -21,14 +21,14 @@ def describe_pages(
 ) -> None:
     """Describe anew every page that ``tokens`` new tokens from column ``columns`` on went to, from the keys that are there.
 
-    ``keys`` ``[max_batch, H, slots, D]`` has the new ones; ``texts`` ``[B, N]`` is negative for padding. A digest is always
-    that of all the keys of its page, so nothing that was overwritten or taken back is left in it.
+    ``keys`` ``[max_batch, H, slots, D]`` has the new ones, column ``n`` in slot ``n % slots``; ``texts`` ``[B, N]`` is negative
+    for padding. A digest is always that of all keys of its page, so nothing that was overwritten or taken back is left in it.
     """
     pages = digest.shape[2]
     count = min(-(-tokens // page) + 1, pages)
     first = (columns // page).clamp(max=pages - count)
     column = first * page + torch.arange(count * page, device=keys.device)
-    new = keys[:batch].index_select(2, column)
+    new = keys[:batch].index_select(2, column % keys.shape[2])
     valid = _valid(column, columns + tokens, texts)
     at = first + torch.arange(count, device=keys.device)
     digest[:batch].index_copy_(2, at, describe(new, valid, page, score))
@@ -70,10 +70,10 @@ def select_pages(
 ) -> None:
     """All that a decode step does to a layer before it attends: append a token, and choose pages; see ``Choice``.
 
-    ``q`` is ``[B, Hq, 1, D]``; ``k`` and ``v`` go to column ``columns`` of ``keys`` and ``values`` ``[max_batch, H, slots,
-    D]``, and its page is described anew. Every ``every`` steps from ``anchor`` on all earlier pages are scored; its own page
-    and those to come rank above every score until the next time. Pages are chosen when they were scored, and when ``changed``
-    says that their ``classes`` did.
+    ``q`` is ``[B, Hq, 1, D]``; ``k`` and ``v`` go to slot ``columns % slots`` of ``keys`` and ``values``
+    ``[max_batch, H, slots, D]``, and the page is described anew. Every ``every`` steps from ``anchor`` on all earlier pages are
+    scored; its own page and those to come rank above every score until the next time. Pages are chosen when they were scored,
+    and when ``changed`` says that their ``classes`` did.
     """
     how: dict[str, Any] = {"page_size": page_size, "page": page, "score": score, "group": group, "every": every}
     batch, kernels = q.shape[0], triton_kernels() if q.is_cuda else None
@@ -83,7 +83,7 @@ def select_pages(
         kernels.select_pages(q, k, v, *state, *told, **how, budget=budget)
         return
     for buffer, new in ((keys, k), (values, v)):
-        buffer[:batch].index_copy_(2, columns.view(1), new)
+        buffer[:batch].index_copy_(2, columns.view(1) % buffer.shape[2], new)
     if kernels is not None:  # it scores any number of pages, and picks from no more than its registers hold
         kernels.score_pages(q, keys, digest, scores, columns, anchor, texts, **how)
     else:
@@ -93,7 +93,8 @@ def select_pages(
             return
         if due:
             found = score_digests(q.unflatten(1, (keys.shape[1], -1)).squeeze(3), digest[:batch], score)
-            heard = alive(_valid(torch.arange(keys.shape[2], device=keys.device), columns + 1, texts), page).unsqueeze(1)
+            column = torch.arange(digest.shape[2] * page, device=keys.device)
+            heard = alive(_valid(column, columns + 1, texts), page).unsqueeze(1)
             _note(scores, pool(found, group, page_size // page, heard), columns // page_size)
     count, index = choose(scores[:batch], classes, budget, table.shape[3])
     counts[:batch], table[:batch] = count.unsqueeze(2), index.unsqueeze(2)

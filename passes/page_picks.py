@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MOST_PAGES = 32768  # a program picks from registers, and counts in fields of 16 bits
 
@@ -56,8 +57,15 @@ def pick_into(
         WIDTH=triton.next_power_of_2(width),
         ALIGNED=aligned(classes),
         EVERY=every,
+        EARLY=starts_early(scores.device),
         num_warps=warps,
+        launch_pdl=starts_early(scores.device),
     )
+
+
+def starts_early(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before it ends; its programs wait before they read anything (``gdc_wait``)."""
+    return bool(torch.cuda.get_device_properties(device).major >= 9)
 
 
 def aligned(classes: Tensor) -> bool:
@@ -97,8 +105,11 @@ def _field(word, index):
 def _pick_pages(
     scores, classes, columns, anchor, changed, counts, table, class_b, class_h, heads, pages, budget, width,
     BLOCK: tl.constexpr, LEAST: tl.constexpr, PAGE_SIZE: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
-    EVERY: tl.constexpr,
+    EVERY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0)
     if changed is not None and ((tl.load(columns) - tl.load(anchor)) % EVERY != 0) & (tl.load(changed) == 0):
         return

@@ -1,4 +1,4 @@
-"""Which pages a decode step reads: their classes under a mask, the pick among scored pages, and attention to those listed."""
+"""Which pages a decode step reads: their classes under a mask, and the pick among scored pages."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from sparse_compile.masks import Mask
 from sparse_compile.masks.heads import consecutive
 from sparse_compile.masks.pages import HIDDEN, KEPT, OFFERED, choose
 from sparse_compile.masks.selectors import offered, static_part
+from sparse_compile.passes.small_steps import in_few_kernels
 from sparse_compile.passes.tables import batch_of, bind, given, parse, starts
 
 
@@ -24,7 +25,12 @@ def page_classes(
     a key, hidden all others. The positions of the first query and key come first, int32 ``[1]``; last, whether the column
     before had other classes, int32 ``[1]`` (1 unless asked to ``compare``).
     """
-    tree = parse(mask)
+    return in_few_kernels(_page_classes, parse(mask), heads, columns, captures, page_size, pages, compare)
+
+
+def _page_classes(
+    tree: Mask, heads: int, columns: Tensor, captures: list[Tensor], page_size: int, pages: int, compare: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (batch_of(captures), heads, pages, page_size)
     first_query, first_key = starts(0, 0, columns, columns.device)
     classes = _classes(tree, captures, first_query, first_key, shape)
@@ -99,42 +105,3 @@ def triton_picks() -> ModuleType:
     from sparse_compile.passes import page_picks
 
     return page_picks
-
-
-@torch.library.custom_op("sparse_compile::attend_pages", mutates_args=())
-def attend_pages(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    counts: Tensor,
-    table: Tensor,
-    columns: Tensor,
-    page_size: int,
-    budget: int,
-    scale: float,
-) -> Tensor:
-    """Causal attention of the query at column ``columns`` to the pages listed, ``[B, Hq, 1, Dv]``; on CUDA only.
-
-    FlexAttention's decode kernel does the same under any mask and score mod, and takes half as long again: its splits are
-    merged by two more kernels, which cannot start early. ``budget`` is how many pages there usually are.
-    """
-    from sparse_compile.passes import page_attention
-
-    return page_attention.attend_pages(
-        q, keys, values, counts, table, columns, None, page_size=page_size, scale=scale, usual=budget
-    )
-
-
-@attend_pages.register_fake
-def _(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    counts: Tensor,
-    table: Tensor,
-    columns: Tensor,
-    page_size: int,
-    budget: int,
-    scale: float,
-) -> Tensor:
-    return q.new_empty(*q.shape[:3], values.shape[3])

@@ -22,9 +22,12 @@ from sparse_compile.masks.scores import sink_scores
 from sparse_compile.masks.selectors import choosing_together
 from sparse_compile.passes.cache_ops import Update
 from sparse_compile.passes.cached import CacheInGraph
-from sparse_compile.passes.call import AttentionCall, Scored
+from sparse_compile.passes.call import AttentionCall, Kept, RingRead, Scored
+from sparse_compile.passes.code_ops import append_codes, read_codes
+from sparse_compile.passes.formats import Codes, Format
 from sparse_compile.passes.graph import emit, inline, value_of
 from sparse_compile.passes.heads import join_heads, pick_heads
+from sparse_compile.passes.kept_ops import whole_window
 from sparse_compile.passes.page_ops import describe_pages, score_pages_by_keys
 from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.storage import Pages, Ring, Storage
@@ -50,7 +53,7 @@ class Pieces:
         if len(outs) > 1:
             out = join_heads(self.point, [self.heads_of(storage) for storage in self.plan.storages], outs)
         self.point.replace_all_uses_with(out)
-        return replace(self.call, pieces=tuple(made))
+        return replace(self.call, pieces=tuple(made), joined=out)
 
     def heads_of(self, storage: Storage) -> tuple[int, ...]:
         """The query heads of the KV heads that are kept in one way."""
@@ -66,18 +69,27 @@ class Pieces:
         kept = update.buffers[2 * number : 2 * number + 2]
         policy, score_mod, positions = self._policy(heads), call.score_mod, call.positions
         scored: Scored | None = None
+        encoded: Kept | None = None
+        ring: RingRead | None = None
         if call.cache_was_empty and not plan.rotation:
-            self._fill(kept, new, storage)
-            if isinstance(storage, Pages):
-                self._describe(number, storage, q, kept[0])
+            if isinstance(storage, Pages) and storage.forms is not None:
+                self._encode(number, storage, new)
+            else:
+                self._fill(kept, new, storage)
+                if isinstance(storage, Pages):
+                    self._describe(number, storage, q, kept[0])
             k, v = new
             mask = self.model & policy if plan.mode == "strict" else self.model  # all is one chunk, which sees itself
         elif isinstance(storage, Pages):
             scored = self._scored(number, storage, new, kept)
             leads = scored is not None and scored.new  # then the token is appended where pages are chosen
-            k, v = (self.cache.rows(b) if leads else self._append(b, x) for b, x in zip(kept, new, strict=True))
+            if storage.forms is not None:
+                encoded = self._encode(number, storage, new)
+                k, v = (self._decode(*part) for part in zip((encoded.keys, encoded.values), storage.forms, new, strict=True))
+            else:
+                k, v = (self.cache.rows(b) if leads else self._append(b, x) for b, x in zip(kept, new, strict=True))
             mask = self._paged_mask(policy)
-            self._describe(number, storage, q, kept[0])
+            self._describe(number, storage, q, k if encoded is not None else kept[0])
         else:
             stream = self.cache.stream(call, plan) if plan.rotation else None
             if stream is not None:
@@ -85,6 +97,7 @@ class Pieces:
                 new = [stream.settled(self.point, new[0], storage), new[1]]
             k, v, columns, texts = self._ring(kept, new, storage)
             mask, positions = self._ring_mask(policy, columns, texts), Positions()
+            ring = self._ring_read(storage, policy, texts) if stream is None else None
             if stream is not None and storage.sink:
                 scores = stream.sink_scores(self.point, q, k, texts, storage, call.scale, one=self.cache.one)
                 replaced = sink_scores(self._capture(scores), self._capture(texts))
@@ -94,8 +107,8 @@ class Pieces:
             return scaled_dot_product_attention(q, k, v, scale=call.scale, enable_gqa=self.group > 1)
 
         node: Node = inline(self.point, attend, q, k, v)
-        where: dict[str, Any] = {"mask": mask, "policy": None, "positions": positions, "cache": None, "scored": scored}
-        return replace(call, node=node, q=q, k=k, v=v, score_mod=score_mod, sources=self.sources, **where)
+        where: dict[str, Any] = {"mask": mask, "policy": None, "positions": positions, "cache": None, "sources": self.sources}
+        return replace(call, node=node, q=q, k=k, v=v, score_mod=score_mod, scored=scored, kept=encoded, ring=ring, **where)
 
     def _policy(self, heads: tuple[int, ...]) -> Mask:
         """What the policy shows to some query heads."""
@@ -146,6 +159,26 @@ class Pieces:
             self.cache.put(buffer, self.cache.column, new)
         return self.cache.rows(buffer)
 
+    def _encode(self, number: int, storage: Pages, new: list[Node]) -> Kept:
+        """Append new tokens to pages in fewer bits; in a prefill their digests are written as well."""
+        cache, selecting, forms = self.cache, storage.selecting, storage.forms
+        assert forms is not None
+        keys, values = self.update.codes_of(number)
+        leads = selecting is not None and selecting.leader == self.plan.layer and not cache.one
+        digest = self.update.choice_of(number).digest if leads else None
+        described = (selecting.selector.page, selecting.selector.score) if selecting is not None else (1, "")
+        texts = cache.new_page_texts() if cache.padded else None
+        state = (*self.update.buffers[2 * number : 2 * number + 2], *keys, *values, digest)
+        written = [form.to_text() for form in forms]
+        told = (*new, cache.columns, texts, *written, *described, self.plan.debug)
+        emit(self.point, append_codes._opoverload, *state, *told)
+        return Kept(keys, values, forms)
+
+    def _decode(self, codes: Codes[Node], form: Format, new: Node) -> Node:
+        """The numbers in the rows in use; a chunk sees itself as it is. A kernel that reads codes leaves this without users."""
+        exact = not self.cache.one
+        return emit(self.point, read_codes._opoverload, *codes, new, self.cache.columns, form.to_text(), exact)
+
     def _paged_mask(self, policy: Mask) -> Mask:
         """Text and columns are one unless there is padding; then the policy looks the text up."""
         if policy in (full, causal) or self.model.implies(policy):
@@ -173,7 +206,7 @@ class Pieces:
             return
         choice, selector = self.update.choice_of(number), selecting.selector
         texts = cache.new_page_texts() if cache.padded else None
-        if choice.digest is not None and not cache.one:
+        if choice.digest is not None and not cache.one and storage.forms is None:
             new = (choice.digest, keys, cache.columns, texts, cache.row_count(), cache.token_count())
             emit(self.point, describe_pages._opoverload, *new, selector.page, selector.score)
         elif choice.digest is None and cache.one:
@@ -194,6 +227,13 @@ class Pieces:
             order, texts, columns, source, *_ = step
             k, v = (self._behind(b, x, order, source) for b, x in zip(kept, new, strict=True))
         return k, v, columns, texts
+
+    def _ring_read(self, storage: Ring, policy: Mask, texts: Node) -> RingRead | None:
+        """What a step sees of a ring, if that is a sink and a window and nothing else."""
+        if not self.cache.one or self.plan.mode != "strict" or self.model.captures() or self.call.score_mod is not None:
+            return None
+        window = whole_window(self.model & policy, self.plan.columns)
+        return None if window is None else RingRead(storage.heads, texts, self.cache.text, *window)
 
     def _ring_mask(self, policy: Mask, columns: Node, texts: Node) -> Mask:
         """The masks over the places of a ring and its chunk."""

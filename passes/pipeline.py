@@ -18,6 +18,7 @@ from sparse_compile.passes.ancestry import is_self_attention
 from sparse_compile.passes.cache_ops import SparseCacheError
 from sparse_compile.passes.call import AttentionCall, Left, Phase, read_sdpa
 from sparse_compile.passes.graph import Order, erase_dead, expr_of, hint_of, is_one, op_name
+from sparse_compile.passes.kept_ops import in_one_launch
 from sparse_compile.passes.kernels import Target
 from sparse_compile.passes.kv import CacheRefused, CacheUse, find_cache, keep
 from sparse_compile.passes.lift import lift_call
@@ -164,6 +165,7 @@ def lower_attention(rewrite: Rewrite) -> int:
     lowered: list[AttentionCall] = []
     for call in rewrite.calls:
         done: list[Part] = []
+        outs: list[Node] = []
         for piece in call.pieces or (call,):
             parts = parts_of(piece, rewrite.target)
             run = parts_of(piece, Target(inner="eager")) if rewrite.dry else parts
@@ -172,9 +174,11 @@ def lower_attention(rewrite: Rewrite) -> int:
                 rewrite.left.append(result)
                 break
             done += parts
+            outs.append(result)
             rewrite.replaced.append(piece.node)
         else:
             rewrite.parts[call.node] = done
+            in_one_launch(call, outs)
             rewrite.replaced.append(call.node)
             lowered.append(call)
     rewrite.calls = lowered

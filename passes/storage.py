@@ -17,6 +17,7 @@ from sparse_compile.masks.pages import digest_width
 from sparse_compile.masks.past import Past, visible_past
 from sparse_compile.masks.selectors import PageTopK
 from sparse_compile.masks.serial import decode, encode
+from sparse_compile.passes.formats import Codes, Format
 
 T = TypeVar("T")
 MODES = ("strict", "chunk_relaxed")
@@ -48,12 +49,20 @@ class Selecting:
 class Pages:
     """KV heads that keep every key: column ``n`` of the text in slot ``n``, ``slots`` in all.
 
-    With ``selecting`` a decode step reads some of the pages only.
+    With ``selecting`` a decode step reads some of the pages only. With ``forms``, of keys and of values, they are kept in fewer
+    bits, and the buffers are a tail: the latest ``tail`` columns as they came, column ``n`` in slot ``n % tail``.
     """
 
     heads: tuple[int, ...]
     slots: int
     selecting: Selecting | None = None
+    forms: tuple[Format, Format] | None = None
+    tail: int = 0
+
+    def code_shapes(self, dims: tuple[int, int], dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape, less the batch, and dtype of all that is kept of encoded keys and values of size ``dims``."""
+        forms = zip(self.forms or (), dims, strict=False)
+        return [part for form, dim in forms for part in form.parts(len(self.heads), self.slots, dim, dtype)]
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,8 @@ class LayerPlan:
     ``columns`` is how many there may be, in whole pages: masks and positions have a place for each.
     ``rings`` are the sink and slots of every kind of ring in the cache, whichever layer it is in: all layers share the
     positions. ``model`` is the mask the model's config announces; ``prefill`` and ``decode`` are the masks of the policy.
-    ``rotation`` says how dimensions pair (``halves``, ``neighbours``) if queries stand at their place in the cache.
+    ``rotation`` says how dimensions pair (``halves``, ``neighbours``) if queries stand at their place in the cache. With
+    ``debug`` new numbers that are not finite are an error where they are encoded.
     """
 
     layer: int
@@ -98,6 +108,7 @@ class LayerPlan:
     decode: Mask | None
     mode: str = "strict"
     rotation: str = ""
+    debug: bool = False
 
     def policy(self, phase: str) -> Mask | None:
         """The mask of the policy in a phase."""
@@ -107,7 +118,7 @@ class LayerPlan:
         """The plan as a graph carries it."""
         masks = {name: getattr(self, name) for name in ("model", "prefill", "decode")}
         content = {
-            "layer": [self.layer, self.last, self.columns, self.mode, self.rotation],
+            "layer": [self.layer, self.last, self.columns, self.mode, self.rotation, self.debug],
             "rings": self.rings,
             "storages": [_encode(storage) for storage in self.storages],
             **{name: None if mask is None else encode(mask) for name, mask in masks.items()},
@@ -124,14 +135,14 @@ class LayerPlan:
     @staticmethod
     def _from_text(text: str) -> LayerPlan:
         content = json.loads(text)
-        layer, last, columns, mode, rotation = content["layer"]
+        layer, last, columns, mode, rotation, debug = content["layer"]
         rings = tuple((sink, slots) for sink, slots in content["rings"])
         storages = tuple(_decode(storage) for storage in content["storages"])
         model, prefill, step = (
             None if content[name] is None else decode(content[name]) for name in ("model", "prefill", "decode")
         )
         assert model is not None
-        return LayerPlan(layer, last, columns, rings, storages, model, prefill, step, mode, rotation)
+        return LayerPlan(layer, last, columns, rings, storages, model, prefill, step, mode, rotation, debug)
 
 
 def _encode(storage: Storage) -> list[Any]:
@@ -143,19 +154,23 @@ def _encode(storage: Storage) -> list[Any]:
         if chosen is None
         else [encode(chosen.selector), chosen.page_size, chosen.leader, chosen.rows, chosen.width, chosen.by_keys]
     )
-    return [list(storage.heads), storage.slots, selecting]
+    forms = [form.to_text() for form in storage.forms or ()]
+    return [list(storage.heads), storage.slots, selecting, forms, storage.tail]
 
 
 def _decode(content: list[Any]) -> Storage:
     heads, slots, *rest = content
     if len(rest) == 2:
         return Ring(tuple(heads), slots, *rest)
-    if rest == [None]:
-        return Pages(tuple(heads), slots)
-    selector, page_size, leader, rows, width, by_keys = rest[0]
-    chosen = decode(selector)
-    assert isinstance(chosen, PageTopK)
-    return Pages(tuple(heads), slots, Selecting(chosen, page_size, leader, tuple(rows), width, by_keys))
+    written, texts, tail = rest
+    selecting: Selecting | None = None
+    if written is not None:
+        selector, page_size, leader, rows, width, by_keys = written
+        chosen = decode(selector)
+        assert isinstance(chosen, PageTopK)
+        selecting = Selecting(chosen, page_size, leader, tuple(rows), width, by_keys)
+    forms = (Format.from_text(texts[0]), Format.from_text(texts[1])) if texts else None
+    return Pages(tuple(heads), slots, selecting, forms, tail)
 
 
 class Choice(NamedTuple, Generic[T]):
@@ -183,6 +198,18 @@ def choice_shapes(pages: Pages, selecting: Selecting, key_dim: int) -> Choice[tu
     if not described:
         return Choice((heads, count))
     return Choice((heads, count), (heads, 1), (heads, 1, selecting.width), (heads, pages.slots // selector.page, described))
+
+
+def codes_of(plan: LayerPlan, codes: Sequence[T], number: int) -> list[Codes[T]]:
+    """The codes of keys and of values of storage ``number`` among those of all storages; none if it keeps plain numbers."""
+    rest = list(codes)
+    found: list[Codes[T]] = []
+    for storage in plan.storages[: number + 1]:
+        found = []
+        for form in (storage.forms or ()) if isinstance(storage, Pages) else ():
+            found.append(Codes(*rest[: form.count]))
+            rest = rest[form.count :]
+    return found
 
 
 def misfit(k: Tensor, v: Tensor, buffers: Sequence[Tensor], plan: LayerPlan) -> str:

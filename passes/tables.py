@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparse_compile.masks import Captured, Mask
 from sparse_compile.masks.blocks import block_tables, query_blocks, transposed, visited_blocks
+from sparse_compile.passes.small_steps import in_few_kernels
 
 Q_START = Captured.symbol("q_start")
 KV_START = Captured.symbol("kv_start")
@@ -72,7 +73,25 @@ def block_tables_op(
     else 1. ``width`` is the number of table columns. With ``split`` there are four tables, full blocks apart; without, the
     two that list every visited block.
     """
-    tree = parse(mask)
+    args = (parse(mask), heads, q_len, kv_len, q_start, kv_start, q_shift, captures, q_block, kv_block, width, split, device)
+    return in_few_kernels(_block_tables, *args) if q_len == 1 else _block_tables(*args)
+
+
+def _block_tables(
+    tree: Mask,
+    heads: int,
+    q_len: int,
+    kv_len: int,
+    q_start: int,
+    kv_start: int,
+    q_shift: Tensor | None,
+    captures: list[Tensor],
+    q_block: int,
+    kv_block: int,
+    width: int,
+    split: bool,
+    device: torch.device,
+) -> list[Tensor]:
     first_query, first_key = starts(q_start, kv_start, q_shift, device)
     bound = bind(tree, given(tree), captures, first_query, first_key)
     if heads > 1:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from sparse_compile import masks, policies
+from sparse_compile.cache.kv_format import KVFormat
 from sparse_compile.dynamo import Backend, SparseCompileError, SparseCompileWarning, backend, compile, explain
 from sparse_compile.policy import Policy
 from sparse_compile.profile import Profile
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Backend",
+    "KVFormat",
     "Policy",
     "Profile",
     "Report",

@@ -23,7 +23,7 @@ class Site:
     the policy added. ``action`` is ``exact`` (rewritten, same result), ``sparse`` (a policy removed keys) or ``left`` (not
     touched); ``reason`` says why a call was left, ran a slower kernel, or went without its policy. ``kv_nbytes`` are the
     resident bytes of the layer in a ``SparseCache``, ``kv_head_nbytes`` those of each KV head, and ``kv_dense_nbytes`` what
-    a dense cache would hold; None without one.
+    a dense cache of ``kv_tokens`` tokens in all its rows would hold; None without one.
     """
 
     module: str
@@ -44,6 +44,7 @@ class Site:
     kv_nbytes: int | None = None
     kv_head_nbytes: tuple[int, ...] = ()
     kv_dense_nbytes: int | None = None
+    kv_tokens: int = 0
     block: tuple[int, int] = (1, 1)  # the queries that choose keys together, and the keys of a page
     mask: Mask | None = field(default=None, compare=False, repr=False)
 
@@ -110,7 +111,9 @@ class Report:
         kept = {site.module: site for site in self.sites if site.kv_nbytes is not None}
         if kept:
             held, dense = (sum(getattr(site, name) for site in kept.values()) for name in ("kv_nbytes", "kv_dense_nbytes"))
-            lines.append(f"  SparseCache: {held / 2**20:.1f} MiB of keys and values, dense {dense / 2**20:.1f} MiB")
+            tokens = max(site.kv_tokens for site in kept.values())
+            each = f"{held / tokens:,.0f} bytes for each of {tokens:,} tokens, {held / dense:.2f} of dense"
+            lines.append(f"  SparseCache: {held / 2**20:.1f} MiB of keys and values, dense {dense / 2**20:.1f} MiB; {each}")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 

@@ -35,7 +35,7 @@ def _rewritten(call: AttentionCall, rewrite: Rewrite, graph: int) -> Site:
     start = hint_of(kv_len) - hint_of(q_len) if at.q_shift is not None or not at.q_start.is_Integer else int(at.q_start)
     estimates = call.policy is not None and has_selector(call.policy) and phase_of(call) != "decode"
     lossy = "lossy: blocks of queries choose keys by their mean (page_topk in a prefill)" if estimates else ""
-    held, dense = call.cache_nbytes or ((), None)
+    held, dense, tokens = call.cache_nbytes or ((), None, 0)
     return Site(
         module=call.module,
         layer=call.layer,
@@ -57,6 +57,7 @@ def _rewritten(call: AttentionCall, rewrite: Rewrite, graph: int) -> Site:
         kv_nbytes=sum(held) if held else None,
         kv_head_nbytes=held,
         kv_dense_nbytes=dense,
+        kv_tokens=tokens,
         block=_block(call),
         mask=without_symbols(mask),
     )

@@ -10,9 +10,10 @@ import sparse_compile as sc
 from models import tokens
 
 
-def assert_steps_are_one_graph(model: Any, policy: Any, *, prompt: int, steps: int, page_size: int) -> None:
+def assert_steps_are_one_graph(model: Any, policy: Any, *, prompt: int, steps: int, page_size: int, kv: Any = None) -> None:
     """Run ``steps`` after a prompt under sync debug mode "error"."""
-    cache = sc.SparseCache(model.config, policy, max_length=2048, page_size=page_size, dtype=torch.bfloat16, device="cuda")
+    sizes: dict[str, Any] = {"max_length": 2048, "page_size": page_size, "dtype": torch.bfloat16, "device": "cuda"}
+    cache = sc.SparseCache(model.config, policy, **sizes, kv=kv)
     addresses = [tensor.data_ptr() for layer in cache.kept for tensor in layer.tensors()]
     model = sc.compile(model, policy, mode="reduce-overhead", dynamic=False)
     ids = tokens(batch=1, length=1).cuda()

@@ -256,7 +256,8 @@ def test_a_file_of_another_cache_is_refused(other: dict[str, Any], tmp_path: Pat
     cache = new_cache()
     cache.save(tmp_path / "prompt")
     with pytest.raises(
-        ValueError, match="was saved from a cache of another model, policy, mode, page size or dtype than this one"
+        ValueError,
+        match="was saved from a cache of another model, policy, mode, page size, rollback, dtype or kv format than this one",
     ):
         new_cache(**other).load(tmp_path / "prompt")
 

@@ -21,7 +21,13 @@ from sparse_compile import masks
 ROOT = Path(__file__).parent.parent
 
 
-IN_TRITON = ("page_kernels", "page_picks", "page_attention")  # which the CPU build of torch comes without
+IN_TRITON = (
+    "page_kernels",
+    "page_picks",
+    "kept_attention",
+    "kept_codes",
+    "kept_splits",
+)  # which the CPU build of torch comes without
 
 
 def modules() -> list[ModuleType]:

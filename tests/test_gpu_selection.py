@@ -164,7 +164,7 @@ def test_the_newest_page_is_listed_without_being_searched(newest: int) -> None:
 def test_attention_to_listed_pages(
     heads: int, group: int, dim: int, value_dim: int, dtype: torch.dtype, tolerance: float
 ) -> None:
-    from sparse_compile.passes.page_attention import attend_pages
+    from sparse_compile.passes.kept_attention import Kept, attend_kept
 
     torch.manual_seed(0)
     batch, pages, column = 2, 40, 64 * 37 + 20
@@ -176,7 +176,8 @@ def test_attention_to_listed_pages(
     counts = chosen.sum(-1).int()
     table = torch.where(chosen, torch.arange(pages, device="cuda"), pages).sort(-1).values.clamp(max=pages - 1).int()
     at = torch.tensor(column, device="cuda")
-    got = attend_pages(q, keys, values, counts, table, at, None, page_size=64, scale=dim**-0.5, usual=16)
+    sizes: dict[str, Any] = {"rings": 0, "page_size": 64, "scale": dim**-0.5, "usual": 16}
+    got = attend_kept(q, Kept(keys), Kept(values), counts, table, at, None, None, **sizes)
     seen = chosen.repeat_interleave(64, dim=3) & (torch.arange(pages * 64, device="cuda") <= column)
     k, v = (x[:batch].repeat_interleave(group, dim=1).double() for x in (keys, values))
     scores = (q.double() @ k.mT * dim**-0.5).masked_fill(~seen.repeat_interleave(group, dim=1), -math.inf)

@@ -17,6 +17,7 @@ MAY_IMPORT = {
         "torch",
         "sympy",
         "torch_tensorrt",
+        "torchao",
         "triton",
         *sys.stdlib_module_names,
     },
@@ -25,6 +26,7 @@ PRIVATE = {"torch._higher_order_ops", "torch._inductor"}
 MAY_TOUCH_PRIVATE = {
     "passes/attention.py",
     "passes/inner.py",  # list_mode_options
+    "passes/small_steps.py",  # compile
 }
 ROOMS = (*MAY_IMPORT, "sparse_compile")
 FILES = sorted(path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py"))

@@ -44,7 +44,8 @@ def load(cache: SparseCache, path: str | Path) -> None:
     if header.get("format") != FORMAT or header.get("version") != str(VERSION):
         raise ValueError(f"{path} is no file of a SparseCache of version {VERSION}: it says {header or 'nothing about itself'}")
     if header.get("cache") != _identity(cache):
-        raise ValueError(f"{path} was saved from a cache of another model, policy, mode, page size or dtype than this one")
+        what = "model, policy, mode, page size, rollback, dtype or kv format"
+        raise ValueError(f"{path} was saved from a cache of another {what} than this one")
     sizes = [header.get(name, "") for name in ("rows", "columns")]
     if not all(size.isdecimal() for size in sizes):
         raise ValueError(f"{path} is broken: its header counts {sizes[0]!r} rows of {sizes[1]!r} columns")
@@ -73,7 +74,8 @@ def _fits(tensor: Tensor | None, part: Tensor) -> bool:
 def _kept(storage: Storage) -> list[Any]:
     if isinstance(storage, Ring):
         return [storage.heads, [storage.sink, storage.slots]]
-    return [storage.heads, "pages", *([] if storage.selecting is None else [storage.selecting.page_size])]
+    forms = [*(form.to_text() for form in storage.forms or ()), storage.tail]
+    return [storage.heads, "pages", *([] if storage.selecting is None else [storage.selecting.page_size]), *forms]
 
 
 def _identity(cache: SparseCache) -> str:

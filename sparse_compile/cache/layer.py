@@ -11,11 +11,15 @@ from transformers.cache_utils import CacheLayerMixin
 from sparse_compile.cache.books import Books
 from sparse_compile.cache.positions import Positions
 from sparse_compile.passes import cache_ops  # noqa: F401  # registers the op that update() calls
-from sparse_compile.passes.storage import Choice, LayerPlan, Pages, Ring, Storage, misfit
+from sparse_compile.passes.formats import Codes, dequantize
+from sparse_compile.passes.storage import Choice, LayerPlan, Pages, Ring, Storage, codes_of, misfit
 
 
 class SparseCacheLayer(CacheLayerMixin):
-    """The keys and values of one layer: two buffers ``[max_batch, heads, slots, D]`` for each way in which heads are kept."""
+    """The keys and values of one layer: two buffers ``[max_batch, heads, slots, D]`` for each way in which heads are kept.
+
+    Of pages in fewer bits the buffers have the latest columns only, and ``codes`` all of them.
+    """
 
     is_compileable = True
     is_sliding = False
@@ -29,12 +33,14 @@ class SparseCacheLayer(CacheLayerMixin):
         positions: Positions,
         books: Books,
         *,
+        codes: list[Tensor],
         frequencies: Tensor | None,
         own: list[Choice[Tensor]],
         selection: list[Tensor],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # transformers'
         self.plan, self.buffers, self.positions, self.books = plan, buffers, positions, books
+        self.codes = codes
         self.text = plan.to_text()
         self.own, self.selection = own, selection  # what is kept here to choose pages, and what steps use
         self.stream = [] if frequencies is None else [*positions.stream, frequencies]
@@ -65,6 +71,7 @@ class SparseCacheLayer(CacheLayerMixin):
             self.stream,
             at.anchor,
             self.selection,
+            self.codes,
             self.text,
         )
         return k, v
@@ -93,9 +100,35 @@ class SparseCacheLayer(CacheLayerMixin):
         found = zip((choice.digest for choice in self.own), pages, strict=True)
         return [(digest, page) for digest, page in found if digest is not None]
 
+    def encoded(self) -> list[tuple[Tensor, int]]:
+        """The parts of all codes, and how many columns each of their places stands for."""
+        forms = [form for s in self.plan.storages if isinstance(s, Pages) for form in s.forms or ()]
+        tokens = [n for form in forms for n in (1, *[form.tokens] * (form.count - 1))]
+        return list(zip(self.codes, tokens, strict=True))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Of encoded pages: what the tails no longer have of the columns before the last ``-tokens_to_remove``, from the codes.
+
+        A group that is filled further is then encoded a second time: where more is taken back than a page, and the
+        ``rollback`` of the cache, which makes tails longer.
+        """
+        end = self.books.columns
+        for number, storage in enumerate(self.plan.storages):
+            if not isinstance(storage, Pages) or storage.forms is None:
+                continue
+            lost = torch.arange(max(0, end + tokens_to_remove - storage.tail), max(0, end - storage.tail), device=self.device)
+            tails = self.buffers[2 * number : 2 * number + 2]
+            for tail, codes, form in zip(tails, codes_of(self.plan, self.codes, number), storage.forms, strict=True):
+                group = form.tokens  # the groups that they are in
+                first, last = (int(lost[0]) // group, int(lost[-1]) // group + 1) if lost.numel() else (0, 0)
+                sizes = (group, *[1] * (form.count - 1)) if group > 1 else (1,) * form.count
+                parts = [part[:, :, first * size : last * size] for part, size in zip(codes.used(), sizes, strict=True)]
+                found = dequantize(Codes(*parts), form, tail.dtype)
+                tail.index_copy_(2, lost % storage.tail, found.index_select(2, lost - first * group))
+
     def tensors(self) -> list[Tensor]:
         """All that this layer keeps."""
-        return [*self.buffers, *(tensor for choice in self.own for tensor in choice.used())]
+        return [*self.buffers, *self.codes, *(tensor for choice in self.own for tensor in choice.used())]
 
     @property
     def nbytes(self) -> int:
@@ -105,11 +138,11 @@ class SparseCacheLayer(CacheLayerMixin):
     @property
     def head_nbytes(self) -> tuple[int, ...]:
         """The bytes of each KV head."""
-        each = {
-            head: sum(buffer.nbytes for buffer in pair) // len(storage.heads)
-            for storage, pair in zip(self.plan.storages, zip(self.buffers[::2], self.buffers[1::2], strict=True), strict=True)
-            for head in storage.heads
-        }
+        each: dict[int, int] = {}
+        for number, storage in enumerate(self.plan.storages):
+            kept = self.buffers[2 * number : 2 * number + 2]
+            kept += [part for codes in codes_of(self.plan, self.codes, number) for part in codes.used()]
+            each |= {head: sum(part.nbytes for part in kept) // len(storage.heads) for head in storage.heads}
         return tuple(each[head] for head in sorted(each))
 
     def __repr__(self) -> str:
@@ -118,6 +151,8 @@ class SparseCacheLayer(CacheLayerMixin):
 
 def _written(storage: Storage) -> str:
     kept = f"{len(storage.heads)} heads x {storage.slots} slots"
+    if isinstance(storage, Pages) and storage.forms is not None:
+        kept += " in {}, {}".format(*(form.kind or "full" for form in storage.forms))
     if isinstance(storage, Ring):
         return f"{kept} (sink {storage.sink}, recent {storage.recent})"
     return kept if storage.selecting is None else f"{kept} ({storage.selecting.selector})"

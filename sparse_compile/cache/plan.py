@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 
+from sparse_compile.cache.kv_format import KVFormat
 from sparse_compile.cache.selection import selecting_pages
 from sparse_compile.masks import Mask, causal, chunked, sliding_window
 from sparse_compile.masks.budget import check_budget, check_pages
 from sparse_compile.masks.past import Past
 from sparse_compile.masks.selectors import PageTopK, offered, selector_of, static_part
+from sparse_compile.passes.formats import Format
 from sparse_compile.passes.options import BLOCK
 from sparse_compile.passes.storage import MODES, LayerPlan, Pages, Ring, Storage, needed_past
 from sparse_compile.policy import Policy
 
+Forms = tuple[Format, Format]
 KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -77,9 +80,17 @@ def _masks(config: Any, layers: int) -> tuple[Mask, ...]:
 
 
 def plan_layers(
-    geometry: Geometry, policy: Policy | None, *, max_length: int, page_size: int, rollback: int, mode: str
+    geometry: Geometry,
+    policy: Policy | None,
+    *,
+    max_length: int,
+    page_size: int,
+    rollback: int,
+    mode: str,
+    formats: list[list[KVFormat]],
+    debug: bool,
 ) -> tuple[LayerPlan, ...]:
-    """How each layer is kept: KV heads whose masks see a sink and a window in a ring, all others in pages."""
+    """How each layer is kept: KV heads whose masks see a sink and a window in a ring, all others in pages of their formats."""
     if mode not in MODES:
         raise ValueError(f"mode needs to be one of {', '.join(MODES)}, got {mode!r}")
     if policy is not None:
@@ -96,9 +107,10 @@ def plan_layers(
             if mask is not None:
                 for part in (offered(mask), static_part(mask)):
                     part.check(part.sizes()[0], geometry.heads, 1, columns)
-        storages = _storages(geometry, model, [prefill, decode], max_length, page_size, rollback, mode, plans)
+        forms = [one.forms(geometry.key_dim, geometry.value_dim, page_size) for one in formats[layer]]
+        storages = _storages(geometry, model, [prefill, decode], forms, max_length, page_size, rollback, mode, plans)
         last = layer == len(geometry.masks) - 1
-        plans.append(LayerPlan(layer, last, columns, (), storages, model, prefill, decode, mode))
+        plans.append(LayerPlan(layer, last, columns, (), storages, model, prefill, decode, mode, debug=debug))
     rings = dict.fromkeys(s.kind for plan in plans for s in plan.storages if isinstance(s, Ring))
     return tuple(replace(plan, rings=tuple(rings)) for plan in plans)
 
@@ -107,6 +119,7 @@ def _storages(
     geometry: Geometry,
     model: Mask,
     policies: list[Mask | None],
+    forms: list[Forms | None],
     max_length: int,
     page_size: int,
     rollback: int,
@@ -114,7 +127,7 @@ def _storages(
     before: list[LayerPlan],
 ) -> tuple[Storage, ...]:
     group = geometry.heads // geometry.kv_heads
-    pages: dict[PageTopK | None, dict[int, Mask]] = {}
+    pages: dict[tuple[PageTopK | None, Forms | None], dict[int, Mask]] = {}
     rings: dict[tuple[int, int], list[tuple[int, int]]] = {}  # sink and slots: head and recent
     most = -(-max_length // page_size) * page_size
     for head in range(geometry.kv_heads):
@@ -134,18 +147,20 @@ def _storages(
                     check_pages(selector, BLOCK, prefill=True)
                 past = None
         if past is None or slots >= most:
-            pages.setdefault(selector, {})[head] = whole
+            pages.setdefault((selector, forms[head]), {})[head] = whole
         else:
             rings.setdefault((past.sink, slots), []).append((head, past.recent))
-    storages: list[Storage] = [
-        Pages(tuple(heads), most)
-        if selector is None
-        else selecting_pages(selector, heads, most, page_size, len(before), before)
-        for selector, heads in pages.items()
-    ]
+    storages: list[Storage] = []
+    for (selector, form), heads in pages.items():
+        kept = Pages(tuple(heads), most)
+        if selector is not None:
+            kept = selecting_pages(selector, heads, most, page_size, len(before), before)
+        # Twice a page: the group that is being filled is still there after a page was taken back.
+        tail = 2 * page_size + -(-rollback // page_size) * page_size
+        storages.append(kept if form is None else replace(kept, forms=form, tail=tail))
     for (sink, slots), members in rings.items():
-        heads, recent = zip(*members, strict=True)
-        storages.append(Ring(tuple(heads), slots, sink, max(recent)))
+        numbers, recent = zip(*members, strict=True)
+        storages.append(Ring(tuple(numbers), slots, sink, max(recent)))
     return tuple(storages)
 
 

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.cache_utils import Cache
 
 from sparse_compile.cache.books import Books
+from sparse_compile.cache.kv_format import ByLayer, check_formats, formats_of
 from sparse_compile.cache.layer import SparseCacheLayer
 from sparse_compile.cache.plan import Geometry, check_dtype, check_sizes, plan_layers
 from sparse_compile.cache.positions import Positions
@@ -32,6 +33,12 @@ class SparseCache(Cache):
     ``max_length`` is the most tokens of a sequence, prompt and padding included; everything is allocated now, for
     ``max_batch`` sequences, in ``dtype`` (the config's) on ``device``. Rings are as long as whole pages of ``page_size``
     tokens that hold sink, window and ``rollback`` more tokens, which ``crop`` may take back of a full ring.
+
+    ``kv`` keeps pages in fewer bits: ``"int8"``, ``"fp8"``, ``"int4"`` or a ``KVFormat``, one for all or a sequence with one
+    for each layer, in which a sequence has one for each KV head. A step reads them as they are (on CPU, and under masks and
+    score mods that only FlexAttention knows, they are decoded for each call). New tokens of a prompt attend to one another as
+    they are, and to what is kept of those before; a ring stays in ``dtype``, as it is small. ``debug`` raises ``ValueError``
+    where numbers to encode (``kv``) are not finite; it waits for the device, forbids CUDA graphs, and wants ``reset`` then.
 
     ``mode`` is ``strict`` (each query sees exactly what the mask says, however a prompt is cut into chunks) or
     ``chunk_relaxed`` (each chunk sees itself, and of what came before what the mask shows to the position before it:
@@ -69,6 +76,8 @@ class SparseCache(Cache):
         mode: str = "strict",
         cache_positions: bool = False,
         rollback: int = 0,
+        kv: ByLayer = None,
+        debug: bool = False,
     ) -> None:
         check_sizes(max_length, max_batch, page_size, rollback)
         dtype = dtype or getattr(config, "dtype", None) or torch.get_default_dtype()
@@ -78,8 +87,10 @@ class SparseCache(Cache):
         self.max_length, self.max_batch, self.mode = max_length, max_batch, mode
         self._adds_no_mask = getattr(config, "_attn_implementation", None) != "eager"
         sizes = {"max_length": max_length, "page_size": page_size, "rollback": rollback}
+        formats = formats_of(kv, len(self.geometry.masks), self.geometry.kv_heads)
+        check_formats(formats, device)
         with unset_fake_temporarily(), torch.device("cpu"):  # masks are asked, also where nothing else is computed
-            plans = plan_layers(self.geometry, self.policy, **sizes, mode=mode)
+            plans = plan_layers(self.geometry, self.policy, **sizes, mode=mode, formats=formats, debug=debug)
         frequencies: list[Tensor | None] = [None] * len(plans)
         if cache_positions:
             plans, frequencies = in_cache_positions(plans, config, self.geometry.key_dim, device)
@@ -92,11 +103,16 @@ class SparseCache(Cache):
         selection = Selection(plans, self.geometry.key_dim, max_batch, dtype, device)
         kept = []
         for plan, turns in zip(plans, frequencies, strict=True):
-            shapes = [(max_batch, len(storage.heads), storage.slots, dim) for storage in plan.storages for dim in dims]
+            slots = [(len(s.heads), (s.tail if isinstance(s, Pages) else 0) or s.slots) for s in plan.storages]
+            shapes = [((*size, dim), dtype) for size in slots for dim in dims]
+            encoded = [part for s in plan.storages if isinstance(s, Pages) for part in s.code_shapes(dims, dtype)]
             # Not ``empty``: a masked value takes part with weight 0, and 0 * NaN is NaN.
-            buffers = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-            own, used = selection.own(plan), selection.used(plan)
-            state = SparseCacheLayer(plan, buffers, self.positions, self.books, frequencies=turns, own=own, selection=used)
+            buffers, codes = (
+                [torch.zeros((max_batch, *shape), dtype=kind, device=device) for shape, kind in group]
+                for group in (shapes, encoded)
+            )
+            chosen: dict[str, Any] = {"own": selection.own(plan), "selection": selection.used(plan)}
+            state = SparseCacheLayer(plan, buffers, self.positions, self.books, codes=codes, frequencies=turns, **chosen)
             kept.append(state)
         self.kept = tuple(kept)  # ``layers``, by their own type
         layers: list[Any] = kept
@@ -119,7 +135,7 @@ class SparseCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """The bytes that are resident: keys, values and positions."""
+        """The bytes that are resident: keys and values with their scales, offsets and tails, digests and positions."""
         return sum(tensor.nbytes for tensor in self._tensors())
 
     @property
@@ -195,6 +211,8 @@ class SparseCache(Cache):
                     f"{remove} tokens cannot be taken back: a ring of {slots} slots has overwritten what would be visible "
                     f"again. Build the cache with rollback={room} or more. It holds what it held before"
                 )
+        for layer in self.kept:
+            layer.crop(tokens_to_remove)
         for known, columns in zip(at.rings[::2], at.rings[1::2], strict=True):
             gone = known >= torch.nn.functional.pad(texts, (0, self.max_batch - rows)).unsqueeze(1)
             known.masked_fill_(gone, -1)
@@ -265,8 +283,11 @@ class SparseCache(Cache):
         parts |= {f"ring_{number}": table[:rows] for number, table in enumerate(at.rings)}
         for layer in self.kept:
             for number, buffer in enumerate(layer.buffers):
-                pages = isinstance(layer.plan.storages[number // 2], Pages)
-                parts[f"layer_{layer.plan.layer}_{number}"] = buffer[:rows, :, :columns] if pages else buffer[:rows]
+                storage = layer.plan.storages[number // 2]
+                by_column = isinstance(storage, Pages) and storage.forms is None
+                parts[f"layer_{layer.plan.layer}_{number}"] = buffer[:rows, :, :columns] if by_column else buffer[:rows]
+            for number, (part, tokens) in enumerate(layer.encoded()):
+                parts[f"layer_{layer.plan.layer}_code_{number}"] = part[:rows, :, : -(-columns // tokens)]
             for number, (digest, page) in enumerate(layer.digests()):
                 parts[f"layer_{layer.plan.layer}_digest_{number}"] = digest[:rows, :, : -(-columns // page)]
         return parts

@@ -1,0 +1,152 @@
+"""A cache in fewer bits: attention of a decode step, steps beside transformers' QuantizedCache, and millions of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, QuantizedCache
+
+import sparse_compile as sc
+from bench.cache import attend_layers, decode_steps, run_steps
+from bench.filled import GIB, GQA, TINY_HALF, Case, digest_bytes, fill, forget, graphs, randomize, row, weights
+from bench.model import LLAMA3_8B, STEPS, TINY, build, kernels_of
+from bench.shapes import DTYPE, LLAMA3, SMALL, Shape, compiled, operands
+from bench.timing import CUDA, DEVICE, Row, Timing, bandwidth, in_graph, measure
+from sparse_compile.masks import Mask, causal, page_topk
+
+LAYERS = 8  # of attention alone: what does not fit into any cache
+COMPACT = sc.KVFormat("int4", "int4", key_group=64, value_group=64)
+
+
+def run_quantized_attention(*, smoke: bool = False) -> list[Row]:
+    """Attention of a decode step over pages in fewer bits, appending included, against the same in bfloat16."""
+    cases: list[tuple[Mask | None, tuple[Any, ...]]] = [
+        (None, ("int8", "fp8", sc.KVFormat("int8", "int4"), "int4", COMPACT)),
+        (causal & page_topk(256 if smoke else 4096), ("int8", "int4", COMPACT)),
+    ]
+    rows: list[Row] = []
+    for mask, formats in cases:
+        shape, length = (SMALL, 2048) if smoke else (LLAMA3, 131072)
+        plain, first = _attention(shape, length, mask, None)
+        rows.append(first())
+        for kv in formats:
+            _, made = _attention(shape, length, mask, kv)
+            rows.append(made(plain))
+    return rows
+
+
+def _attention(shape: Shape, length: int, mask: Mask | None, kv: Any) -> tuple[Timing, Any]:
+    """The time of one layer, and what makes a row of it."""
+    config = LlamaConfig(
+        hidden_size=shape.heads * shape.head_dim, num_hidden_layers=LAYERS, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+    )  # fmt: skip
+    forget()
+    new = [operands(shape, 1, 2) for _ in range(LAYERS)]
+    new = [(q, k[:, :, :1].contiguous(), v[:, :, :1].contiguous()) for q, k, v in new]
+    cache = sc.SparseCache(config, mask, max_length=length + 64, dtype=DTYPE, device=DEVICE, kv=kv)
+    randomize(cache)
+    run, backend = compiled(attend_layers, mask)
+
+    def last_steps() -> None:
+        fill(cache, length - STEPS)
+        for _ in range(STEPS):
+            run(new, cache)
+
+    with torch.no_grad():
+        timing = measure(in_graph(last_steps, times=1) if CUDA else last_steps).per(LAYERS * STEPS)
+    density = 1.0 if mask is None else 4096 / length
+    kept, share = cache.nbytes - digest_bytes(cache), cache.nbytes / cache.dense_nbytes
+    read = (density * kept + digest_bytes(cache)) / LAYERS * length / cache.max_length
+
+    def made(plain: Timing | None = None) -> Row:
+        return row(
+            timing,
+            "" if plain is None else "bfloat16",
+            plain,
+            bound=read / bandwidth() * 1e3,
+            what=f"decode attention, {_name(kv)}, {'all keys' if mask is None else mask}, per layer",
+            shape=str(shape),
+            mask=causal if mask is None else mask,
+            density=density,
+            lengths=(1, length),
+            kernel=kernels_of(backend),
+            kv_gib=cache.nbytes / LAYERS / GIB,
+            note=f"{LAYERS} layers and {STEPS} steps in a CUDA graph, appending included; {share:.3f} of the bytes of a dense "
+            f"cache, graphs {graphs(backend)}",
+        )
+
+    return timing, made
+
+
+def _name(kv: Any) -> str:
+    if not isinstance(kv, sc.KVFormat):
+        return kv or str(DTYPE).removeprefix("torch.")
+    groups = f" ({kv.key_group} tokens, {kv.value_group} channels)" if kv.key_group else ""
+    return f"{kv.key} keys, {kv.value} values{groups}"
+
+
+# -- whole models ---
+
+
+@dataclass(frozen=True)
+class Encoded(Case):
+    """A case whose cache is kept in ``kv``."""
+
+    kv: Any = None
+
+    def cache(self, mask: Mask | None, length: int, device: torch.device | str = DEVICE) -> Any:
+        """A SparseCache in fewer bits."""
+        sizes: dict[str, Any] = {"max_length": length, "max_batch": self.batch, "dtype": DTYPE, "device": device}
+        return sc.SparseCache(self.config, mask, **sizes, kv=self.kv)
+
+    def read(self, cache: Any, density: float) -> float:
+        """All that there is, where nothing is chosen."""
+        return float(cache.nbytes - digest_bytes(cache))
+
+    def what(self, mask: Mask | None) -> str:
+        """What is compared."""
+        return f"{super().what(mask)}, {_name(self.kv)}"
+
+
+def _encoded(case: Case, kv: Any, contexts: tuple[int, ...]) -> Encoded:
+    fields = {name: getattr(case, name) for name in ("name", "config", "every", "batch", "seeing")}
+    return Encoded(**fields, contexts=contexts, dense=contexts[0], kv=kv)
+
+
+def run_quantized_model(*, smoke: bool = False) -> list[Row]:
+    """Half of the KV heads stream, the others in int4, weights in int8: a decode step at six million tokens."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    case = _encoded(TINY_HALF, "int4", (1024,)) if smoke else _encoded(GQA, COMPACT, (1_000_000, 6_000_000))
+    bandwidth()  # while the memory is free
+    model = build(case.config)
+    quantize_(model, Int8WeightOnlyConfig())
+    sparse = decode_steps(model, case, case.mask, case.contexts)
+    rows = []
+    for length in case.contexts:
+        size = case.cache(case.mask, length, "meta").nbytes / length
+        rows.append(sparse.row(model, length, note=f"weights in int8; {size:,.0f} bytes a token, all included"))
+    return rows
+
+
+def run_quantized_cache(*, smoke: bool = False) -> list[Row]:
+    """A decode step over a cache in int8, against transformers' QuantizedCache, which runs un-compiled."""
+    case, length = (_encoded(TINY_HALF, "int8", (512,)), 512) if smoke else (_encoded(GQA, "int8", (32768,)), 32768)
+    case = replace(case, config=TINY if smoke else LLAMA3_8B)
+    model = build(case.config)
+    ours = decode_steps(model, case, None, (length,))
+    forget()
+    torch.manual_seed(0)
+    ids = torch.randint(case.config.vocab_size, (1, length), device=DEVICE)
+    name, options = ("hqq", {"nbits": 8, "axis_key": 1, "axis_value": 1}) if find_spec("hqq") else ("fp8", {})
+    theirs = QuantizedCache(name, case.config, **options)
+    with torch.no_grad():
+        model(ids, past_key_values=theirs, logits_to_keep=1)
+    slow = measure(partial(run_steps, model, ids[:, :1], theirs), repeat=3, warm_up=1).per(STEPS)
+    size = f"weights {weights(model) / GIB:.1f} GiB"
+    return [ours.row(model, length, f"QuantizedCache, {name} {options}, eager", slow, size)]

@@ -1,0 +1,86 @@
+"""``python -m bench.quantized_error``: the error of attention over keys and values in fewer bits, by format and groups.
+
+Random queries, keys and values; and keys of which 2 % of the channels are ten times larger, as those of trained models are.
+The error is the norm of the difference over the norm of exact attention; the largest and the mean of several draws.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import sparse_compile as sc
+from bench.timing import RESULTS, environment
+from sparse_compile.passes.formats import Format, dequantize, quantize
+
+KEYS, DIM, HEADS, QUERIES, DRAWS = 4096, 128, 8, 32, 4
+FORMATS = [
+    sc.KVFormat("int8", "int8"),
+    *(sc.KVFormat("int8", "int8", k, v) for k, v in ((16, 128), (64, 128), (64, 64))),
+    sc.KVFormat("fp8", "fp8"),
+    sc.KVFormat("int8", "int4"),
+    sc.KVFormat("int4", "int4"),
+    *(sc.KVFormat("int4", "int4", k, v) for k, v in ((16, 32), (32, 64), (64, 64), (64, 128))),
+]
+
+
+def _draws(outliers: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for seed in range(DRAWS):
+        torch.manual_seed(seed)
+        q, k, v = (torch.randn(1, HEADS, n, DIM) for n in (QUERIES, KEYS, KEYS))
+        if outliers:
+            k[..., torch.randperm(DIM)[: round(0.02 * DIM)]] *= 10
+        yield q, k, v
+
+
+def _decoded(x: Tensor, form: Format) -> Tensor:
+    return dequantize(quantize(x, None, form), form, torch.float32)
+
+
+def _bytes(form: Format) -> float:
+    """Bytes for each number, scales and offsets included; of bfloat16 2."""
+    parts = form.parts(1, 64, DIM, torch.bfloat16)
+    return sum(shape[0] * shape[1] * shape[2] * dtype.itemsize for shape, dtype in parts) / (64 * DIM)
+
+
+def main() -> None:
+    """Measure, print and write ``quantized-error.csv``."""
+    rows = []
+    for outliers in (False, True):
+        for kv in FORMATS:
+            forms = kv.forms(DIM, DIM, 64)
+            assert forms is not None
+            errors = []
+            for q, k, v in _draws(outliers):
+                exact = scaled_dot_product_attention(q, k, v)
+                found = scaled_dot_product_attention(q, _decoded(k, forms[0]), _decoded(v, forms[1]))
+                errors.append(float((found - exact).norm() / exact.norm()))
+            rows.append(
+                {
+                    "draw": "2 % of key channels x 10" if outliers else "normal",
+                    "keys": kv.key,
+                    "values": kv.value,
+                    "tokens of a key group": forms[0].tokens if forms[0].channels else "",
+                    "channels of a value group": forms[1].channels or "",
+                    "bytes of a key": round(_bytes(forms[0]), 4),
+                    "bytes of a value": round(_bytes(forms[1]), 4),
+                    "mean error": f"{sum(errors) / DRAWS:.4f}",
+                    "largest error": f"{max(errors):.4f}",
+                    "torch": environment()["torch"],
+                    "commit": environment()["commit"],
+                    "date": environment()["date"],
+                }
+            )
+            print(*rows[-1].values(), sep="  ")
+    with (RESULTS / "quantized-error.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

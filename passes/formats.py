@@ -1,0 +1,150 @@
+"""Keys and values in fewer bits: what is kept of them, by torchao's primitives.
+
+``int8`` and ``int4`` are codes of equal steps above the least number of a group: ``code * scale + offset``. Keys are grouped by
+channel over neighbouring tokens, because some of their channels are far larger than others in all tokens; values by token over
+neighbouring channels (KIVI, https://arxiv.org/abs/2402.02750). ``fp8`` is e4m3 with a scale for each token. Scales and offsets
+are float16: in bfloat16 their rounding alone is more than half of the error of ``int8``. ``bench/results/quantized-error.csv``
+has what decided the groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+KINDS = ("int8", "int4", "fp8")
+LEVELS = {"int8": 255, "int4": 15}
+LARGEST = 65504.0  # of float16
+
+
+class Codes(NamedTuple, Generic[T]):
+    """What is kept of a tensor ``[B, H, N, D]``: tensors, or their nodes. Plain numbers are ``data`` alone.
+
+    ``data`` is uint8 ``[B, H, N, D]``; of ``int4`` ``[B, H, N, D / 2]``, with channel ``c`` in the lower half of a byte and
+    ``c + D / 2`` in the upper one; of ``fp8`` the bits of float8_e4m3fn, as torch copies no fp8 by index. ``scale`` and
+    ``offset`` are float16, one for each group; ``fp8`` has no ``offset``.
+    """
+
+    data: T
+    scale: T | None = None
+    offset: T | None = None
+
+    def used(self) -> list[T]:
+        """Those that there are."""
+        return [part for part in self if part is not None]
+
+
+@dataclass(frozen=True)
+class Format:
+    """``kind`` is one of ``KINDS``, or empty for numbers as they come; ``tokens`` x ``channels`` share a scale (0: all)."""
+
+    kind: str = ""
+    tokens: int = 1
+    channels: int = 0
+
+    def to_text(self) -> str:
+        """As a graph carries it."""
+        return f"{self.kind}/{self.tokens}/{self.channels}"
+
+    @staticmethod
+    def from_text(text: str) -> Format:
+        """Read ``to_text`` back."""
+        kind, tokens, channels = text.split("/")
+        return Format(kind, int(tokens), int(channels))
+
+    @property
+    def count(self) -> int:
+        """How many parts there are."""
+        return {"": 1, "fp8": 2}.get(self.kind, 3)
+
+    def block(self, dim: int) -> tuple[int, int, int, int]:
+        """The sizes of a group, as torchao wants them."""
+        return 1, 1, self.tokens, self.channels or dim
+
+    def parts(self, heads: int, slots: int, dim: int, dtype: torch.dtype) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape, less the batch, and dtype of each part; ``dtype`` is that of plain numbers."""
+        _, _, tokens, channels = self.block(dim)
+        yield (heads, slots, dim // 2 if self.kind == "int4" else dim), torch.uint8 if self.kind else dtype
+        for _ in range(self.count - 1):
+            yield (heads, slots // tokens, dim // channels), torch.float16
+
+
+def quantize(x: Tensor, valid: Tensor | None, form: Format) -> Codes[Tensor]:
+    """The codes of ``x`` ``[B, H, N, D]``, N in whole groups; tokens that are not ``valid`` ``[B | 1, N]`` have no say."""
+    from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
+
+    if not form.kind:
+        return Codes(x)
+    x, block = x.float(), form.block(x.shape[3])
+    seen = None if valid is None else valid[:, None, :, None]
+    if form.kind == "fp8":
+        x = x if seen is None else torch.where(seen, x, 0)
+        scale, _ = choose_qparams_affine(x, MappingType.SYMMETRIC, block, torch.float8_e4m3fn, eps=2.0**-24)
+        scale = _rounded_up(scale).view(_per_group(x, block))
+        # torchao's `quantize_affine` rounds to whole steps first, which are for integers; what is left is a cast.
+        return Codes((x / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8), scale)
+    grouped = _grouped(x if seen is None else torch.where(seen, x, torch.inf), block)
+    least = grouped.amin(dim=(3, 5))
+    offset = torch.where(least == torch.inf, 0, least).clamp(-LARGEST, LARGEST).half()
+    above = x - _spread(offset.float(), block)
+    above = above if seen is None else torch.where(seen, above, 0)
+    levels = LEVELS[form.kind]
+    if max(block) > 1:
+        limits = {"quant_min": 0, "quant_max": levels, "eps": 2.0**-24}
+        scale, _ = choose_qparams_affine(above, MappingType.ASYMMETRIC, block, torch.uint8, **limits)
+    else:  # which torchao takes for one group in all
+        scale = (above / levels).clamp(min=2.0**-24)
+    scale = _rounded_up(scale).view(offset.shape)
+    none = torch.zeros_like(scale, dtype=torch.int32)  # what is below the offset is so by its rounding
+    data = quantize_affine(above, block, scale.float(), none, torch.uint8, 0, levels)
+    if form.kind == "int4":
+        low, high = data.chunk(2, dim=-1)
+        data = low | high << 4
+    return Codes(data, scale, offset)
+
+
+def dequantize(codes: Codes[Tensor], form: Format, dtype: torch.dtype) -> Tensor:
+    """The numbers ``[B, H, N, D]`` that ``codes`` stand for."""
+    from torchao.quantization.quant_primitives import dequantize_affine
+
+    if codes.scale is None:
+        return codes.data.to(dtype)
+    data, scale = codes.data, codes.scale.float()
+    if form.kind == "int4":
+        data = torch.cat([data & 15, data >> 4], dim=-1)
+    block = form.block(data.shape[3])
+    if codes.offset is None:
+        data = data.view(torch.float8_e4m3fn)
+        numbers: Tensor = dequantize_affine(data, block, scale, None, data.dtype, output_dtype=torch.float32)
+        return numbers.to(dtype)
+    none = torch.zeros_like(scale, dtype=torch.int32)
+    above = dequantize_affine(data, block, scale, none, torch.uint8, 0, LEVELS[form.kind], output_dtype=torch.float32)
+    spread: Tensor = above + _spread(codes.offset.float(), block)
+    return spread.to(dtype)
+
+
+def _rounded_up(scale: Tensor) -> Tensor:
+    """In float16, and not far less than it is, as tiny ones would be: the largest number of a group has to have a code."""
+    scale = scale.clamp(max=LARGEST)
+    near = scale.half()
+    return torch.where(near.float() < scale * (1 - 2**-10), (near.view(torch.int16) + 1).view(torch.float16), near)
+
+
+def _per_group(x: Tensor, block: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size // of for size, of in zip(x.shape, block, strict=True))
+
+
+def _grouped(x: Tensor, block: tuple[int, ...]) -> Tensor:
+    """``[B, H, groups of tokens, tokens, groups of channels, channels]``."""
+    grouped: Tensor = x.unflatten(3, (-1, block[3])).unflatten(2, (-1, block[2]))
+    return grouped
+
+
+def _spread(x: Tensor, block: tuple[int, ...]) -> Tensor:
+    """A number for each group, at each of its places."""
+    return x.repeat_interleave(block[2], dim=2).repeat_interleave(block[3], dim=3)

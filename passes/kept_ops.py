@@ -1,0 +1,119 @@
+"""Attention of a decode step to what a cache keeps, by a kernel that reads it as it is: all heads of a layer in one launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import Node
+
+from sparse_compile.masks import Mask, causal, sink, sliding_window
+from sparse_compile.masks.past import visible_past
+from sparse_compile.passes.call import AttentionCall, Kept
+from sparse_compile.passes.formats import Codes, Format
+from sparse_compile.passes.graph import emit, hint_of
+from sparse_compile.passes.kernels import MOST_KV_HEADS
+from sparse_compile.passes.options import BLOCK
+
+
+@torch.library.custom_op("sparse_compile::attend_kept", mutates_args=())
+def attend_kept(
+    q: Tensor,
+    key_data: Tensor | None,
+    key_scale: Tensor | None,
+    key_offset: Tensor | None,
+    value_data: Tensor | None,
+    value_scale: Tensor | None,
+    value_offset: Tensor | None,
+    counts: Tensor | None,
+    table: Tensor | None,
+    columns: Tensor | None,
+    page_size: int,
+    usual: int,
+    kinds: str,
+    ring_keys: Tensor | None,
+    ring_values: Tensor | None,
+    ring_texts: Tensor | None,
+    text: Tensor | None,
+    sunk: int,
+    recent: int,
+    ring_heads: list[int],
+    scale: float,
+) -> Tensor:
+    """Attention of one query of each sequence, ``[B, Hq, 1, Dv]``; on CUDA only.
+
+    Most KV heads have pages: the ``Codes`` of keys and of values, of ``kinds`` with a slash between them; those listed are
+    read, or all up to column ``columns``, and ``usual`` is how many that usually are. ``ring_heads`` have a ring: keys and
+    values ``[B', H, slots, D]``, of which the first ``sunk`` tokens are seen and the last ``recent``, by the text positions
+    ``ring_texts`` ``[B, slots]`` of the slots and ``text`` ``[B, 1]`` of the query.
+
+    FlexAttention's decode kernel does the same of plain pages under any mask and score mod, and takes half as long again: its
+    splits are merged by two more kernels, which cannot start early.
+    """
+    from sparse_compile.passes import kept_attention as kernel
+
+    keys = values = ring = None
+    if key_data is not None and value_data is not None:
+        key_kind, value_kind = kinds.split("/")
+        keys = kernel.Kept(key_data, key_scale, key_offset, key_kind)
+        values = kernel.Kept(value_data, value_scale, value_offset, value_kind)
+    if ring_keys is not None and ring_values is not None and ring_texts is not None and text is not None:
+        ring = kernel.Ring(ring_keys, ring_values, ring_texts, text, sunk, recent)
+    rings = sum(1 << head for head in ring_heads)
+    sizes: dict[str, Any] = {"rings": rings, "page_size": page_size, "scale": scale, "usual": usual}
+    out: Tensor = kernel.attend_kept(q, keys, values, counts, table, columns, None, ring, **sizes)
+    return out
+
+
+@attend_kept.register_fake
+def _(q: Tensor, *operands: Any) -> Tensor:
+    value_data, ring_values, kinds = operands[3], operands[13], operands[11]
+    dim = ring_values.shape[3] if ring_values is not None else value_data.shape[3] * (2 if kinds.endswith("int4") else 1)
+    return q.new_empty(*q.shape[:3], dim)
+
+
+NO_PAGES: tuple[Any, ...] = (*[None] * 9, 1, 1, "/")
+NO_RING: tuple[Any, ...] = (*[None] * 4, 0, 0, [])
+
+
+def whole_window(mask: Mask, length: int) -> tuple[int, int] | None:
+    """Sink and window, if they are all that ``mask`` says beside causality."""
+    with unset_fake_temporarily(), torch.device("cpu"):
+        past = visible_past(mask, length)
+    if past is None or past.recent < 1:
+        return None
+    plain = causal & (sink(past.sink) | sliding_window(past.recent)) if past.sink else causal & sliding_window(past.recent)
+    return (past.sink, past.recent) if mask.implies(plain) and plain.implies(mask) else None
+
+
+def pages_of(call: AttentionCall, k: Node, v: Node, lists: list[Node], scale: float) -> tuple[Any, ...]:
+    """The operands, but the query, that read pages: those of ``lists``, counts and numbers, or all."""
+    kept = call.kept or Kept(Codes(k), Codes(v), (Format(), Format()))
+    page_size, usual = BLOCK, -(-hint_of(call.size("k", 2)) // BLOCK)
+    if call.scored is not None:
+        page_size, usual = call.scored.selecting.page_size, call.scored.selecting.budget
+    assert call.positions is not None
+    where = (*(lists or (None, None)), call.positions.q_shift, page_size, usual)
+    return (*kept.keys, *kept.values, *where, "/".join(form.kind for form in kept.forms), *NO_RING, scale)
+
+
+def ring_of(call: AttentionCall, k: Node, v: Node, scale: float) -> tuple[Any, ...]:
+    """The operands, but the query, that read a ring."""
+    ring = call.ring
+    assert ring is not None
+    return (*NO_PAGES, k, v, ring.texts, ring.text, ring.sink, ring.recent, list(range(call.kv_heads)), scale)
+
+
+def in_one_launch(call: AttentionCall, outs: list[Node]) -> None:
+    """Where pages and a ring of a call are read by our kernel, let one launch read both and write the heads in their order."""
+    ours = all(out.target is attend_kept._opoverload for out in outs)
+    rings = [piece.ring is not None for piece in call.pieces]
+    if call.joined is None or not ours or sorted(rings) != [False, True] or call.kv_heads > MOST_KV_HEADS:
+        return
+    pages, ring = (outs[rings.index(which)] for which in (False, True))
+    read = call.pieces[rings.index(True)].ring
+    assert read is not None
+    args = (call.q, *pages.args[1:13], *ring.args[13:19], list(read.heads), call.scale)
+    call.joined.replace_all_uses_with(emit(call.joined, attend_kept._opoverload, *args))

@@ -1,0 +1,90 @@
+"""Steps of a few numbers before the layers: on CUDA a kernel or two of Inductor each, instead of a launch for every operation.
+
+A decode step asks a mask for its classes of pages or its block tables once for all layers. Spelled out in launches of 1.2 us
+each, those of a model with pages and rings were 140: 0.17 of 5.9 ms (one H200, Llama-3-8B shape).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+T = TypeVar("T")
+_compiled: dict[Any, Callable[..., Any]] = {}
+
+# What is rounded to float16 stays rounded: what is stored is computed with again.
+OPTIONS = {"triton.cudagraphs": False, "emulate_precision_casts": True}
+
+
+def in_few_kernels(function: Callable[..., T], *args: Any) -> T:
+    """``function(*args)``, compiled for these numbers and shapes if integers are on CUDA; it may change arguments in place.
+
+    For the body of an op, which no compiler sees. Nothing is compiled while a CUDA graph is captured.
+    """
+    flat, spec = tree_flatten(args)
+    tensors = [x for x in flat if isinstance(x, Tensor)]
+    if not any(x.is_cuda and not x.is_floating_point() for x in tensors):
+        return function(*args)
+    key = _key(function, flat, spec)
+    if key not in _compiled and torch.cuda.is_current_stream_capturing():
+        return function(*args)
+    return run_compiled(function, *args)
+
+
+def run_compiled(function: Callable[..., T], *args: Any) -> T:
+    """``function(*args)``, compiled for these numbers and shapes; at least one tensor has integers."""
+    flat, spec = tree_flatten(args)
+    places = [place for place, x in enumerate(flat) if isinstance(x, Tensor)]
+    tensors = [flat[place] for place in places]
+    key = _key(function, flat, spec)
+    if key not in _compiled:
+        rest = [None if isinstance(x, Tensor) else x for x in flat]
+
+        def of_tensors(*tensors: Tensor) -> T:
+            whole = list(rest)
+            for place, x in zip(places, tensors, strict=True):
+                whole[place] = x
+            return function(*tree_unflatten(whole, spec))
+
+        _compiled[key] = _compile(of_tensors, tensors)
+    result: T = _compiled[key](*tensors)
+    return result
+
+
+def _key(function: Callable[..., Any], flat: list[Any], spec: TreeSpec) -> Any:
+    return function, str(spec), tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in flat)
+
+
+def _compile(function: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    from torch import _inductor
+
+    # Nothing may be left on the device: where a CUDA graph is about to be recorded, memory is that of the graph.
+    with torch.no_grad(), FakeTensorMode() as mode:
+        examples = [mode.from_tensor(x) for x in tensors]
+        traced = _counting_at_run_time(make_fx(function)(*examples))
+    compiled: Callable[..., Any] = _inductor.compile(traced, list[Any](examples), options=OPTIONS)
+    return compiled
+
+
+def _counting_at_run_time(gm: GraphModule) -> GraphModule:
+    """Every ``arange`` plus nothing: of one that it can see through Inductor makes 32-bit indices, and bounds are larger."""
+    given = next(node for node in gm.graph.nodes if node.op == "placeholder" and not node.meta["val"].is_floating_point())
+    for node in [n for n in gm.graph.nodes if getattr(n.target, "overloadpacket", None) is torch.ops.aten.arange]:
+        users = list(node.users)
+        with gm.graph.inserting_after(node):
+            one = gm.graph.call_function(torch.ops.aten.as_strided.default, (given, (), ()))
+        with gm.graph.inserting_after(one):
+            nothing = gm.graph.call_function(torch.ops.aten.bitwise_and.Scalar, (one, 0))
+        with gm.graph.inserting_after(nothing):
+            count = gm.graph.call_function(torch.ops.aten.add.Tensor, (node, nothing))
+        for user in users:
+            user.replace_input_with(node, count)
+    gm.recompile()
+    return gm

@@ -1,0 +1,67 @@
+"""Steps of a few numbers, compiled as on CUDA, say what they say when they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from sparse_compile.masks import causal, page_topk, sink, sliding_window
+from sparse_compile.passes import cache_ops, code_ops, page_tables, tables
+from sparse_compile.passes.formats import Codes, Format
+from sparse_compile.passes.small_steps import run_compiled
+
+CPU = torch.device("cpu")
+STATIC = sink(4) | sliding_window(100)
+
+
+def both(function: Callable[..., Any], *args: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """What ``function`` gives and leaves behind in its arguments, as it is and compiled."""
+    found = []
+    for run in (function, partial(run_compiled, function)):
+        mine = tree_map_only(Tensor, Tensor.clone, args)
+        found.append([x for x in tree_flatten((run(*mine), mine))[0] if isinstance(x, Tensor)])
+    assert len(found[0]) == len(found[1]) > 0
+    yield from zip(*found, strict=True)
+
+
+def assert_equal(a: Tensor, b: Tensor) -> None:
+    assert a.dtype == b.dtype
+    assert torch.equal(a, b)
+
+
+def test_positions_and_tables() -> None:
+    chosen, ring = causal & page_topk(256, every=4) & STATIC, torch.arange(2 * 64).view(2, 64) - 1
+    for at in (0, 5, 63, 700):  # compiled once
+        column = torch.tensor(at)
+        listed: tuple[Any, ...] = (1, 1024, 0, 0, column, [], 128, 128, 8, False, CPU)
+        for a, b in (
+            *both(page_tables._page_classes, chosen, 1, column, [], 64, 32, True),
+            *both(tables._block_tables, causal & STATIC, 1, *listed),
+            *both(cache_ops._ring_step, ring, ring + 1, 4, torch.full((2, 1), at), torch.tensor([[at], [-1]])),
+            *both(cache_ops._cache_tokens, 2, 1, column, torch.tensor([at, 3, 7]), None, []),
+        ):
+            assert_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_a_token_in_fewer_bits(kind: str) -> None:
+    keys, values = (Format(kind), Format(kind)) if kind == "fp8" else (Format(kind, 16, 1), Format(kind, 1, 32))
+    for at in (0, 31, 255):
+        torch.manual_seed(at)
+        tails = [torch.randn(2, 3, 128, 32) for _ in range(2)]
+        parts = [[torch.zeros(2, *shape, dtype=d) for shape, d in f.parts(3, 256, 32, torch.float32)] for f in (keys, values)]
+        new = [torch.randn(1, 3, 1, 32) for _ in range(2)]
+        told = (torch.tensor(at), None, keys, values, 16, "minmax")
+        state = (*tails, *(Codes(*part) for part in parts), torch.zeros(2, 3, 16, 64))
+        for a, b in both(code_ops._append, *state, *new, *told):
+            if kind == "fp8" and a.dtype == torch.uint8:  # a division is a product with the reciprocal, once compiled
+                numbers = (x.view(torch.float8_e4m3fn).float() for x in (a, b))
+                torch.testing.assert_close(*numbers, rtol=1 / 8, atol=2**-9)
+            else:
+                assert_equal(a, b)
