@@ -36,8 +36,8 @@ def with_table(text: str, folder: Path = RESULTS) -> str:
 
 def markdown(folder: Path) -> str:
     """The figures worth a line in the README."""
-    names = ("model", "cache", "select-attention", "select-model", "select-prefill", "quantized-attention")
-    rows = [row for name in names for row in read(folder, name) if _is_headline(row)]
+    names = ("model", "cache", "select-attention", "select-model", "quantized-attention")
+    rows = [row for name in names for row in read(folder, name) if _is_headline(name, row)]
     lines = ["| what | keys | kernel | ms | against | ratio | of the bound |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         share = f"{float(row['share']):.0%}" if row["share"] else ""
@@ -57,14 +57,14 @@ LONGEST = "1000000"  # context of a Llama-3-8B over a cache
 DROPPED = ("prefill, eager", "prefill, all streaming", "decode step, all streaming, batch 1")
 
 
-def _is_headline(row: dict[str, str]) -> bool:
-    if row["bench"] == "quantized-attention":
+def _is_headline(name: str, row: dict[str, str]) -> bool:
+    if name == "quantized-attention":
         return row["what"].split(", ")[1] in ("int8", "fp8") and "all keys" in row["what"]
-    if row["bench"] == "select-model":
-        return bool(row["baseline"]) and "dense, " not in row["what"]
+    if name == "select-model":
+        return bool(row["baseline"]) and "dense" not in row["what"]
     if "page_topk" in row["mask"]:
-        return "every" not in row["what"] and (row["bench"] != "select-prefill" or "16384" in row["what"])
-    if row["bench"] == "cache":
+        return "every" not in row["what"]
+    if name == "cache":
         return row["shape"] == "Llama-3-8B" and row["kv_len"] == LONGEST and "dense" not in row["what"]
     short = row["kv_len"] in ("8192", "16384")
     whole = row["shape"] == "Llama-3-8B"  # others are cut to a few layers
