@@ -55,13 +55,12 @@ class Ring(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """How work is cut: tiles of ``warps`` times ``tokens`` keys, ``programs`` on a processor, of so many ``registers``."""
+    """How work is cut: tiles of ``warps`` times ``tokens`` keys in so many ``stages``, ``programs`` on a multiprocessor."""
 
     warps: int
     tokens: int
     stages: int
     programs: int
-    registers: int | None = None
 
 
 def attend_kept(
@@ -92,10 +91,11 @@ def attend_kept(
         assert ring is not None
         keys, values = Kept(ring.keys), Kept(ring.values)
     assert paged + ringed <= MOST_HEADS and rings.bit_count() == ringed and q.shape[1] % (paged + ringed) == 0
+    assert paged == 0 or page_size % 16 == 0
     assert all(kept.data.is_contiguous() and kept.dim % PARTS[kept.kind] == 0 for kept in (keys, values))
     batch, wide, rows = q.shape[0], values.dim, q.shape[0] * (paged + ringed)
     rest = _rest(q, keys, values, q.shape[1] // (paged + ringed))
-    launch = _launch(q, keys, values, listed=table is not None, beside_ring=ring is not None)
+    launch = _launch(q, rest, listed=table is not None, beside_ring=ring is not None)
     both = {
         "PAGED": paged,
         "RINGED": ringed,
@@ -132,7 +132,6 @@ def attend_kept(
         STAGES=launch.stages,
         num_warps=launch.warps,
         **pdl,
-        **({"maxnreg": launch.registers} if rest["FAST"] and launch.registers else {}),
     )
     merge_splits[(batch * q.shape[1], triton.cdiv(wide, 32))](
         counts, columns, parts, out, rings, most, splits, slots, ring_share, **both, num_warps=4, **pdl
@@ -144,12 +143,15 @@ def _rest(q: Tensor, keys: Kept, values: Kept, group: int) -> dict[str, Any]:
     """What only the first kernel is compiled for.
 
     It computes the scores of all ``MEMBERS`` of a group at once; for each group of channels of values anew, ``REPEATS`` in all,
-    in rows that tensor cores would otherwise leave empty.
+    in rows that tensor cores would otherwise leave empty. From 64 rows on Hopper takes other products (``wgmma``), which lay
+    out keys otherwise than ``read_keys`` needs them.
     """
     groups = values.scale.shape[3] if values.scale is not None else 1
-    repeats = triton.next_power_of_2(groups)
+    repeats = int(triton.next_power_of_2(groups))
+    assert repeats <= 32
+    members = max(16 // repeats, min(int(triton.next_power_of_2(group)), 32 // repeats), 1)
     return {
-        "MEMBERS": max(16 // repeats, min(triton.next_power_of_2(group), max(1, 64 // repeats))),
+        "MEMBERS": members,
         "REPEATS": repeats,
         "DIM": q.shape[3],
         "KEYS": keys.kind,
@@ -159,7 +161,7 @@ def _rest(q: Tensor, keys: Kept, values: Kept, group: int) -> dict[str, Any]:
         "KEY_GROUP": keys.data.shape[2] // keys.scale.shape[2] if keys.scale is not None and keys.offset is not None else 0,
         "GROUPS": groups,
         "CHANNELS": _padded(keys, 16),
-        "OUTPUTS": _padded(values, 32),  # so that each warp has some of its own
+        "OUTPUTS": _padded(values, 2 * members * repeats),  # wider than high, or warps share rows and each reads all values
         "FAST": q.is_cuda and q.dtype != torch.float32,
     }
 
@@ -174,14 +176,22 @@ def _pointers(kept: Kept, pairs: bool) -> list[Tensor | None]:
     return [kept.data.view(torch.int16) if kept.kind else kept.data, *numbers]
 
 
-def _launch(q: Tensor, keys: Kept, values: Kept, *, listed: bool, beside_ring: bool) -> Launch:
-    """TUNING"""
-    kinds = {keys.kind, values.kind, "" if beside_ring else values.kind}
-    bits = max({"": 8 * q.element_size(), "int4": 4}.get(kind, 8) for kind in kinds)
-    size = max(_padded(keys, 16), _padded(values, 32)) * bits // 8
+def _launch(q: Tensor, rest: dict[str, Any], *, listed: bool, beside_ring: bool) -> Launch:
+    """The quickest found on an H200. Microseconds of both launches, with heads of 128 channels, a group of four to a KV head:
+
+    64 pages of 64 listed, 8 KV heads: bfloat16 9.5 with 2 stages and 3 programs, 9.8 with 3 and 2, 10.7 with 2 and 4; int8 9.0
+    with 2 and 2, 10.6 with 3 and 2. With 4 of the heads in a ring of 384 slots: 8.2. 32 KV heads without groups, 32 pages:
+    13.2. All of 131,072 keys: bfloat16 128, as SDPA takes; in tiles of 64 keys int8 85, fp8 76, int4 91. Tiles of 128 keys have
+    a fifth fewer instructions for each, and have been timed only together with what a cache does beside attention.
+    """
+    kinds = (rest["KEYS"], rest["VALUES"])
+    bits = max({"int4": 4, "": 16}.get(kind, 8) for kind in kinds)
+    if q.dtype == torch.float32 or beside_ring:
+        bits = 8 * q.element_size()
+    size = max(rest["CHANNELS"], rest["OUTPUTS"]) * bits // 8  # of a key; tiles have 16 KiB at most
     warps = min(4, max(1, 1024 // size))
-    if bits >= 16:
+    if kinds == ("", ""):
         return Launch(warps, 16, 2, 3) if listed else Launch(warps, 16, 3, 2)
-    if listed or size > 128:
+    if listed or size > 128 or rest["MEMBERS"] * rest["REPEATS"] > 16:
         return Launch(warps, 16, 2, 2)
     return Launch(warps, 32, 3, 2)

@@ -100,8 +100,9 @@ def check(
             table = torch.where(chosen, torch.arange(pages, device=device), pages).sort(-1).values.clamp(max=pages - 1).int()
             seen = seen & torch.cat([chosen, chosen[:1]]).squeeze(2).repeat_interleave(page, dim=2)
         seen = seen.contiguous()
-        exact = (x[:BATCH] for x in (exact_keys, exact_values, seen))
-        wanted[:, paged] = dense(by_head[:, paged].flatten(1, 2), *exact, scale).unflatten(1, (-1, group))
+        asked = by_head[:, paged].flatten(1, 2)
+        found = dense(asked, exact_keys[:BATCH], exact_values[:BATCH], seen[:BATCH], scale)
+        wanted[:, paged] = found.unflatten(1, (-1, group))
         keys, values = poison(keys, ~seen, groups[0]), poison(values, ~seen, 1)
     if rings:
         ring_keys, ring_values = (torch.randn(BATCH + 1, len(rings), slots, d, device=device).to(dtype) for d in dims)
@@ -109,8 +110,9 @@ def check(
         text = torch.tensor([[slots], [slots - 30]], device=device)
         seen = (at >= 0) & (at <= text) & ((at < 4) | (at > text - 60))
         seen = seen.unsqueeze(1).expand(BATCH, len(rings), slots)
-        given = (ring_keys[:BATCH].double(), ring_values[:BATCH].double(), seen)
-        wanted[:, list(rings)] = dense(by_head[:, list(rings)].flatten(1, 2), *given, scale).unflatten(1, (-1, group))
+        asked = by_head[:, list(rings)].flatten(1, 2)
+        found = dense(asked, ring_keys[:BATCH].double(), ring_values[:BATCH].double(), seen, scale)
+        wanted[:, list(rings)] = found.unflatten(1, (-1, group))
         for x in (ring_keys, ring_values):
             x[:BATCH].masked_fill_(~seen.unsqueeze(3), math.nan)
         ring = Ring(ring_keys, ring_values, at, text, 4, 60)
