@@ -181,8 +181,8 @@ def _launch(q: Tensor, rest: dict[str, Any], *, listed: bool, beside_ring: bool)
 
     64 pages of 64 listed, 8 KV heads: bfloat16 9.5 with 2 stages and 3 programs, 9.8 with 3 and 2, 10.7 with 2 and 4; int8 9.0
     with 2 and 2, 10.6 with 3 and 2. With 4 of the heads in a ring of 384 slots: 8.2. 32 KV heads without groups, 32 pages:
-    13.2. All of 131,072 keys: bfloat16 128, as SDPA takes; in tiles of 64 keys int8 85, fp8 76, int4 91. Tiles of 128 keys have
-    a fifth fewer instructions for each, and have been timed only together with what a cache does beside attention.
+    13.2. All of 131,072 keys: bfloat16 128, as SDPA takes; in tiles of 64 keys int8 85, fp8 76, int4 91. Tiles of 128, with a
+    fifth fewer instructions for each key, have been timed only together with what a cache does beside attention.
     """
     kinds = (rest["KEYS"], rest["VALUES"])
     bits = max({"int4": 4, "": 16}.get(kind, 8) for kind in kinds)

@@ -106,7 +106,8 @@ def _decode(code):
     return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256
 
 
-# PTX for two neighbouring units, four bytes. With 0x64 above it a byte is the float16 1024 + byte, with 0 it is byte * 2**-24.
+# PTX for two units, four bytes. With 0x64 above it a byte is the float16 1024 + byte, with 0 it is byte * 2**-24. Keys that are
+# PAIRED are made of two neighbouring units, which tensor cores (``mma``) want in one register: then scales need no shuffling.
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from sparse_compile.passes.options import BLOCK, FLASH_TILES
 SMALLEST_HEAD = 16  # of the Triton kernels
 SMALLEST_PAGE = 16  # keys of a block of theirs
 SMALLEST_GROUP = 8  # tokens that share a scale
+MOST_GROUPS = 32  # of channels that do, in a head
 MOST_KV_HEADS = 63  # that a launch tells apart
 LARGEST_HEAD = 256  # of the flash kernels, SDPA's and FLASH
 HALF = (torch.bfloat16, torch.float16)
@@ -223,6 +224,8 @@ def _not_codes(call: AttentionCall) -> str:
                 f"the kernel over pages reads codes of a head_dim that 4 divides and of groups of a power of two from "
                 f"{SMALLEST_GROUP} tokens on, not of {dim} and {tokens}"
             )
+        if tokens == 1 and form.channels and dim // form.channels > MOST_GROUPS:
+            return f"the kernel over pages reads at most {MOST_GROUPS} groups of values in a head, not {dim // form.channels}"
     return ""
 
 

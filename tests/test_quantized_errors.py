@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from cache_session import ones
 from models import GPT2
 from quantized_session import Session, Text, assert_codes_of_whole_text, bits, random_text
 from sparse_compile.cache.kv_format import ByLayer
+from sparse_compile.passes.formats import Format
+from sparse_compile.passes.kernels import _not_codes
 
 MIXED: ByLayer = [["int8", "int4"], ["fp8", "int8"]]
 
@@ -184,3 +187,19 @@ def test_groups_of_numbers_stay_right_in_the_head_of_one_that_is_none(which: str
     else:
         right[15] = False  # the channels of a token
     assert error(read[:, right], wanted[:, right]) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("forms", "dim", "reason"),
+    [
+        ((Format("int8", 32, 1), Format("int4", 1, 32)), 128, ""),
+        ((Format("int8", 4, 1), Format()), 128, "groups of a power of two from 8 tokens on, not of 128 and 4"),
+        ((Format("int4", 32, 1), Format()), 70, "a head_dim that 4 divides"),
+        ((Format(), Format("int8", 1, 2)), 128, "at most 32 groups of values in a head, not 64"),
+    ],
+)
+def test_codes_that_the_kernel_does_not_read_are_decoded(forms: tuple[Format, Format], dim: int, reason: str) -> None:
+    call: Any = SimpleNamespace(kept=SimpleNamespace(forms=forms), size=lambda which, axis: dim)
+    said = _not_codes(call)
+    assert reason in said
+    assert bool(reason) == bool(said)
