@@ -26,6 +26,14 @@ class Left:
     reason: str
 
 
+class Refused(Exception):
+    """A graph cannot run as asked. ``error`` is what its user should see when it runs: while compiling, torch would wrap it."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 @dataclass(frozen=True)
 class Scored:
     """Pages that a decode step of a cache chooses from. ``new`` are the token's key and value, their buffers, the column, the

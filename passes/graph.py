@@ -10,7 +10,8 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.node import map_aggregate
@@ -193,6 +194,20 @@ def _call(graph: Graph, function: Callable[[Any, Any], Any], a: Any, b: Any) -> 
     node = graph.call_function(function, (a, b))
     node.meta["example_value"] = function(value_of(a), value_of(b))
     return node
+
+
+def attach(gm: GraphModule, name: str, tensor: Tensor) -> None:
+    """Give the graph a tensor that is no input of the model, under a name that is free or holds this very tensor."""
+    if hasattr(gm, name):
+        return
+    if isinstance(tensor, nn.Parameter):
+        gm.register_parameter(name, tensor)
+    else:
+        gm.register_buffer(name, tensor)
+    # AOTAutograd asks for the source of every tensor it lifts; without one it refuses the graph.
+    sources = getattr(gm, "_param_name_to_source", None)
+    if sources is not None:
+        sources[name] = ConstantSource(name)
 
 
 def inline(node: Node, function: Callable[..., Any], *args: Any) -> Any:

@@ -26,14 +26,6 @@ from sparse_compile.passes.tables import Q_START
 Phase = Callable[[AttentionCall], str]
 
 
-class CacheRefused(Exception):
-    """A graph cannot use a cache. ``error`` is what its user should see when it runs."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
 @dataclass(frozen=True)
 class CacheUse:
     """What one run of a graph does to a cache, for its books on the host.

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.nn.functional import scaled_dot_product_attention
@@ -22,7 +21,7 @@ from sparse_compile.masks.serial import to_json
 from sparse_compile.passes.attention import FlexAttention, Spec
 from sparse_compile.passes.call import AttentionCall, Left
 from sparse_compile.passes.choices import Choices
-from sparse_compile.passes.graph import Order, emit_int, expr_of, fake_mode_of, hint_of, inline, op_name, value_of
+from sparse_compile.passes.graph import Order, attach, emit_int, expr_of, fake_mode_of, hint_of, inline, op_name, value_of
 from sparse_compile.passes.heads import join_heads, pick_heads
 from sparse_compile.passes.kept_ops import attend_kept, pages_of, ring_of
 from sparse_compile.passes.kernels import FLEX, Target, plain_form
@@ -299,12 +298,7 @@ class _Lowering:
 
     def _constant(self, name: str, tensor: Tensor) -> Node:
         """A tensor that a policy brings along, as a buffer of the graph."""
-        if not hasattr(self.gm, name):
-            self.gm.register_buffer(name, tensor.to(self.call.device))
-            # AOTAutograd asks for the source of every buffer it lifts; without one it refuses the graph.
-            sources = getattr(self.gm, "_param_name_to_source", None)
-            if sources is not None:
-                sources[name] = ConstantSource(name)
+        attach(self.gm, name, tensor.to(self.call.device))
         return self.graph.get_attr(name)
 
     def _submodule(self, prefix: str, module: torch.nn.Module) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
@@ -16,11 +16,11 @@ from sparse_compile.masks.budget import check_budget, check_pages
 from sparse_compile.masks.selectors import has_selector, selector_of
 from sparse_compile.passes.ancestry import is_self_attention
 from sparse_compile.passes.cache_ops import SparseCacheError
-from sparse_compile.passes.call import AttentionCall, Left, Phase, read_sdpa
+from sparse_compile.passes.call import AttentionCall, Left, Phase, Refused, read_sdpa
 from sparse_compile.passes.graph import Order, erase_dead, expr_of, hint_of, is_one, op_name
 from sparse_compile.passes.kept_ops import in_one_launch
 from sparse_compile.passes.kernels import Target
-from sparse_compile.passes.kv import CacheRefused, CacheUse, find_cache, keep
+from sparse_compile.passes.kv import CacheUse, find_cache, keep
 from sparse_compile.passes.lift import lift_call
 from sparse_compile.passes.lower import lower_call
 from sparse_compile.passes.options import BLOCK
@@ -141,15 +141,15 @@ def _check_selectors(call: AttentionCall, mask: Mask) -> None:
 def keep_in_cache(rewrite: Rewrite) -> int:
     """Cut calls over a ``SparseCache`` into one for each way its heads are kept, and write the new tokens there.
 
-    Raises ``CacheRefused`` if the cache is used by anything but attention that was read, or does not fit the model.
+    Raises ``Refused`` if the cache is used by anything but attention that was read, or does not fit the model.
     """
     try:
         rewrite.calls, rewrite.cache_uses = keep(rewrite.gm, rewrite.calls, rewrite.left, phase_of)
     except (SparseCacheError, ValueError) as error:
-        raise CacheRefused(error) from error
+        raise Refused(error) from error
     for call in rewrite.calls:
         if not call.pieces and call.policy is not None and has_selector(call.policy) and phase_of(call) == "decode":
-            raise CacheRefused(
+            raise Refused(
                 SparseCacheError(
                     f"decode steps choose among the pages of a SparseCache, and {call.module or call.node.name} under "
                     f"{call.policy} has none: pass past_key_values=SparseCache(config, policy, max_length=...), or give decode "
@@ -194,15 +194,9 @@ def remove_dead_code(rewrite: Rewrite) -> int:
     return erased
 
 
-PASSES: tuple[Callable[[Rewrite], int], ...] = (
-    unfuse,
-    read_attention,
-    lift_masks,
-    assign_policy,
-    keep_in_cache,
-    lower_attention,
-    remove_dead_code,
-)
+Pass = Callable[[Rewrite], int]
+UNDERSTAND: tuple[Pass, ...] = (unfuse, read_attention, lift_masks, assign_policy)
+REPLACE: tuple[Pass, ...] = (keep_in_cache, lower_attention, remove_dead_code)
 
 OPAQUE = {
     "multi_head_attention_forward": "nn.MultiheadAttention is asked for its attention weights, or is unbatched or extended",
@@ -214,9 +208,9 @@ OPAQUE = {
 }
 
 
-def run_passes(rewrite: Rewrite) -> Rewrite:
-    """Run all passes over the graph, in place."""
-    for run in PASSES:
+def run_passes(rewrite: Rewrite, between: Sequence[Pass] = ()) -> Rewrite:
+    """Run all passes over the graph, in place; those of ``between`` once calls are understood and before they are replaced."""
+    for run in (*UNDERSTAND, *between, *REPLACE):
         run(rewrite)
     return rewrite
 

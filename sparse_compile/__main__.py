@@ -1,4 +1,4 @@
-"""The command line: ``python -m sparse_compile demo`` and ``python -m sparse_compile explain CONFIG``."""
+"""The command line: ``python -m sparse_compile demo``, ``explain CONFIG`` and ``calibrate MODEL``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,30 @@ from sparse_compile.policy import Policy
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        if chosen.command == "demo":
+            from sparse_compile.demo import run_demo
+
+            run_demo(chosen.text, chosen.tokens, chosen.picture)
+        elif chosen.command == "calibrate":
+            from sparse_compile.calibration.command import run_calibrate
+
+            options = {key: value for key, value in vars(chosen).items() if key not in ("command", "model", "out")}
+            run_calibrate(chosen.model, chosen.out, **options)
+        else:
+            from sparse_compile.plan import explain_config
+
+            policy = Policy.load(chosen.policy) if chosen.policy else None
+            report = explain_config(chosen.config, policy, chosen.batch, chosen.tokens, chosen.device)
+            print(report.to_json() if chosen.json else report)
+    except (ImportError, OSError, ValueError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sparse_compile", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="a small Llama on real text: exact, then sparse, with the report")
@@ -25,22 +49,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--batch", type=int, default=1)
     plan.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="whose kernels to plan for (default: cpu)")
     plan.add_argument("--json", action="store_true", help="print the report as JSON")
-    chosen = parser.parse_args(arguments)
-    try:
-        if chosen.command == "demo":
-            from sparse_compile.demo import run_demo
-
-            run_demo(chosen.text, chosen.tokens, chosen.picture)
-        else:
-            from sparse_compile.plan import explain_config
-
-            policy = Policy.load(chosen.policy) if chosen.policy else None
-            report = explain_config(chosen.config, policy, chosen.batch, chosen.tokens, chosen.device)
-            print(report.to_json() if chosen.json else report)
-    except (ImportError, OSError, ValueError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 1
-    return 0
+    found = commands.add_parser("calibrate", help="which KV heads need everything: writes a profile")
+    found.add_argument("model", type=Path, help="a folder that save_pretrained wrote, or a config.json (random weights)")
+    found.add_argument(
+        "--method", choices=("gates", "echo"), default="gates", help="trained gates, or a pass over random tokens"
+    )
+    found.add_argument("--out", type=Path, default=Path("profile.json"), help="where the profile goes (default: profile.json)")
+    found.add_argument("--steps", type=int, default=2000, help="of training (default: 2000)")
+    found.add_argument("--longest", type=int, help="tokens of the longest text (default: the positions of the model)")
+    found.add_argument("--sink", type=int, default=128, help="first tokens that streaming heads see (default: 128)")
+    found.add_argument("--recent", type=int, default=256, help="last tokens that they see (default: 256)")
+    found.add_argument("--text", type=Path, help="where passkeys are hidden, if there is a tokenizer (default: our license)")
+    found.add_argument("--resume", type=Path, help="a file to go on from, if it exists, and to write every 100 steps")
+    found.add_argument("--seed", type=int, default=42)
+    found.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    return parser
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from sparse_compile.policy import Policy, as_policy
 from sparse_compile.report import Report
 
 if TYPE_CHECKING:  # the passes import sympy and Dynamo, which cost a second: not before something is compiled
-    from sparse_compile.passes.call import AttentionCall
-    from sparse_compile.passes.kv import CacheRefused, CacheUse
-    from sparse_compile.passes.pipeline import Rewrite
+    from sparse_compile.passes.call import AttentionCall, Refused
+    from sparse_compile.passes.kv import CacheUse
+    from sparse_compile.passes.pipeline import Pass, Rewrite
 
 INNER = ("inductor", "aot_eager", "cudagraphs", "tensorrt", "eager")
 KERNELS = ("auto", "autotune", "flash", "triton", "flex", "sdpa", "reference")
@@ -77,6 +77,8 @@ class Backend:
         self.inductor = dict(inductor or {})
         self._dry = False  # for ``explain``: plan for ``inner`` and run the dense reference
         self._device: str | None = None
+        self._between: tuple[Pass, ...] = ()  # passes that calibration adds
+        self._trains = False  # whether one of those brings something to train
         self._isolated = False  # Dynamo counts recompiles of this backend alone
         self._graphs: dict[tuple[int | None, int], int] = {}  # our number of each graph, by Dynamo's of its code and compile
         self.report = Report()
@@ -95,15 +97,15 @@ class Backend:
         options: Mapping[str, Any] | None = None,
     ) -> Callable[..., Any]:
         """Compile one graph; ``torch.compile`` calls this."""
+        from sparse_compile.passes.call import Refused
         from sparse_compile.passes.inner import check_mode, compile_inner
-        from sparse_compile.passes.kv import CacheRefused
 
         check_mode(mode)
         if options:
             return self._with(options)(gm, inputs, mode=mode)
         try:
             rewrite = self._rewrite(gm, inputs)
-        except CacheRefused as refused:
+        except Refused as refused:
             return _refusing(refused)
         self._record(rewrite)
         inner = "eager" if self._dry else self.inner
@@ -149,10 +151,10 @@ class Backend:
         from sparse_compile.passes.kv import reads_cache
         from sparse_compile.passes.pipeline import Rewrite, run_passes
 
-        gradients = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        gradients = torch.is_grad_enabled() and (self._trains or any(isinstance(x, Tensor) and x.requires_grad for x in inputs))
         gradients = gradients and not reads_cache(gm)
         target = Target(self.inner, self.kernel, gradients, self._device, capability())
-        rewrite = run_passes(Rewrite(gm, self._mask_for, target, self._dry))
+        rewrite = run_passes(Rewrite(gm, self._mask_for, target, self._dry), self._between)
         if not getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False):
             self._check_layers({call.layer for call in rewrite.calls})
         if self.policy is not None and self.policy.names_layers() and any(not call.module for call in rewrite.calls):
@@ -212,7 +214,7 @@ class Backend:
         warnings.warn(message, SparseCompileWarning, stacklevel=3)
 
 
-def _refusing(why: CacheRefused) -> Callable[..., Any]:
+def _refusing(why: Refused) -> Callable[..., Any]:
     """A graph that says why it cannot run. Raised while compiling, the error would reach the user as torch's."""
 
     def run(*args: Any) -> Any:
@@ -335,6 +337,13 @@ def explain(
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
         _watched(torch.compile(model, backend=chosen, **_isolate(chosen)), chosen)(*args, **kwargs)
     return chosen.report
+
+
+def with_passes(*between: Pass, trains: bool = False, inner: str = "inductor") -> Backend:
+    """A backend that runs passes of calibration over the calls it has understood; ``trains`` if they bring a leaf to train."""
+    chosen = Backend(inner=inner)
+    chosen._between, chosen._trains = between, trains
+    return chosen
 
 
 def planner(policy: Policy | Mask | None, model: nn.Module, device: str | None = None) -> Backend:

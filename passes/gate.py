@@ -1,0 +1,73 @@
+"""Let heads mix: ``gate * full + (1 - gate) * streaming`` in place of attention, with a gate for each KV head.
+
+The gates are leaves of autograd, which DuoAttention trains to find the heads that need everything (arXiv:2410.10819).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+from torch.fx import Node
+
+from sparse_compile.masks import Mask
+from sparse_compile.passes.call import AttentionCall, Refused
+from sparse_compile.passes.graph import attach
+from sparse_compile.passes.pipeline import Rewrite, phase_of
+
+
+class Mix(nn.Module):
+    """The mixture of two outputs ``[B, Hq, Q, Dv]`` by the gates of a layer."""
+
+    def __init__(self, group: int) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, everything: Tensor, streaming: Tensor, gates: Tensor) -> Tensor:
+        """``gates`` is ``[Hkv]``, and taken as between 0 and 1."""
+        share = gates.clamp(0, 1).repeat_interleave(self.group).view(1, -1, 1, 1)
+        return (share * everything + (1 - share) * streaming).to(everything.dtype)
+
+
+def mix_gates(rewrite: Rewrite, *, gates: Sequence[nn.Parameter], streaming: Mask) -> int:
+    """Cut every causal call of a layer into one that sees what it saw and one under ``streaming``, and mix them.
+
+    ``gates[layer]`` is ``[Hkv]``. Raises ``Refused`` for a layer or a number of heads that has no gates, and for a layer
+    that attends twice.
+    """
+    calls: list[AttentionCall] = []
+    layers: set[int] = set()
+    for call in rewrite.calls:
+        calls.append(call)
+        if phase_of(call) != "prefill":
+            continue
+        layer = call.layer
+        if layer is None or layer >= len(gates) or layer in layers or gates[layer].numel() != call.kv_heads:
+            have = [gate.numel() for gate in gates]
+            raise Refused(
+                ValueError(
+                    f"{call.module or call.node.name} has {call.kv_heads} KV heads, and gates are {have} by layer, one causal "
+                    "attention each: gates are trained for decoders whose modules are numbered by layer"
+                )
+            )
+        layers.add(layer)
+        calls.append(_mixed(rewrite, call, gates[layer], streaming))
+    rewrite.calls = calls
+    return len(layers)
+
+
+def _mixed(rewrite: Rewrite, call: AttentionCall, gates: nn.Parameter, streaming: Mask) -> AttentionCall:
+    """Put the mixture where the output of ``call`` was; returns the call that streams."""
+    graph, node = rewrite.gm.graph, call.node
+    rewrite.gm.add_submodule(f"sparse_mix_{call.layer}", Mix(call.heads // call.kv_heads))
+    attach(rewrite.gm, f"sparse_gates_{call.layer}", gates)
+    with graph.inserting_after(node):
+        twin: Node = graph.node_copy(node)
+    with graph.inserting_after(twin):
+        read = graph.get_attr(f"sparse_gates_{call.layer}")
+    with graph.inserting_after(read):
+        mixed = graph.call_module(f"sparse_mix_{call.layer}", (node, twin, read))
+    mixed.meta = dict(node.meta)
+    node.replace_all_uses_with(mixed, delete_user_cb=lambda user: user is not mixed)
+    return replace(call, node=twin, policy=streaming)

@@ -1,0 +1,86 @@
+"""``python -m sparse_compile calibrate``: a model or a config in, a profile out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_compile.calibration.gates import STEPS, train_gates
+from sparse_compile.calibration.observing import echo_profile
+from sparse_compile.calibration.passkeys import Passkeys
+from sparse_compile.profile import Profile
+
+METHODS = ("gates", "echo")
+
+
+def run_calibrate(
+    source: Path,
+    out: Path,
+    *,
+    method: str,
+    steps: int = STEPS,
+    longest: int | None = None,
+    sink: int = 128,
+    recent: int = 256,
+    text: Path | None = None,
+    resume: Path | None = None,
+    seed: int = 42,
+    device: str = "cpu",
+) -> Profile:
+    """Calibrate the causal language model of ``source`` and write its profile to ``out``.
+
+    ``source`` is a folder that ``save_pretrained`` wrote, or a ``config.json`` or its folder, whose weights are then random.
+    Passkeys are words in ``text`` if the folder has a tokenizer, else random tokens. Raises ``ValueError`` and ``OSError`` for
+    what is neither, and ``ImportError`` without transformers.
+    """
+    model, tokenizer = load(source, device)
+    inner = "inductor" if device == "cuda" else "eager"
+    if method == "echo":
+        profile = echo_profile(model, seed=seed, inner=inner)
+    else:
+        positions = int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 32000))
+        longest = longest or min(32000, positions)
+        data = passkeys(model, tokenizer, text, longest, seed)
+        profile = train_gates(model, data, steps=steps, sink=sink, recent=recent, resume=resume, inner=inner)
+    profile.save(out)
+    print(f"{out}: scores of {len(profile.scores)} layers x {len(profile.scores[0])} KV heads by {method}", file=sys.stderr)
+    return profile
+
+
+def load(source: Path, device: str) -> tuple[Any, Any]:
+    """The model, and its tokenizer or None."""
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    except ImportError as missing:
+        raise ImportError("calibrate needs transformers: pip install 'sparse-compile[hf]'") from missing
+    if not source.exists():
+        raise ValueError(f"calibrate needs a model folder or a config.json, and there is none at {source}")
+    folder: Any = source if source.is_dir() else source.parent
+    has_weights = source.is_dir() and any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
+    factory: Any = AutoModelForCausalLM
+    if has_weights:
+        model = factory.from_pretrained(folder)
+    else:
+        print(f"{source} has no weights: they are random, and so is what heads need", file=sys.stderr)
+        torch.manual_seed(0)
+        model = factory.from_config(AutoConfig.from_pretrained(source))
+    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    names: Any = AutoTokenizer
+    return model.eval().to(device), names.from_pretrained(folder) if has_tokenizer else None
+
+
+def passkeys(model: Any, tokenizer: Any, text: Path | None, longest: int, seed: int) -> Passkeys:
+    """Data whose sizes fit texts of ``longest`` tokens: what is told and asked takes half of the shortest at most."""
+    sizes: dict[str, Any] = {"longest": longest, "shortest": min(longest, max(1000, longest // 32)), "seed": seed}
+    if tokenizer is not None:
+        from sparse_compile.demo import find_license
+
+        content = (text or find_license()).read_text(encoding="utf-8", errors="replace")
+        return Passkeys.of_text(tokenizer, content, **sizes)
+    if text is not None:
+        raise ValueError(f"--text {text} is read by a tokenizer, and the model has none beside it: leave --text out")
+    vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+    return Passkeys.of_tokens(vocabulary, count=min(10, max(1, sizes["shortest"] // 100)), **sizes)

@@ -1,0 +1,161 @@
+"""Train a gate for each KV head: how much of full attention its answers need (DuoAttention, arXiv:2410.10819)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sparse_compile.calibration.hidden import Hidden, compiled_hidden, frozen, last_hidden, sizes_of
+from sparse_compile.dynamo import Backend, with_passes
+from sparse_compile.masks import causal, sliding_window
+from sparse_compile.masks import sink as first_tokens
+from sparse_compile.profile import Profile, signature
+
+Batches = Callable[[int], tuple[Tensor, Tensor]]  # of a step: tokens [B, N], and which of them are asked, bool [B, N]
+STEPS, RATE, PENALTY = 2000, 0.02, 0.05  # as published
+SAVED = 100  # steps between two checkpoints
+
+
+def train_gates(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    steps: int = STEPS,
+    sink: int = 128,
+    recent: int = 256,
+    rate: float = RATE,
+    penalty: float = PENALTY,
+    resume: str | Path | None = None,
+    inner: str = "inductor",
+    progress: bool = True,
+    hidden: Hidden = last_hidden,
+) -> Profile:
+    """Gates as a profile: the higher, the more a KV head's answers need keys beyond a sink and a window.
+
+    Heads compute ``a * full + (1 - a) * streaming``. Only the gates ``a`` are trained, from 1 on, towards a small squared error
+    of the last hidden states of asked tokens and a small mean: the loss is that error, mean over channels and asked tokens,
+    plus ``penalty`` times the mean gate. AdamW without decay; the rate rises for a fifth of the steps and falls in the
+    last fifth.
+
+    ``batches(step)`` gives tokens ``[B, N]`` and which are asked, bool ``[B, N]``, the same whenever it is called for a step:
+    ``Passkeys`` for any model. ``resume`` is a file: training goes on from there if it exists, and writes it as it goes.
+    ``hidden`` gets what is compared, ``[B, N, *]``, for models that are not of transformers.
+
+        >>> tokens, asked = torch.randint(64, (2, 48)), torch.arange(48).expand(2, 48) >= 40
+        >>> profile = train_gates(model, lambda step: (tokens, asked), steps=2, sink=2, recent=8, inner="eager", progress=False)
+        >>> profile.method, len(profile.scores)
+        ('gates', 2)
+
+    Raises ``ValueError`` for a model without config or causal layers, batches of other shapes, and a file of another run.
+    """
+    config = sizes_of(model)
+    found = signature(config)
+    device = next(model.parameters()).device
+    gates = [nn.Parameter(torch.ones(found["kv_heads"], device=device)) for _ in range(found["layers"])]
+    optimizer = torch.optim.AdamW(gates, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_at, steps=steps))
+    settings = {"steps": steps, "sink": sink, "recent": recent, "rate": rate, "penalty": penalty}
+    state = _State(gates, optimizer, schedule, settings, Path(resume) if resume is not None else None)
+    start = state.load()
+    streaming = causal & (first_tokens(sink) | sliding_window(recent))
+    with frozen(model), torch.enable_grad():
+        teacher = compiled_hidden(model, hidden, Backend(inner=inner))
+        mixing = with_passes(_mixing(gates, streaming), trains=True, inner=inner)
+        student = compiled_hidden(model, hidden, mixing)
+        loss = torch.zeros(())
+        bar = tqdm(range(start, steps), initial=start, total=steps, disable=not progress, unit="step")
+        for step in bar:
+            tokens, asked = _checked(*batches(step), device)
+            with torch.no_grad():
+                wanted = teacher(tokens)[asked]
+            error = (student(tokens)[asked].float() - wanted.float()).square().mean(dim=-1).mean()
+            mean = torch.stack(list(gates)).clamp(0, 1).mean()
+            loss = error + penalty * mean
+            optimizer.zero_grad()
+            loss.backward()
+            _check_reached(gates)
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                for gate in gates:
+                    gate.clamp_(0, 1)
+            if progress and step % 10 == 0:
+                bar.set_postfix(loss=f"{float(error):.4g}", gate=f"{float(mean):.3f}")
+            if (step + 1) % SAVED == 0 or step + 1 == steps:
+                state.save(step + 1)
+    numbers = settings | {"loss": float(loss)}
+    return Profile(torch.stack(list(gates)).tolist(), method="gates", model=found, numbers=numbers)
+
+
+def rate_at(step: int, *, steps: int) -> float:
+    """The factor of the learning rate: up over a fifth of the steps, flat, and down over the last fifth, a tenth at least."""
+    return min(1.0, max((step + 1) / (steps / 5), 0.1), max((steps - step) / (steps / 5), 0.1))
+
+
+def _mixing(gates: list[nn.Parameter], streaming: Any) -> Callable[[Any], int]:
+    from sparse_compile.passes.gate import mix_gates
+
+    return partial(mix_gates, gates=gates, streaming=streaming)
+
+
+def _checked(tokens: Tensor, asked: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    if tokens.dim() != 2 or asked.shape != tokens.shape or asked.dtype != torch.bool or not bool(asked.any()):
+        raise ValueError(
+            f"a batch is tokens [B, N] and which of them are asked, bool [B, N] and some true; got {list(tokens.shape)} and "
+            f"{asked.dtype} {list(asked.shape)} with {int(asked.sum())} true"
+        )
+    return tokens.to(device), asked.to(device)
+
+
+def _check_reached(gates: list[nn.Parameter]) -> None:
+    missing = [layer for layer, gate in enumerate(gates) if gate.grad is None]
+    if missing:
+        raise ValueError(f"layers {missing} have no causal attention that was understood: ask explain(model, ...) why")
+
+
+class _State:
+    """What a file needs to hold for training to go on."""
+
+    def __init__(
+        self,
+        gates: list[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        settings: Mapping[str, Any],
+        path: Path | None,
+    ) -> None:
+        self.gates, self.optimizer, self.schedule, self.settings, self.path = gates, optimizer, schedule, settings, path
+
+    def load(self) -> int:
+        """The step to go on with."""
+        if self.path is None or not self.path.exists():
+            return 0
+        found = torch.load(self.path, weights_only=True)
+        shapes = [list(gate.shape) for gate in found["gates"]]
+        if found["settings"] != dict(self.settings) or shapes != [list(gate.shape) for gate in self.gates]:
+            raise ValueError(
+                f"{self.path} is of a run with {found['settings']} over gates {shapes}, and this one has {self.settings}: give "
+                "it another file, or remove that one"
+            )
+        with torch.no_grad():
+            for gate, old in zip(self.gates, found["gates"], strict=True):
+                gate.copy_(old)
+        self.optimizer.load_state_dict(found["optimizer"])
+        self.schedule.load_state_dict(found["schedule"])
+        return int(found["step"])
+
+    def save(self, step: int) -> None:
+        """Write the file anew, whole or not at all."""
+        if self.path is None:
+            return
+        content = {"step": step, "settings": dict(self.settings), "gates": [gate.detach().cpu() for gate in self.gates]}
+        content |= {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        new = self.path.with_name(self.path.name + ".new")
+        torch.save(content, new)
+        new.replace(self.path)

@@ -1,0 +1,66 @@
+"""The last hidden states of a model, which calibration runs: what comes before the matrix of the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_compile.dynamo import Backend
+
+Hidden = Callable[[nn.Module, Tensor], Tensor]
+
+
+def last_hidden(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Of a transformers decoder, ``[B, N, hidden]``, without a cache."""
+    find = getattr(model, "get_decoder", None)
+    decoder: Any = find() if find is not None else getattr(model, "base_model", model)
+    hidden: Tensor = decoder(input_ids=tokens, use_cache=False).last_hidden_state
+    return hidden
+
+
+def compiled_hidden(model: nn.Module, hidden: Hidden, backend: Backend) -> Callable[[Tensor], Tensor]:
+    """``hidden(model, tokens)`` by ``backend``; raises ``ValueError`` if an attention call was not understood."""
+
+    def run(tokens: Tensor) -> Tensor:
+        return hidden(model, tokens)
+
+    # Dynamo counts recompiles per code object: one of its own keeps a calibration from using up those of the next.
+    own = FunctionType(run.__code__.replace(), run.__globals__, "hidden", None, run.__closure__)
+    compiled: Callable[[Tensor], Tensor] = torch.compile(own, backend=backend)
+
+    def checked(tokens: Tensor) -> Tensor:
+        out = compiled(tokens)
+        left = [f"{site.module}: {site.reason}" for site in backend.report.sites if site.action == "left"]
+        if left:
+            raise ValueError(f"{len(left)} attention calls were not understood, nor are their heads: {'; '.join(left)}")
+        return out
+
+    return checked
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in evaluation and has no weights to train; afterwards it is as it was."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for weight in trained:
+            weight.requires_grad_(True)
+
+
+def sizes_of(model: nn.Module) -> Any:
+    """The text config of a transformers model. Raises ``ValueError`` for a model without one."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        raise ValueError("calibration needs model.config, from which layers and KV heads are read: give a transformers model")
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config

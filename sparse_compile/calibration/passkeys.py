@@ -1,0 +1,114 @@
+"""Long texts in which passkeys are hidden, all of them asked at the end: what DuoAttention trains its gates on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WORDS = (
+    "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa quebec romeo sierra "
+    "tango uniform victor whiskey xray yankee zulu"
+).split()
+ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
+LENGTHS = 50  # from the shortest to the longest
+
+
+@dataclass(frozen=True, eq=False)
+class Passkeys:
+    """``passkeys(step)``: a text ``[1, N]``, and which of its tokens are asked: the questions and answers at its end.
+
+    A text is a piece of ``haystack``, with each passkey of ``size`` words announced somewhere between 5 % and 95 % of it, and
+    all of them asked in order behind it. Lengths go from ``shortest`` to ``longest`` in fifty steps, one at random for each
+    text. The same step of the same ``seed`` is the same text.
+
+        >>> data = Passkeys.of_tokens(64, longest=192, shortest=96, count=2, size=4)
+        >>> tokens, asked = data(0)
+        >>> tokens.shape == asked.shape, int(asked.sum())
+        (True, 10)
+
+    Raises ``ValueError`` where the shortest text has no room for what it asks.
+    """
+
+    haystack: Tensor  # [tokens]
+    words: Sequence[Tensor]
+    announcing: Sequence[Tensor]  # what stands before each passkey in the haystack
+    asking: Sequence[Tensor]  # and what stands before it at the end
+    opening: Tensor  # what every text begins with
+    size: int
+    shortest: int
+    longest: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        longest_word = max(word.numel() for word in self.words)
+        told = self.opening.numel() + sum(
+            2 * self.size * longest_word + a.numel() + b.numel() for a, b in zip(self.announcing, self.asking, strict=True)
+        )
+        if not told < self.shortest <= self.longest:
+            raise ValueError(
+                f"texts of {self.shortest} to {self.longest} tokens need room for {len(self.asking)} passkeys told and asked, "
+                f"{told} tokens, and more: give a longer shortest, fewer passkeys or shorter ones"
+            )
+
+    @staticmethod
+    def of_text(
+        tokenizer: Any,
+        text: str,
+        *,
+        longest: int = 32000,
+        shortest: int = 1000,
+        count: int = 10,
+        size: int = 32,
+        seed: int = 42,
+    ) -> Passkeys:
+        """In words, for a transformers tokenizer; ``text`` is what they are hidden in, repeated if it is short."""
+
+        def encode(piece: str) -> Tensor:
+            return torch.tensor(tokenizer.encode(piece, add_special_tokens=False), dtype=torch.int64)
+
+        return Passkeys(
+            encode(text),
+            [encode(f" {word}") for word in WORDS],
+            [encode(f"\nRemember this, the {name} passkey is:") for name in ORDINALS[:count]],
+            [encode(f"\nWhat is the {name} passkey? It is:") for name in ORDINALS[:count]],
+            torch.tensor([token for token in (tokenizer.bos_token_id,) if token is not None], dtype=torch.int64),
+            *(size, shortest, longest, seed),
+        )
+
+    @staticmethod
+    def of_tokens(
+        vocabulary: int, *, longest: int = 32000, shortest: int = 1000, count: int = 10, size: int = 32, seed: int = 42
+    ) -> Passkeys:
+        """In random tokens, for a model without a tokenizer: each passkey follows a token of its own, told and asked."""
+        if vocabulary < 2 * count + 2:
+            raise ValueError(f"{count} passkeys need {2 * count + 2} tokens, and the vocabulary has {vocabulary}: hide fewer")
+        rng = torch.Generator().manual_seed(seed)
+        marks, rest = torch.randperm(vocabulary, generator=rng).split((count, vocabulary - count))
+        haystack = rest[torch.randint(len(rest), (2 * longest,), generator=rng)]
+        words, marked = list(rest.unsqueeze(1)), list(marks.unsqueeze(1))
+        return Passkeys(haystack, words, marked, marked, haystack[:0], size, shortest, longest, seed)
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """The text of a step, int64 ``[1, N]``, and what is asked, bool ``[1, N]``."""
+        rng = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+
+        def pick(count: int, size: int = 1) -> list[int]:
+            return torch.randint(count, (size,), generator=rng).tolist()
+
+        length = self.shortest + (self.longest - self.shortest) * pick(LENGTHS)[0] // (LENGTHS - 1)
+        keys = [torch.cat([self.words[at] for at in pick(len(self.words), self.size)]) for _ in self.asking]
+        told = [torch.cat(pair) for pair in zip(self.announcing, keys, strict=True)]
+        tail = torch.cat([part for pair in zip(self.asking, keys, strict=True) for part in pair])
+        room = length - self.opening.numel() - tail.numel() - sum(part.numel() for part in told)
+        start = pick(max(1, len(self.haystack) - room))[0]
+        hay = self.haystack[(start + torch.arange(room)) % len(self.haystack)]
+        places = (0.05 + 0.9 * torch.rand(len(told), generator=rng)).mul(room).long().sort().values
+        shuffled = [told[at] for at in torch.randperm(len(told), generator=rng).tolist()]
+        pieces = hay.tensor_split(places)
+        context = [part for pair in zip(pieces[:-1], shuffled, strict=True) for part in pair]
+        tokens = torch.cat([self.opening, *context, pieces[-1], tail]).unsqueeze(0)
+        return tokens, (torch.arange(length) >= length - tail.numel()).unsqueeze(0)
