@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import pytest
@@ -23,9 +22,10 @@ STATIC = sink(4) | sliding_window(100)
 def both(function: Callable[..., Any], *args: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """What ``function`` gives and leaves behind in its arguments, as it is and compiled."""
     found = []
-    for run in (function, partial(run_compiled, function)):
+    for compiled in (False, True):
         mine = tree_map_only(Tensor, Tensor.clone, args)
-        found.append([x for x in tree_flatten((run(*mine), mine))[0] if isinstance(x, Tensor)])
+        result = run_compiled(function, *tree_flatten(mine)) if compiled else function(*mine)
+        found.append([x for x in tree_flatten((result, mine))[0] if isinstance(x, Tensor)])
     assert len(found[0]) == len(found[1]) > 0
     yield from zip(*found, strict=True)
 
