@@ -163,11 +163,7 @@ def run_cache_attention(*, smoke: bool = False) -> list[Row]:
 
 
 def _attention(shape: Shape, every: int, length: int) -> Row:
-    config = LlamaConfig(
-        hidden_size=shape.heads * shape.head_dim, num_hidden_layers=LAYERS, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-    )  # fmt: skip
-    case = Case(str(shape), config, every, (length,), dense=length)
+    case = Case(str(shape), _config(shape, LAYERS), every, (length,), dense=length)
     forget()
     layers = [operands(shape, 1, length) for _ in range(LAYERS)]
 
@@ -200,6 +196,37 @@ def _attention(shape: Shape, every: int, length: int) -> Row:
         kv_gib=case.cache(case.mask, length, "meta").nbytes / LAYERS / GIB,
         note=f"{LAYERS} layers in a CUDA graph, appending included, graphs {graphs(backend)}",
     )
+
+
+def last_steps(
+    shape: Shape, mask: Mask | None, length: int, *, layers: int, steps: int, room: int, kv: Any = None
+) -> tuple[Timing, Any, sc.Backend]:
+    """Attention alone of the last ``steps`` of a context, appending included: the time of a layer in a step, and with what.
+
+    The cache is full of random numbers and has room for ``room`` tokens more.
+    """
+    forget()
+    new = [operands(shape, 1, 2) for _ in range(layers)]
+    new = [(q, k[:, :, :1].contiguous(), v[:, :, :1].contiguous()) for q, k, v in new]
+    cache = sc.SparseCache(_config(shape, layers), mask, max_length=length + room, dtype=DTYPE, device=DEVICE, kv=kv)
+    randomize(cache)
+    run, backend = compiled(attend_layers, mask)
+
+    def attend() -> None:
+        fill(cache, length - steps)
+        for _ in range(steps):
+            run(new, cache)
+
+    with torch.no_grad():
+        timing = measure(in_graph(attend, times=1) if CUDA else attend).per(layers * steps)
+    return timing, cache, backend
+
+
+def _config(shape: Shape, layers: int) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=shape.heads * shape.head_dim, num_hidden_layers=layers, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+    )  # fmt: skip
 
 
 def attend_layers(layers: list[tuple[Tensor, Tensor, Tensor]], cache: Any) -> list[Tensor]:

@@ -8,14 +8,14 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, QuantizedCache
+from transformers import QuantizedCache
 
 import sparse_compile as sc
-from bench.cache import attend_layers, decode_steps, run_steps
-from bench.filled import GIB, GQA, TINY_HALF, Case, digest_bytes, fill, forget, graphs, randomize, row, weights
+from bench.cache import decode_steps, last_steps, run_steps
+from bench.filled import GIB, GQA, TINY_HALF, Case, digest_bytes, forget, graphs, row, weights
 from bench.model import LLAMA3_8B, STEPS, TINY, build, kernels_of
-from bench.shapes import DTYPE, LLAMA3, SMALL, Shape, compiled, operands
-from bench.timing import CUDA, DEVICE, Row, Timing, bandwidth, in_graph, measure
+from bench.shapes import DTYPE, LLAMA3, SMALL, Shape
+from bench.timing import DEVICE, Row, Timing, bandwidth, measure
 from sparse_compile.masks import Mask, causal, page_topk
 
 LAYERS = 8  # of attention alone: what does not fit into any cache
@@ -41,24 +41,7 @@ def run_quantized_attention(*, smoke: bool = False) -> list[Row]:
 
 def _attention(shape: Shape, length: int, mask: Mask | None, kv: Any) -> tuple[Timing, Any]:
     """The time of one layer, and what makes a row of it."""
-    config = LlamaConfig(
-        hidden_size=shape.heads * shape.head_dim, num_hidden_layers=LAYERS, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-    )  # fmt: skip
-    forget()
-    new = [operands(shape, 1, 2) for _ in range(LAYERS)]
-    new = [(q, k[:, :, :1].contiguous(), v[:, :, :1].contiguous()) for q, k, v in new]
-    cache = sc.SparseCache(config, mask, max_length=length + 64, dtype=DTYPE, device=DEVICE, kv=kv)
-    randomize(cache)
-    run, backend = compiled(attend_layers, mask)
-
-    def last_steps() -> None:
-        fill(cache, length - STEPS)
-        for _ in range(STEPS):
-            run(new, cache)
-
-    with torch.no_grad():
-        timing = measure(in_graph(last_steps, times=1) if CUDA else last_steps).per(LAYERS * STEPS)
+    timing, cache, backend = last_steps(shape, mask, length, layers=LAYERS, steps=STEPS, room=64, kv=kv)
     density = 1.0 if mask is None else 4096 / length
     kept, share = cache.nbytes - digest_bytes(cache), cache.nbytes / cache.dense_nbytes
     read = (density * kept + digest_bytes(cache)) / LAYERS * length / cache.max_length

@@ -6,14 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import LlamaConfig
 
-import sparse_compile as sc
 from bench.attention import SDPA, STOCK, relative_error
-from bench.cache import attend_layers, decode_steps, stock_steps
-from bench.filled import DENSE, GIB, GQA, MODE, TINY_HALF, digest_bytes, fill, forget, graphs, randomize, row
+from bench.cache import decode_steps, last_steps, stock_steps
+from bench.filled import DENSE, GIB, GQA, MODE, TINY_HALF, digest_bytes, forget, graphs, row
 from bench.model import build, kernels_of
 from bench.shapes import DTYPE, LLAMA2, LLAMA3, SMALL, Shape, compiled, operands, prefill
 from bench.timing import CUDA, Row, bandwidth, in_graph, matmul_rate, measure, measured
@@ -37,10 +34,6 @@ def run_select_attention(*, smoke: bool = False) -> list[Row]:
 
 
 def _attention(shape: Shape, length: int, selector: PageTopK, *, layers: int = LAYERS) -> Row:
-    config = LlamaConfig(
-        hidden_size=shape.heads * shape.head_dim, num_hidden_layers=layers, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-    )  # fmt: skip
     mask = causal & selector
     forget()
     dense = [operands(shape, 1, length) for _ in range(min(layers, 8))]
@@ -51,21 +44,8 @@ def _attention(shape: Shape, length: int, selector: PageTopK, *, layers: int = L
             scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
 
     slow = measure(in_graph(all_keys, times=STEPS) if CUDA else all_keys).per(len(dense) * (STEPS if CUDA else 1))
-    new = [operands(shape, 1, 2) for _ in range(layers)]
-    new = [(q, k[:, :, :1].contiguous(), v[:, :, :1].contiguous()) for q, k, v in new]
     dense.clear()
-    forget()
-    cache = sc.SparseCache(config, mask, max_length=length + 4096, dtype=DTYPE, device=new[0][0].device)
-    randomize(cache)
-    run, backend = compiled(attend_layers, mask)
-
-    def last_steps() -> None:
-        fill(cache, length - STEPS)
-        for _ in range(STEPS):
-            run(new, cache)
-
-    with torch.no_grad():
-        timing = measure(in_graph(last_steps, times=1) if CUDA else last_steps).per(layers * STEPS)
+    timing, cache, backend = last_steps(shape, mask, length, layers=layers, steps=STEPS, room=4096)
     described = digest_bytes(cache) / layers * length / cache.max_length
     read = 2 * shape.kv_heads * selector.tokens * shape.head_dim * DTYPE.itemsize + described
     return row(

@@ -35,14 +35,32 @@ def to_json(mask: Mask) -> str:
 
 def from_json(text: str) -> Mask:
     """See ``Mask.from_json``."""
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as broken:
-        raise ValueError(f"a mask is read from JSON, and this is not JSON: {broken}") from broken
+    content = parse_json(text, "mask")
     if not isinstance(content, dict) or content.get("version") != VERSION or "mask" not in content:
         got = content.get("version") if isinstance(content, dict) else content
         raise ValueError(f"a mask file needs version {VERSION} and a mask, got version {got!r}: write it again with to_json")
     return decode(content["mask"])
+
+
+def parse_json(text: str, what: str) -> Any:
+    """JSON values. Raises ``ValueError`` for text that is none, which says that a ``what`` was wanted."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as broken:
+        raise ValueError(f"a {what} is read from JSON, and this is not JSON: {broken}") from broken
+
+
+def read_json(text: str, what: str, version: int, remedy: str, *, holds: type | None = None) -> Any:
+    """What stands under ``what`` in a JSON file of this ``version``: of type ``holds``, or anything and even nothing.
+
+    Raises ``ValueError`` for other text, with the version that was got and the ``remedy``.
+    """
+    content = parse_json(text, what)
+    got = content.get("version") if isinstance(content, dict) else None
+    if got != version or (holds is not None and not isinstance(content.get(what), holds)):
+        needs = f"version {version}" if holds is None else f"version {version} and a {what}"
+        raise ValueError(f"a {what} file needs {needs}, got version {got!r}: {remedy}")
+    return content.get(what)
 
 
 def encode(mask: Mask) -> Any:

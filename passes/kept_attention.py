@@ -15,9 +15,8 @@ from torch import Tensor
 
 from sparse_compile.passes.kept_codes import PARTS
 from sparse_compile.passes.kept_splits import attend_split, merge_splits
+from sparse_compile.passes.kernels import MOST_KV_HEADS
 from sparse_compile.passes.page_picks import starts_early
-
-MOST_HEADS = 63  # KV heads that a launch tells apart, by the bits of an int64
 
 
 class Kept(NamedTuple):
@@ -90,7 +89,7 @@ def attend_kept(
     if keys is None or values is None:
         assert ring is not None
         keys, values = Kept(ring.keys), Kept(ring.values)
-    assert paged + ringed <= MOST_HEADS and rings.bit_count() == ringed and q.shape[1] % (paged + ringed) == 0
+    assert paged + ringed <= MOST_KV_HEADS and rings.bit_count() == ringed and q.shape[1] % (paged + ringed) == 0
     assert paged == 0 or page_size % 16 == 0
     assert all(kept.data.is_contiguous() and kept.dim % PARTS[kept.kind] == 0 for kept in (keys, values))
     batch, wide, rows = q.shape[0], values.dim, q.shape[0] * (paged + ringed)

@@ -88,7 +88,7 @@ def whole_window(mask: Mask, length: int) -> tuple[int, int] | None:
     return (past.sink, past.recent) if mask.implies(plain) and plain.implies(mask) else None
 
 
-def pages_of(call: AttentionCall, k: Node, v: Node, lists: list[Node], scale: float) -> tuple[Any, ...]:
+def pages_of(call: AttentionCall, k: Node, v: Node, lists: list[Node]) -> tuple[Any, ...]:
     """The operands, but the query, that read pages: those of ``lists``, counts and numbers, or all."""
     kept = call.kept or Kept(Codes(k), Codes(v), (Format(), Format()))
     page_size, usual = BLOCK, -(-hint_of(call.size("k", 2)) // BLOCK)
@@ -96,14 +96,14 @@ def pages_of(call: AttentionCall, k: Node, v: Node, lists: list[Node], scale: fl
         page_size, usual = call.scored.selecting.page_size, call.scored.selecting.budget
     assert call.positions is not None
     where = (*(lists or (None, None)), call.positions.q_shift, page_size, usual)
-    return (*kept.keys, *kept.values, *where, "/".join(form.kind for form in kept.forms), *NO_RING, scale)
+    return (*kept.keys, *kept.values, *where, "/".join(form.kind for form in kept.forms), *NO_RING, call.scale)
 
 
-def ring_of(call: AttentionCall, k: Node, v: Node, scale: float) -> tuple[Any, ...]:
+def ring_of(call: AttentionCall, k: Node, v: Node) -> tuple[Any, ...]:
     """The operands, but the query, that read a ring."""
     ring = call.ring
     assert ring is not None
-    return (*NO_PAGES, k, v, ring.texts, ring.text, ring.sink, ring.recent, list(range(call.kv_heads)), scale)
+    return (*NO_PAGES, k, v, ring.texts, ring.text, ring.sink, ring.recent, list(range(call.kv_heads)), call.scale)
 
 
 def in_one_launch(call: AttentionCall, outs: list[Node]) -> None:
@@ -115,5 +115,6 @@ def in_one_launch(call: AttentionCall, outs: list[Node]) -> None:
     pages, ring = (outs[rings.index(which)] for which in (False, True))
     read = call.pieces[rings.index(True)].ring
     assert read is not None
-    args = (call.q, *pages.args[1:13], *ring.args[13:19], list(read.heads), call.scale)
+    at = 1 + len(NO_PAGES)  # after the query
+    args = (call.q, *pages.args[1:at], *ring.args[at : at + len(NO_RING) - 1], list(read.heads), call.scale)
     call.joined.replace_all_uses_with(emit(call.joined, attend_kept._opoverload, *args))

@@ -237,7 +237,7 @@ class _Lowering:
         call, tables = self.call, self.layout
         if self.kernel.name == "pages":
             assert isinstance(prepared, list)
-            read = ring_of(call, k, v, call.scale) if call.ring is not None else pages_of(call, k, v, prepared[2:], call.scale)
+            read = ring_of(call, k, v) if call.ring is not None else pages_of(call, k, v, prepared[2:])
             return self.graph.call_function(attend_kept._opoverload, (q, *read))
         if self.kernel.name not in FLEX:
             name = self._submodule("attention", ReferenceAttention(call.scale, call.score_mod))

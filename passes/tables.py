@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,20 @@ def starts(q_start: int, kv_start: int, q_shift: Tensor | None, device: torch.de
     return first_query if q_shift is None else first_query + q_shift, first_key
 
 
+class Cut(NamedTuple):
+    """The numbers that block tables are made of, as ``block_tables_op`` describes them."""
+
+    heads: int
+    q_len: int
+    kv_len: int
+    q_start: int
+    kv_start: int
+    q_block: int
+    kv_block: int
+    width: int
+    split: bool
+
+
 @torch.library.custom_op("sparse_compile::block_tables", mutates_args=())
 def block_tables_op(
     mask: str,
@@ -73,36 +87,23 @@ def block_tables_op(
     else 1. ``width`` is the number of table columns. With ``split`` there are four tables, full blocks apart; without, the
     two that list every visited block.
     """
-    args = (parse(mask), heads, q_len, kv_len, q_start, kv_start, q_shift, captures, q_block, kv_block, width, split, device)
+    cut = Cut(heads, q_len, kv_len, q_start, kv_start, q_block, kv_block, width, split)
+    args = (parse(mask), cut, q_shift, captures, device)
     return in_few_kernels(_block_tables, *args) if q_len == 1 else _block_tables(*args)
 
 
-def _block_tables(
-    tree: Mask,
-    heads: int,
-    q_len: int,
-    kv_len: int,
-    q_start: int,
-    kv_start: int,
-    q_shift: Tensor | None,
-    captures: list[Tensor],
-    q_block: int,
-    kv_block: int,
-    width: int,
-    split: bool,
-    device: torch.device,
-) -> list[Tensor]:
-    first_query, first_key = starts(q_start, kv_start, q_shift, device)
+def _block_tables(tree: Mask, cut: Cut, q_shift: Tensor | None, captures: list[Tensor], device: torch.device) -> list[Tensor]:
+    first_query, first_key = starts(cut.q_start, cut.kv_start, q_shift, device)
     bound = bind(tree, given(tree), captures, first_query, first_key)
-    if heads > 1:
-        bound = bound.for_heads(heads)
-    lo, hi = query_blocks(q_len, q_block, device)
-    if q_start or q_shift is not None:
+    if cut.heads > 1:
+        bound = bound.for_heads(cut.heads)
+    lo, hi = query_blocks(cut.q_len, cut.q_block, device)
+    if cut.q_start or q_shift is not None:
         shifted = lo + first_query
         lo, hi = shifted, shifted if hi is lo else hi + first_query
-    lead: dict[str, Any] = {"kv_block": kv_block, "kv_start": first_key if kv_start else 0, "width": width}
-    build = block_tables if split else visited_blocks
-    tables = [_own(t.expand(batch_of(captures), heads, *t.shape[2:])) for t in build(bound, lo, hi, kv_len, **lead)]
+    lead: dict[str, Any] = {"kv_block": cut.kv_block, "kv_start": first_key if cut.kv_start else 0, "width": cut.width}
+    build = block_tables if cut.split else visited_blocks
+    tables = [_own(t.expand(batch_of(captures), cut.heads, *t.shape[2:])) for t in build(bound, lo, hi, cut.kv_len, **lead)]
     return [first_query.int(), first_key.int(), *tables]
 
 
@@ -112,21 +113,8 @@ def _own(table: Tensor) -> Tensor:
 
 
 @block_tables_op.register_fake
-def _(
-    mask: str,
-    heads: int,
-    q_len: int,
-    kv_len: int,
-    q_start: int,
-    kv_start: int,
-    q_shift: Tensor | None,
-    captures: list[Tensor],
-    q_block: int,
-    kv_block: int,
-    width: int,
-    split: bool,
-    device: torch.device,
-) -> list[Tensor]:
+def _(mask: str, heads: int, q_len: int, *rest: Any) -> list[Tensor]:
+    *_, captures, q_block, _, width, split, device = rest
     batch = batch_of(captures)
     rows = -(-q_len // q_block)
     sizes = [(1,), (1,)] + [(batch, heads, rows), (batch, heads, rows, width)] * (2 if split else 1)

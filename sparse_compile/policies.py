@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 
@@ -12,9 +11,8 @@ from sparse_compile import masks
 from sparse_compile.masks import Mask, causal, page_topk, sliding_window
 from sparse_compile.masks.patterns import at_least
 from sparse_compile.policy import Policy
-from sparse_compile.profile import FullHeads, Profile, Table, masks_by_layer, read_table
+from sparse_compile.profile import FullHeads, Profile, Table, masks_by_layer, read_table, with_ties
 
-log = logging.getLogger(__name__)
 Pattern = Table | Profile
 
 
@@ -151,13 +149,7 @@ def full_heads(gates: Tensor | Sequence[Sequence[float]], sparsity: float) -> Fu
     count = 0 if sparsity >= 1 else count
     chosen = {(layer, head) for _, layer, head in ranked[:count]}
     full = tuple(tuple((layer, head) in chosen for head in range(len(row))) for layer, row in enumerate(table))
-    if not 0 < count < len(ranked) or ranked[count - 1][0] != ranked[count][0]:
-        return FullHeads(full)
-    edge = ranked[count][0]
-    tied, places = sum(gate == edge for gate, *_ in ranked), sum(gate == edge for gate, *_ in ranked[:count])
-    told = (tied, -edge, places, sparsity)
-    log.warning("%d heads tie at gate %g for %d places at sparsity %g: lower layers and heads won", *told)
-    return FullHeads(full, tied, places)
+    return with_ties(full, ranked, count, "gate", f"sparsity {sparsity:g}")
 
 
 def _chosen_above(dense_layers: int, step: Mask) -> Policy:

@@ -12,7 +12,7 @@ from typing import Any
 from sparse_compile.masks import Mask
 from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.selectors import PageTopK, has_selector
-from sparse_compile.masks.serial import decode, encode
+from sparse_compile.masks.serial import decode, encode, read_json
 
 VERSION = 1
 Layer = int | range | str
@@ -129,14 +129,7 @@ class Policy:
     @staticmethod
     def from_json(text: str) -> Policy:
         """Read ``to_json`` back. Raises ``ValueError`` for broken text or another version."""
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as broken:
-            raise ValueError(f"a policy is read from JSON, and this is not JSON: {broken}") from broken
-        version = content.get("version") if isinstance(content, dict) else None
-        if version != VERSION:
-            raise ValueError(f"a policy file needs version {VERSION}, got version {version!r}: save it again with this library")
-        return _decode(content.get("policy"))
+        return _decode(read_json(text, "policy", VERSION, "save it again with this library"))
 
     def save(self, path: str | Path) -> None:
         """Write the policy to a JSON file."""

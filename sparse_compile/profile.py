@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_compile.masks import Mask, causal, per_head, sliding_window
 from sparse_compile.masks import sink as first_tokens
+from sparse_compile.masks.serial import read_json
 from sparse_compile.policy import Policy
 
 if TYPE_CHECKING:
@@ -95,13 +96,7 @@ class Profile:
         more = count - len(kept)
         chosen = {(layer, head) for _, layer, head in (*kept, *rest[:more])}
         full = tuple(tuple((layer, head) in chosen for head in range(width)) for layer in range(layers))
-        if not 0 < more < len(rest) or rest[more - 1][0] != rest[more][0]:
-            return FullHeads(full)
-        edge = rest[more][0]
-        tied, places = sum(score == edge for score, *_ in rest), sum(score == edge for score, *_ in rest[:more])
-        told = (tied, -edge, places, retrieval)
-        log.warning("%d heads tie at score %g for %d places at retrieval %g: lower layers and heads won", *told)
-        return FullHeads(full, tied, places)
+        return with_ties(full, rest, more, "score", f"retrieval {retrieval:g}")
 
     def policy(self, retrieval: float = 0.5, *, sink: int = 64, recent: int = 256, minimum: int = 0) -> Policy:
         """The heads of ``heads`` see everything, all others the first ``sink`` and the last ``recent`` tokens."""
@@ -124,14 +119,8 @@ class Profile:
     @staticmethod
     def from_json(text: str) -> Profile:
         """Read ``to_json`` back. Raises ``ValueError`` for broken text or another version."""
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as broken:
-            raise ValueError(f"a profile is read from JSON, and this is not JSON: {broken}") from broken
-        version = content.get("version") if isinstance(content, dict) else None
-        if version != VERSION or not isinstance(content.get("profile"), dict):
-            raise ValueError(f"a profile file needs version {VERSION} and a profile, got version {version!r}: calibrate again")
-        known = {key: content["profile"][key] for key in ("scores", "method", "model", "numbers") if key in content["profile"]}
+        content = read_json(text, "profile", VERSION, "calibrate again", holds=dict)
+        known = {key: content[key] for key in ("scores", "method", "model", "numbers") if key in content}
         try:
             return Profile(**known)
         except TypeError as wrong:
@@ -157,6 +146,21 @@ class Profile:
         axes.set(xlabel="layer", ylabel="KV head", title=f"{self.method}: what each head needs")
         figure.colorbar(picture)
         return figure
+
+
+def with_ties(
+    full: tuple[tuple[bool, ...], ...], ranked: list[tuple[float, int, int]], count: int, of: str, at: str
+) -> FullHeads:
+    """``full``, whose last ``count`` places went to the first of ``ranked``, negative numbers first; ties are logged.
+
+    The log says ``of`` what the numbers are, and ``at`` which share heads were asked for.
+    """
+    if not 0 < count < len(ranked) or ranked[count - 1][0] != ranked[count][0]:
+        return FullHeads(full)
+    edge = ranked[count][0]
+    tied, places = (sum(number == edge for number, *_ in some) for some in (ranked, ranked[:count]))
+    log.warning("%d heads tie at %s %g for %d places at %s: lower layers and heads won", tied, of, -edge, places, at)
+    return FullHeads(full, tied, places)
 
 
 def signature(config: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What all tests share: one deterministic hypothesis profile, and ``gpu`` tests run only where CUDA is."""
+"""What all tests share: one deterministic hypothesis profile, a fresh start, and ``gpu`` tests run only where CUDA is."""
 
 import pytest
 import torch
@@ -6,6 +6,13 @@ from hypothesis import settings
 
 settings.register_profile("sparse_compile", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("sparse_compile")
+
+
+@pytest.fixture
+def fresh() -> None:
+    """Nothing compiled before is there, and fp32 is not rounded to tf32."""
+    torch._dynamo.reset()
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

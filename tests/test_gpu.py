@@ -13,27 +13,18 @@ from transformers import DynamicCache, StaticCache
 
 import sparse_compile as sc
 from models import DECODERS, Decoder, left_padding, tokens
+from on_gpu import ON_GPU
 from sparse_compile.masks import Mask, causal, document, per_head, sink, sliding_window
 from sparse_compile.passes import kernels
 
 pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # fp32 is compared here, so tf32 stays off
-    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
-    # torch's own, of mixtures of experts and of the first recording of a CUDA graph
-    pytest.mark.filterwarnings(r"ignore:\s*Online softmax is disabled"),
-    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
+    *ON_GPU,
+    pytest.mark.filterwarnings(r"ignore:\s*Online softmax is disabled"),  # torch's own, of mixtures of experts
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),  # of autotuning
     pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),  # of the packages that flash-attn-4 imports
 ]
 STREAMING = causal & (sink(4) | sliding_window(64))
 LENGTH = 300
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
-    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:

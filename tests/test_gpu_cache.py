@@ -10,17 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sparse_compile as sc
-from models import DECODERS, left_padding, tokens
+from models import DECODERS, tokens
+from on_gpu import ON_GPU, logits_of_chunks, logits_of_padded
 from one_graph import assert_steps_are_one_graph
 from sparse_compile.masks import Mask, causal, per_head, sink, sliding_window
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
-    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # fp32 is compared here, so tf32 stays off
-    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
-    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
-]
+pytestmark = ON_GPU
 STREAMING = causal & (sink(4) | sliding_window(20))
 POLICIES: dict[str, sc.Policy | Mask | None] = {
     "dense": None,
@@ -28,12 +23,6 @@ POLICIES: dict[str, sc.Policy | Mask | None] = {
     "by KV head": sc.Policy(STREAMING, layers={0: per_head([causal, STREAMING])}),
     "two rings": per_head([STREAMING, causal & sliding_window(30)]),
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
-    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def decoder(name: str) -> Any:
@@ -48,12 +37,7 @@ def run(name: str, policy: sc.Policy | Mask | None, chunks: list[int], ids: Tens
     cache = sc.SparseCache(model.config, policy, **{**sizes, **options})
     mode = "reduce-overhead" if inner == "inductor" else None
     model = sc.compile(model, policy, inner=inner, mode=mode)
-    logits = []
-    with torch.no_grad():
-        for part in ids.split(chunks, dim=1):
-            torch.compiler.cudagraph_mark_step_begin()
-            logits.append(model(part.clone(), past_key_values=cache).logits.clone())
-    return torch.cat(logits, dim=1)
+    return logits_of_chunks(model, cache, ids, chunks)
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
@@ -80,12 +64,7 @@ def test_generate_over_padded_rows_equals_the_reference() -> None:
             model.config, POLICIES["by KV head"], max_length=128, max_batch=2, page_size=8, dtype=torch.float32, device="cuda"
         )
         model = sc.compile(model, POLICIES["by KV head"], inner=inner)
-        inputs = {"attention_mask": left_padding(length=60, pad=13).cuda(), "past_key_values": cache}
-        out = model.generate(
-            tokens(length=60).cuda(), **inputs, max_new_tokens=20, min_new_tokens=20, do_sample=False, output_logits=True,
-            return_dict_in_generate=True,
-        )  # fmt: skip
-        results.append(torch.stack(out.logits))
+        results.append(logits_of_padded(model, cache, 60, 13))
     assert (results[0] - results[1]).abs().max() < 1e-5
 
 

@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
-    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
-]
+from on_gpu import ON_GPU
+
+pytestmark = ON_GPU
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 BATCH, PAGE = 2, 64
 

@@ -10,16 +10,11 @@ from torch import Tensor
 
 import sparse_compile as sc
 from models import DECODERS, left_padding, tokens
+from on_gpu import ON_GPU
 from one_graph import assert_steps_are_one_graph
 from sparse_compile.masks import Mask, causal, page_topk, per_head, sink, sliding_window
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
-    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # fp32 is compared here, so tf32 stays off
-    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
-    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
-]
+pytestmark = ON_GPU
 STREAMING = causal & (sink(4) | sliding_window(20))
 CHOSEN = sc.Policy(prefill=causal, decode=per_head([causal & page_topk(64), STREAMING]))
 POLICIES: dict[str, sc.Policy | Mask | None] = {
@@ -35,12 +30,6 @@ FORMATS: dict[str, Any] = {
     "mixed": sc.KVFormat("int8", "int4"),
     "by KV head": [["int8", None], ["int4", "fp8"]],
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
-    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def decoder() -> Any:

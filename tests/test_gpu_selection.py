@@ -11,18 +11,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import sparse_compile as sc
-from models import DECODERS, left_padding, tokens
+from models import DECODERS, tokens
+from on_gpu import ON_GPU, logits_of_chunks, logits_of_padded
 from one_graph import assert_steps_are_one_graph
 from sparse_compile.masks import Mask, causal, page_topk, per_head, sink, sliding_window
 from sparse_compile.masks.pages import alive, choose, describe, pool, score_digests
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
-    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # fp32 is compared here, so tf32 stays off
-    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
-    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
-]
+pytestmark = ON_GPU
 CHOSEN = causal & (sink(4) | sliding_window(8) | page_topk(64, page=4))
 STREAMING = causal & (sink(4) | sliding_window(20))
 POLICIES: dict[str, sc.Policy | Mask] = {
@@ -37,12 +32,6 @@ POLICIES: dict[str, sc.Policy | Mask] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
-    torch.backends.cuda.matmul.allow_tf32 = False
-
-
 def run(policy: sc.Policy | Mask, chunks: list[int], ids: Tensor, inner: str, kernel: str = "auto") -> Tensor:
     """The logits of a text in chunks, through a cache that has more rows than are used."""
     torch._dynamo.reset()
@@ -50,12 +39,7 @@ def run(policy: sc.Policy | Mask, chunks: list[int], ids: Tensor, inner: str, ke
     sizes: dict[str, Any] = {"max_length": 512, "max_batch": 3, "page_size": 16, "dtype": torch.float32, "device": "cuda"}
     cache = sc.SparseCache(model.config, policy, **sizes)
     model = sc.compile(model, policy, inner=inner, kernel=kernel, mode="reduce-overhead" if inner == "inductor" else None)
-    logits = []
-    with torch.no_grad():
-        for part in ids.split(chunks, dim=1):
-            torch.compiler.cudagraph_mark_step_begin()
-            logits.append(model(part.clone(), past_key_values=cache).logits.clone())
-    return torch.cat(logits, dim=1)
+    return logits_of_chunks(model, cache, ids, chunks)
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
@@ -87,12 +71,7 @@ def test_padded_rows_equal_the_reference() -> None:
         sizes: dict[str, Any] = {"max_length": 250, "max_batch": 2, "page_size": 16, "dtype": torch.float32, "device": "cuda"}
         cache = sc.SparseCache(model.config, policy, **sizes)
         model = sc.compile(model, policy, inner=inner)
-        inputs = {"attention_mask": left_padding(length=200, pad=45).cuda(), "past_key_values": cache}
-        out = model.generate(
-            tokens(length=200).cuda(), **inputs, max_new_tokens=20, min_new_tokens=20, do_sample=False, output_logits=True,
-            return_dict_in_generate=True,
-        )  # fmt: skip
-        results.append(torch.stack(out.logits))
+        results.append(logits_of_padded(model, cache, 200, 45))
     assert (results[0] - results[1]).abs().max() < 1e-5
 
 

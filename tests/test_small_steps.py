@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import pytest
@@ -23,9 +22,10 @@ STATIC = sink(4) | sliding_window(100)
 def both(function: Callable[..., Any], *args: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """What ``function`` gives and leaves behind in its arguments, as it is and compiled."""
     found = []
-    for run in (function, partial(run_compiled, function)):
+    for compiled in (False, True):
         mine = tree_map_only(Tensor, Tensor.clone, args)
-        found.append([x for x in tree_flatten((run(*mine), mine))[0] if isinstance(x, Tensor)])
+        result = run_compiled(function, *tree_flatten(mine)) if compiled else function(*mine)
+        found.append([x for x in tree_flatten((result, mine))[0] if isinstance(x, Tensor)])
     assert len(found[0]) == len(found[1]) > 0
     yield from zip(*found, strict=True)
 
@@ -39,10 +39,10 @@ def test_positions_and_tables() -> None:
     chosen, ring = causal & page_topk(256, every=4) & STATIC, torch.arange(2 * 64).view(2, 64) - 1
     for at in (0, 5, 63, 700):  # compiled once
         column = torch.tensor(at)
-        listed: tuple[Any, ...] = (1, 1024, 0, 0, column, [], 128, 128, 8, False, CPU)
+        cut = tables.Cut(1, 1, 1024, 0, 0, q_block=128, kv_block=128, width=8, split=False)
         for a, b in (
             *both(page_tables._page_classes, chosen, 1, column, [], 64, 32, True),
-            *both(tables._block_tables, causal & STATIC, 1, *listed),
+            *both(tables._block_tables, causal & STATIC, cut, column, [], CPU),
             *both(cache_ops._ring_step, ring, ring + 1, 4, torch.full((2, 1), at), torch.tensor([[at], [-1]])),
             *both(cache_ops._cache_tokens, 2, 1, column, torch.tensor([at, 3, 7]), None, []),
         ):

@@ -106,8 +106,8 @@ class SparseCacheLayer(CacheLayerMixin):
         tokens = [n for form in forms for n in (1, *[form.tokens] * (form.count - 1))]
         return list(zip(self.codes, tokens, strict=True))
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Of encoded pages: what the tails no longer have of the columns before the last ``-tokens_to_remove``, from the codes.
+    def restore_tails(self, remove: int) -> None:
+        """Of encoded pages: what the tails no longer have of the columns before the last ``remove``, from the codes.
 
         A group that is filled further is then encoded a second time: where more is taken back than a page, and the
         ``rollback`` of the cache, which makes tails longer.
@@ -116,7 +116,7 @@ class SparseCacheLayer(CacheLayerMixin):
         for number, storage in enumerate(self.plan.storages):
             if not isinstance(storage, Pages) or storage.forms is None:
                 continue
-            lost = torch.arange(max(0, end + tokens_to_remove - storage.tail), max(0, end - storage.tail), device=self.device)
+            lost = torch.arange(max(0, end - remove - storage.tail), max(0, end - storage.tail), device=self.device)
             tails = self.buffers[2 * number : 2 * number + 2]
             for tail, codes, form in zip(tails, codes_of(self.plan, self.codes, number), storage.forms, strict=True):
                 group = form.tokens  # the groups that they are in

@@ -212,7 +212,7 @@ class SparseCache(Cache):
                     f"again. Build the cache with rollback={room} or more. It holds what it held before"
                 )
         for layer in self.kept:
-            layer.crop(tokens_to_remove)
+            layer.restore_tails(remove)
         for known, columns in zip(at.rings[::2], at.rings[1::2], strict=True):
             gone = known >= torch.nn.functional.pad(texts, (0, self.max_batch - rows)).unsqueeze(1)
             known.masked_fill_(gone, -1)
