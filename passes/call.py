@@ -48,11 +48,13 @@ class Scored:
 
 @dataclass(frozen=True)
 class Kept:
-    """Keys and values of a piece as they are kept, in ``forms``; those of the call are what these stand for."""
+    """Keys and values of a piece as they are kept, in ``forms``; those of the call are what these stand for. ``appended`` is
+    the op that encodes the new tokens."""
 
     keys: Codes[Node]
     values: Codes[Node]
     forms: tuple[Format, Format]
+    appended: Node | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from sparse_compile.masks.serial import to_json
 from sparse_compile.passes.block_ops import select_blocks
 from sparse_compile.passes.call import AttentionCall, Left, Scored
+from sparse_compile.passes.formats import Format
 from sparse_compile.passes.graph import emit_int, expr_of, value_of
 from sparse_compile.passes.kernels import FLEX, Kernel
 from sparse_compile.passes.layout import Layout
@@ -84,10 +85,22 @@ class Choices:
         """Append the new token, and choose, in a layer that leads."""
         selecting, choice, selector = scored.selecting, scored.choice, scored.selecting.selector
         k, v, keys, values, columns, anchor, texts = scored.new
-        state = (keys, values, choice.digest, choice.scores, choice.counts, choice.table)
+        codes, forms = self._codes()
+        state = (keys, values, choice.digest, choice.scores, choice.counts, choice.table, *codes)
         how = (selecting.page_size, selector.page, selector.score, selector.group, selector.every, selecting.budget)
-        told = (q, k, v, classes, columns, anchor, changed, texts, *how)
+        told = (q, k, v, classes, columns, anchor, changed, texts, *how, *forms)
         return self.graph.call_function(select_pages._opoverload, (*state, *told))
+
+    def _codes(self) -> tuple[tuple[Node | None, ...], tuple[str, str]]:
+        """What the choice encodes in place of ``append_codes``: where our kernel attends, nothing reads codes before that.
+
+        Not with ``debug``, which looks at the numbers first.
+        """
+        kept = self.call.kept
+        if kept is None or kept.appended is None or kept.appended.args[-1] or self.kernel.name != "pages":
+            return (None,) * 6, (Format().to_text(), Format().to_text())
+        self.graph.erase_node(kept.appended)
+        return (*kept.keys, *kept.values), (kept.forms[0].to_text(), kept.forms[1].to_text())
 
     def _columns(self) -> Node:
         assert self.call.positions is not None and self.call.positions.q_shift is not None

@@ -6,19 +6,18 @@ from there with every token, so that no number is ever encoded from its own code
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from sparse_compile.masks.pages import describe
 from sparse_compile.passes.formats import Codes, Format, dequantize, quantize
-from sparse_compile.passes.small_steps import in_few_kernels
 
-WRITTEN = (
-    "key_tail value_tail key_data key_scale key_offset value_data value_scale value_offset digest"  # of `append_codes`
-).split()
+PARTS = ("key_data", "key_scale", "key_offset", "value_data", "value_scale", "value_offset")
 
 
-@torch.library.custom_op("sparse_compile::append_codes", mutates_args=WRITTEN)
+@torch.library.custom_op("sparse_compile::append_codes", mutates_args=("key_tail", "value_tail", *PARTS, "digest"))
 def append_codes(
     key_tail: Tensor,
     value_tail: Tensor,
@@ -48,13 +47,22 @@ def append_codes(
         raise ValueError("new keys or values are infinite or not a number, and the cache was built with debug=True")
     keys, values = Codes(key_data, key_scale, key_offset), Codes(value_data, value_scale, value_offset)
     forms = Format.from_text(key_form), Format.from_text(value_form)
-    args = (key_tail, value_tail, keys, values, digest, k, v, columns, texts, *forms, page, score)
-    in_few_kernels(_append, *args) if k.shape[2] == 1 else _append(*args)
+    appending(k)(key_tail, value_tail, keys, values, digest, k, v, columns, texts, *forms, page, score)
 
 
 @append_codes.register_fake
 def _(*operands: object) -> None:
     return None
+
+
+def appending(k: Tensor) -> Callable[..., None]:
+    """What appends ``k``: on CUDA one launch for a token of each sequence, otherwise plain PyTorch."""
+    if not k.is_cuda or k.shape[2] != 1:
+        return _append
+    from sparse_compile.passes.append_kernels import append_codes  # torch for CPU comes without Triton
+
+    in_one_launch: Callable[..., None] = append_codes
+    return in_one_launch
 
 
 def _append(
@@ -119,8 +127,9 @@ def read_codes(
     """The numbers of the rows that ``new`` has, ``[B, H, N, D]`` in its dtype; if ``exact`` the new ones are ``new`` itself."""
     batch = new.shape[0]
     scale, offset = (None if part is None else part[:batch] for part in (scale, offset))
-    out = dequantize(Codes(data[:batch], scale, offset), Format.from_text(form), new.dtype)
-    if out.data_ptr() == data.data_ptr():
+    kept_in = Format.from_text(form)
+    out = dequantize(Codes(data[:batch], scale, offset), kept_in, new.dtype)
+    if not kept_in.kind:
         out = out.clone()
     if exact:
         out.index_copy_(2, columns + torch.arange(new.shape[2], device=new.device), new)

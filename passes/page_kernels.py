@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from sparse_compile.passes.append_kernels import describe, encode_tile, encode_token, group_sizes, store_token
+from sparse_compile.passes.formats import Codes, Format
 from sparse_compile.passes.page_picks import MOST_PAGES, aligned, pick_fitting, pick_into, starts_early
 
 # Three programs of two tiles on each multiprocessor keep 192 KiB on their way: 11 us for 34 MB of digests, 34 for 134 MB.
@@ -57,9 +59,18 @@ def score_pages(
 
 
 def _scoring(
-    q: Tensor, keys: Tensor, digest: Tensor, scores: Tensor, page_size: int, page: int, score: str, group: str, every: int
+    q: Tensor,
+    keys: Tensor,
+    digest: Tensor,
+    scores: Tensor,
+    page_size: int,
+    page: int,
+    score: str,
+    group: str,
+    every: int,
+    others: int = 1,
 ) -> tuple[int, dict[str, Any]]:
-    """Among how many programs the tiles of a row are divided, and the constants of scoring."""
+    """Among how many programs the tiles of a row are divided, beside ``others``, and the constants of scoring."""
     batch, heads, dim = q.shape[0], keys.shape[1], keys.shape[3]
     width, per_page, pages = digest.shape[3], page_size // page, scores.shape[2]
     channels = triton.next_power_of_2(width)
@@ -67,7 +78,7 @@ def _scoring(
     block = max(rows // per_page, 1)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     splits = PROGRAMS * processors // (batch * heads)
-    splits -= splits > 8  # leave room for the one that describes: 0.7 of 15 us of 32 heads
+    splits -= others if splits > 8 else 0  # leave room for those: one that describes was 0.7 of 15 us of 32 heads
     splits = max(1, min(splits, triton.cdiv(pages, block)))
     return splits, {
         "HEADS": heads,
@@ -101,6 +112,8 @@ def select_pages(
     anchor: Tensor,
     changed: Tensor | None,
     texts: Tensor | None,
+    codes: tuple[Codes[Tensor], Codes[Tensor]] | None = None,
+    forms: tuple[Format, Format] = (Format(), Format()),
     *,
     page_size: int,
     page: int,
@@ -111,22 +124,28 @@ def select_pages(
 ) -> None:
     """Store ``k`` and ``v`` at ``columns``, do as ``score_pages``, and if that scored or ``changed`` is not 0, ``pick_pages``.
 
-    ``k`` and ``v`` are ``[B, Hkv, 1, *]``, ``values`` is like ``keys``. Unless pages are picked, ``counts`` ``[B', Hkv, 1]``
-    and ``table`` ``[B', Hkv, 1, width]`` stay as they are. ``counts`` must be zeros at first: programs count themselves in
-    their upper halves. ``changed`` is int32 ``[1]``; None picks always.
+    ``k`` and ``v`` are ``[B, Hkv, 1, *]``, ``values`` is like ``keys``; both are tails if there are ``codes``, which are
+    written as well. Unless pages are picked, ``counts`` ``[B', Hkv, 1]`` and ``table`` ``[B', Hkv, 1, width]`` stay as they
+    are. ``counts`` must be zeros at first: programs count themselves in their upper halves. ``changed`` is int32 ``[1]``; None
+    picks always.
     """
     batch, heads, pages, width = q.shape[0], keys.shape[1], scores.shape[2], table.shape[3]
     assert pages <= MOST_PAGES and width < 1 << 16 and classes.stride(2) == 1
-    assert all(tensor.is_contiguous() for tensor in (keys, values, digest, scores, counts, table))
+    parts = (*codes[0], *codes[1]) if codes is not None else (None,) * 6
+    state = (keys, values, digest, scores, counts, table, *parts)
+    assert all(tensor.is_contiguous() for tensor in state if tensor is not None)
     classes = classes.expand(batch, heads, pages)
     texts_b = 0 if texts is None else texts.stride(0)
-    splits, sizes = _scoring(q, keys, digest, scores, page_size, page, score, group, every)
+    encoding = group_sizes(*forms, k.shape[3], v.shape[3])
+    splits, sizes = _scoring(q, keys, digest, scores, page_size, page, score, group, every, encoding["PARTS"])
     fused = pages <= FUSED_PAGES
-    _select_pages[(splits + 1, batch * heads)](
-        *(q, k, v, keys, values, digest, scores, counts, table, classes, columns, anchor, changed, texts),
+    _select_pages[(splits + encoding["PARTS"], batch * heads)](
+        *(q, k, v, *state, classes, columns, anchor, changed, texts),
         *(q.stride(0), q.stride(1), q.stride(3), k.stride(0), k.stride(1), k.stride(3), v.stride(0), v.stride(1), v.stride(3)),
-        *(texts_b, classes.stride(0), classes.stride(1), pages, keys.shape[2], budget, width),
+        *(texts_b, classes.stride(0), classes.stride(1), pages, keys.shape[2], 0 if codes is None else codes[0].data.shape[2]),
+        *(budget, width),
         **sizes,
+        **encoding,
         DIM_V=values.shape[3],
         PICK=fused,
         PICK_BLOCK=max(triton.next_power_of_2(pages), 512),
@@ -143,42 +162,11 @@ def select_pages(
 
 
 @triton.jit
-def _describe(keys, fresh, digest, texts, column, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX):
-    """Write the digest of the logical page that holds ``column``, whose key is ``fresh`` unless that is None."""
-    ROWS: tl.constexpr = triton.next_power_of_2(PAGE)
-    CHANNELS: tl.constexpr = triton.next_power_of_2(DIM)
-    channel = tl.arange(0, CHANNELS)
-    logical = column // PAGE
-    at = logical * PAGE + tl.arange(0, ROWS)
-    seen = (tl.arange(0, ROWS) < PAGE) & (at <= column)
-    there = seen[:, None] & (channel[None, :] < DIM)
-    source = keys + (row * tail + at % tail)[:, None] * DIM + channel[None, :]
-    if fresh is None:
-        block = tl.load(source, mask=there, other=0).to(tl.float32)
-    else:  # other threads may not see yet that it was stored
-        newest = (at == column)[:, None]
-        block = tl.load(source, mask=there & (at < column)[:, None], other=0).to(tl.float32)
-        block = tl.where(newest, fresh[None, :].to(tl.float32), block)
-    if texts is not None:
-        seen &= tl.load(texts + batch * text_b + at, mask=seen, other=-1) >= 0
-    count = tl.sum(seen.to(tl.int32), axis=0)
-    target = digest + (row * pages * (PAGE_SIZE // PAGE) + logical) * WIDTH + channel
-    if MINMAX:
-        low = tl.min(tl.where(seen[:, None], block, float("inf")), axis=0)
-        high = tl.max(tl.where(seen[:, None], block, float("-inf")), axis=0)
-        tl.store(target, tl.where(count > 0, low, 0).to(digest.dtype.element_ty), mask=channel < DIM)
-        tl.store(target + DIM, tl.where(count > 0, high, 0).to(digest.dtype.element_ty), mask=channel < DIM)
-    else:
-        mean = tl.sum(tl.where(seen[:, None], block, 0), axis=0) / tl.maximum(count, 1).to(tl.float32)
-        tl.store(target, mean.to(digest.dtype.element_ty), mask=channel < DIM)
-
-
-@triton.jit
 def _score(
-    q, digest, scores, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages,
+    q, digest, scores, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages, first,
     GROUP, ROWS, DIM, WIDTH, CHANNELS, PAGE, PER, MINMAX, POOL, BLOCK,
 ):  # fmt: skip
-    """Write the scores of this program's tiles of full pages."""
+    """Write the scores of this program's tiles of full pages; the programs before ``first`` do other things."""
     KEYS: tl.constexpr = triton.next_power_of_2(PAGE)
     # q twice for minima and maxima: its negative parts meet the minima, its positive ones the maxima.
     member = tl.arange(0, ROWS)
@@ -188,7 +176,7 @@ def _score(
     if MINMAX:
         query = tl.where((channel < DIM)[None, :] == (query < 0), query, 0)
     digest += row * pages * PER * WIDTH
-    for tile in tl.range(tl.program_id(0) - 1, tl.cdiv(newest, BLOCK), tl.num_programs(0) - 1):
+    for tile in tl.range(tl.program_id(0) - first, tl.cdiv(newest, BLOCK), tl.num_programs(0) - first):
         logical = tile * (BLOCK * PER) + tl.arange(0, BLOCK * PER)
         # Never the newest page, which another program describes now.
         there = (logical < newest * PER)[:, None] & (channel < WIDTH)[None, :]
@@ -233,22 +221,25 @@ def _score_pages(
     newest = (now // PAGE_SIZE).to(tl.int32)
     scores += row * pages
     if split == 0:
-        _describe(keys, None, digest, texts, now, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX)
+        describe(keys, None, digest, texts, now, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX)
         if due:
             _open(scores, newest, pages, AHEAD, 2 + EVERY // PAGE_SIZE)
     elif due:
-        _score(q, digest, scores, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages,
+        _score(q, digest, scores, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages, 1,
                GROUP, ROWS, DIM, WIDTH, CHANNELS, PAGE, PER, MINMAX, POOL, BLOCK)  # fmt: skip
 
 
 # As for `_pick_pages`, the offsets of scores and classes must not be known to be multiples of more than four.
 @triton.jit(do_not_specialize=["class_b", "class_h", "pages", "budget", "width"])
 def _select_pages(
-    q, k, v, keys, values, digest, scores, counts, table, classes, columns, anchor, changed, texts,
-    q_b, q_h, q_d, k_b, k_h, k_d, v_b, v_h, v_d, text_b, class_b, class_h, pages, tail, budget, width,
+    q, k, v, keys, values, digest, scores, counts, table,
+    key_data, key_scale, key_offset, value_data, value_scale, value_offset, classes, columns, anchor, changed, texts,
+    q_b, q_h, q_d, k_b, k_h, k_d, v_b, v_h, v_d, text_b, class_b, class_h, pages, tail, slots, budget, width,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr, PAGE: tl.constexpr, PAGE_SIZE: tl.constexpr, EVERY: tl.constexpr, AHEAD: tl.constexpr,
     MINMAX: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr,
+    KEYS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUES: tl.constexpr, VALUE_GROUP: tl.constexpr, TILE: tl.constexpr,
+    PARTS: tl.constexpr,
     PICK: tl.constexpr, PICK_BLOCK: tl.constexpr, PICK_LEAST: tl.constexpr, PICK_WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -265,19 +256,25 @@ def _select_pages(
     source = row * pages
     if ALIGNED:
         source = tl.multiple_of(source, 4)
+    k += batch * k_b + head * k_h
+    v += batch * v_b + head * v_h
     if split == 0:
-        channel = tl.arange(0, triton.next_power_of_2(DIM))
-        fresh = tl.load(k + batch * k_b + head * k_h + channel * k_d, mask=channel < DIM, other=0).to(keys.dtype.element_ty)
-        feature = tl.arange(0, triton.next_power_of_2(DIM_V))
-        value = tl.load(v + batch * v_b + head * v_h + feature * v_d, mask=feature < DIM_V, other=0)
-        place = row * tail + now % tail
-        tl.store(keys + place * DIM + channel, fresh, mask=channel < DIM)
-        tl.store(values + place * DIM_V + feature, value.to(values.dtype.element_ty), mask=feature < DIM_V)
-        _describe(keys, fresh, digest, texts, now, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX)
+        column = now.to(tl.int32)
+        fresh = store_token(k, k_d, keys, column, row, tail, DIM)
+        store_token(v, v_d, values, column, row, tail, DIM_V)
+        if key_data is not None:
+            encode_token(v, v_d, value_data, value_scale, value_offset, column, row, slots, VALUES, DIM_V, VALUE_GROUP)
+            if KEY_GROUP == 1:
+                encode_token(k, k_d, key_data, key_scale, key_offset, column, row, slots, KEYS, DIM, 1)
+        describe(keys, fresh, digest, texts, column, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX)
         if due:
             _open(scores + source, newest, pages, AHEAD, 2 + EVERY // PAGE_SIZE)
+    elif split < PARTS:
+        if KEY_GROUP > 1:
+            encode_tile(split - 1, k, k_d, keys, key_data, key_scale, key_offset, texts, now.to(tl.int32), row, batch, text_b,
+                        slots, tail, KEYS, DIM, KEY_GROUP, TILE)  # fmt: skip
     elif due:
-        _score(q, digest, scores + source, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages,
+        _score(q, digest, scores + source, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages, PARTS,
                GROUP, ROWS, DIM, WIDTH, CHANNELS, PAGE, PER, MINMAX, POOL, BLOCK)  # fmt: skip
     if PICK:
         if due:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from sparse_compile.masks.pages import alive, choose, describe, pool, score_digests, score_keys
+from sparse_compile.passes.code_ops import PARTS, appending
+from sparse_compile.passes.formats import Codes, Format
 
 
 @torch.library.custom_op("sparse_compile::describe_pages", mutates_args=("digest",))
@@ -45,7 +47,10 @@ def _valid(column: Tensor, stop: Tensor, texts: Tensor | None) -> Tensor:
     return there if texts is None else there & (texts.index_select(1, column) >= 0)
 
 
-@torch.library.custom_op("sparse_compile::select_pages", mutates_args=("keys", "values", "digest", "scores", "counts", "table"))
+CHOICE = ("keys", "values", "digest", "scores", "counts", "table")
+
+
+@torch.library.custom_op("sparse_compile::select_pages", mutates_args=(*CHOICE, *PARTS))
 def select_pages(
     keys: Tensor,
     values: Tensor,
@@ -53,6 +58,12 @@ def select_pages(
     scores: Tensor,
     counts: Tensor,
     table: Tensor,
+    key_data: Tensor | None,
+    key_scale: Tensor | None,
+    key_offset: Tensor | None,
+    value_data: Tensor | None,
+    value_scale: Tensor | None,
+    value_offset: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -67,23 +78,32 @@ def select_pages(
     group: str,
     every: int,
     budget: int,
+    key_form: str,
+    value_form: str,
 ) -> None:
     """All that a decode step does to a layer before it attends: append a token, and choose pages; see ``Choice``.
 
     ``q`` is ``[B, Hq, 1, D]``; ``k`` and ``v`` go to slot ``columns % slots`` of ``keys`` and ``values``
-    ``[max_batch, H, slots, D]``, and the page is described anew. Every ``every`` steps from ``anchor`` on all earlier pages are
+    ``[max_batch, H, slots, D]``, and the page is described anew; where these are tails, the codes of ``append_codes`` follow
+    the table. Every ``every`` steps from ``anchor`` on all earlier pages are
     scored; its own page and those to come rank above every score until the next time. Pages are chosen when they were scored,
     and when ``changed`` says that their ``classes`` did.
     """
     how: dict[str, Any] = {"page_size": page_size, "page": page, "score": score, "group": group, "every": every}
+    codes, forms = None, (Format.from_text(key_form), Format.from_text(value_form))
+    if key_data is not None and value_data is not None:
+        codes = Codes(key_data, key_scale, key_offset), Codes(value_data, value_scale, value_offset)
     batch, kernels = q.shape[0], triton_kernels() if q.is_cuda else None
     if kernels is not None and scores.shape[2] <= kernels.MOST_PAGES:
         state = (keys, values, digest, scores, counts, table)
         told = (classes, columns, anchor, changed if every > 1 else None, texts)
-        kernels.select_pages(q, k, v, *state, *told, **how, budget=budget)
+        kernels.select_pages(q, k, v, *state, *told, codes, forms, **how, budget=budget)
         return
-    for buffer, new in ((keys, k), (values, v)):
-        buffer[:batch].index_copy_(2, columns.view(1) % buffer.shape[2], new)
+    if codes is not None:
+        appending(k)(keys, values, *codes, None, k, v, columns, texts, *forms, page, score)
+    else:
+        for buffer, new in ((keys, k), (values, v)):
+            buffer[:batch].index_copy_(2, columns.view(1) % buffer.shape[2], new)
     if kernels is not None:  # it scores any number of pages, and picks from no more than its registers hold
         kernels.score_pages(q, keys, digest, scores, columns, anchor, texts, **how)
     else:

@@ -171,8 +171,7 @@ class Pieces:
         state = (*self.update.buffers[2 * number : 2 * number + 2], *keys, *values, digest)
         written = [form.to_text() for form in forms]
         told = (*new, cache.columns, texts, *written, *described, self.plan.debug)
-        emit(self.point, append_codes._opoverload, *state, *told)
-        return Kept(keys, values, forms)
+        return Kept(keys, values, forms, emit(self.point, append_codes._opoverload, *state, *told))
 
     def _decode(self, codes: Codes[Node], form: Format, new: Node) -> Node:
         """The numbers in the rows in use; a chunk sees itself as it is. A kernel that reads codes leaves this without users."""

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 
 IN_TRITON = (
+    "append_kernels",
     "page_kernels",
     "page_picks",
     "kept_attention",

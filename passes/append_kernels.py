@@ -1,0 +1,268 @@
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+"""What a decode step appends on CUDA: a token, the codes of the groups that it belongs to, and the digest of its page.
+
+``code_ops`` and ``formats`` say what is computed. Codes have the bits that they would have from a prefill, so that every
+operation is the one that torch takes on CUDA, which divides by a number of Python by multiplying with its inverse.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from sparse_compile.passes.formats import LEVELS, Codes, Format
+from sparse_compile.passes.page_picks import starts_early
+
+# Numbers of a group of keys that a program encodes: with more it would need registers that scoring pages is short of.
+TILE_SIZE = 1024
+
+
+def append_codes(
+    key_tail: Tensor,
+    value_tail: Tensor,
+    keys: Codes[Tensor],
+    values: Codes[Tensor],
+    digest: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    columns: Tensor,
+    texts: Tensor | None,
+    key_form: Format,
+    value_form: Format,
+    page: int,
+    score: str,
+) -> None:
+    """As ``code_ops`` does for one new token of each sequence, ``k`` and ``v`` ``[B, H, 1, *]``, in one launch."""
+    kept = [key_tail, value_tail, *keys.used(), *values.used(), *([] if digest is None else [digest])]
+    assert k.shape[2] == 1 and all(tensor.is_contiguous() for tensor in kept)
+    width, pages = (0, 0) if digest is None else (digest.shape[3], digest.shape[2])
+    sizes = group_sizes(key_form, value_form, k.shape[3], v.shape[3])
+    _append_codes[(sizes["PARTS"], k.shape[0] * k.shape[1])](
+        *(k, v, key_tail, value_tail, *keys, *values, digest, columns, texts),
+        *(k.stride(0), k.stride(1), k.stride(3), v.stride(0), v.stride(1), v.stride(3)),
+        *(0 if texts is None else texts.stride(0), keys.data.shape[2], key_tail.shape[2], pages),
+        **sizes,
+        HEADS=k.shape[1],
+        DIM=k.shape[3],
+        DIM_V=v.shape[3],
+        WIDTH=width,
+        PAGE=page,
+        MINMAX=score == "minmax",
+        EARLY=starts_early(k.device),
+        num_warps=4,
+        launch_pdl=starts_early(k.device),
+    )
+
+
+def group_sizes(keys: Format, values: Format, dim: int, dim_v: int) -> dict[str, Any]:
+    """How tokens of these sizes are encoded: by the first of PARTS programs, which leaves keys in groups to the others."""
+    assert keys.channels == (1 if keys.kind in LEVELS else 0) and values.tokens == 1
+    size = dim // 2 if keys.kind == "int4" else dim
+    rows = triton.next_power_of_2(keys.tokens)
+    block = min(triton.next_power_of_2(size), max(TILE_SIZE // rows, 16))
+    return {
+        "KEYS": keys.kind,
+        "KEY_GROUP": keys.tokens,
+        "VALUES": values.kind,
+        "VALUE_GROUP": values.channels or dim_v,
+        "TILE": block,
+        "PARTS": 1 if keys.tokens == 1 else 1 + triton.cdiv(size, block),
+    }
+
+
+@triton.jit
+def _append_codes(
+    k, v, key_tail, value_tail, key_data, key_scale, key_offset, value_data, value_scale, value_offset, digest, columns, texts,
+    k_b, k_h, k_d, v_b, v_h, v_d, text_b, slots, tail, pages,
+    KEYS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUES: tl.constexpr, VALUE_GROUP: tl.constexpr, TILE: tl.constexpr,
+    PARTS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr,
+    PAGE: tl.constexpr, MINMAX: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    part = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    batch, head = row // HEADS, row % HEADS
+    now = tl.load(columns).to(tl.int32)
+    k += batch * k_b + head * k_h
+    v += batch * v_b + head * v_h
+    if part == 0:
+        fresh = store_token(k, k_d, key_tail, now, row, tail, DIM)
+        store_token(v, v_d, value_tail, now, row, tail, DIM_V)
+        encode_token(v, v_d, value_data, value_scale, value_offset, now, row, slots, VALUES, DIM_V, VALUE_GROUP)
+        if KEY_GROUP == 1:
+            encode_token(k, k_d, key_data, key_scale, key_offset, now, row, slots, KEYS, DIM, 1)
+        if digest is not None:
+            describe(key_tail, fresh, digest, texts, now, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE, MINMAX)
+    elif KEY_GROUP > 1:
+        encode_tile(part - 1, k, k_d, key_tail, key_data, key_scale, key_offset, texts, now, row, batch, text_b, slots, tail,
+                    KEYS, DIM, KEY_GROUP, TILE)  # fmt: skip
+
+
+@triton.jit
+def store_token(new, new_d, buffer, column, row, slots, DIM):
+    """Store a token in the slot of its column, and return it."""
+    channel = tl.arange(0, triton.next_power_of_2(DIM))
+    fresh = tl.load(new + channel * new_d, mask=channel < DIM, other=0).to(buffer.dtype.element_ty)
+    tl.store(buffer + (row * slots + column % slots) * DIM + channel, fresh, mask=channel < DIM)
+    return fresh
+
+
+@triton.jit
+def encode_tile(
+    tile, new, new_d, tail, data, scales, offsets, texts, column, row, batch, text_b, slots, length, KIND, DIM, TOKENS, BLOCK,
+):  # fmt: skip
+    """Some channels of the group of TOKENS that the newest one belongs to; the others of them are in ``tail``."""
+    BYTES: tl.constexpr = DIM // 2 if KIND == "int4" else DIM
+    number = tl.arange(0, triton.next_power_of_2(TOKENS))
+    group = row * (slots // TOKENS) + column // TOKENS
+    at = column // TOKENS * TOKENS + number
+    inside = number < TOKENS
+    seen = inside & (at <= column)
+    if texts is not None:
+        seen &= tl.load(texts + batch * text_b + at, mask=seen, other=-1) >= 0
+    tail += row * length * DIM
+    byte = tile * BLOCK + tl.arange(0, BLOCK)
+    there = byte < BYTES
+    scales += group * DIM
+    offsets += group * DIM
+    codes = _encode_channels(new, new_d, tail, scales, offsets, column, at, seen, length, byte, there, KIND, DIM)
+    if KIND == "int4":
+        upper = _encode_channels(new, new_d, tail, scales, offsets, column, at, seen, length, byte + BYTES, there, KIND, DIM)
+        codes |= upper << 4
+    target = data + (group * TOKENS + number)[:, None] * BYTES + byte[None, :]
+    tl.store(target, codes.to(tl.uint8), mask=inside[:, None] & there[None, :])
+
+
+@triton.jit
+def _encode_channels(new, new_d, tail, scales, offsets, column, at, seen, length, channel, there, KIND, DIM):
+    """The codes of a group of tokens; its scales and offsets are stored."""
+    source = tail + (at % length)[:, None] * DIM + channel[None, :]
+    older = tl.load(source, mask=(seen & (at < column))[:, None] & there[None, :], other=0)
+    fresh = tl.load(new + channel * new_d, mask=there, other=0).to(older.dtype)
+    # Not from the tail: another program stores it.
+    x = tl.where((at == column)[:, None], fresh[None, :], older).to(tl.float32)
+    codes, scale, offset = _codes(x, seen[:, None], 0, False, KIND)
+    tl.store(scales + channel, scale, mask=there)
+    tl.store(offsets + channel, offset, mask=there)
+    return codes
+
+
+@triton.jit
+def encode_token(new, new_d, data, scales, offsets, column, row, slots, KIND, DIM, CHANNELS):
+    """A token in groups of CHANNELS, or as it comes."""
+    place = row * slots + column
+    if KIND == "":
+        store_token(new, new_d, data, column, row, slots, DIM)
+    elif KIND == "fp8":
+        _encode_floats(new, new_d, data, scales, place, DIM)
+    else:
+        GROUPS: tl.constexpr = DIM // CHANNELS
+        COUNT: tl.constexpr = triton.next_power_of_2(GROUPS)
+        SPAN: tl.constexpr = triton.next_power_of_2(CHANNELS)
+        group, member = tl.arange(0, COUNT), tl.arange(0, SPAN)
+        channel = group[:, None] * CHANNELS + member[None, :]
+        there = (group < GROUPS)[:, None] & (member < CHANNELS)[None, :]
+        x = tl.load(new + channel * new_d, mask=there, other=0).to(tl.float32)
+        codes, scale, offset = _codes(x, there, 1, CHANNELS == 1, KIND)
+        tl.store(scales + place * GROUPS + group, scale, mask=group < GROUPS)
+        tl.store(offsets + place * GROUPS + group, offset, mask=group < GROUPS)
+        if KIND == "int4":
+            byte = tl.arange(0, triton.next_power_of_2(DIM // 2))
+            half = byte < DIM // 2
+            codes = tl.reshape(codes, [COUNT * SPAN])
+            low, high = tl.where(half, byte, 0), tl.where(half, byte + DIM // 2, 0)
+            packed = tl.gather(codes, low // CHANNELS * SPAN + low % CHANNELS, 0)
+            packed |= tl.gather(codes, high // CHANNELS * SPAN + high % CHANNELS, 0) << 4
+            tl.store(data + place * (DIM // 2) + byte, packed.to(tl.uint8), mask=half)
+        else:
+            tl.store(data + place * DIM + channel, codes.to(tl.uint8), mask=there)
+
+
+@triton.jit
+def _encode_floats(new, new_d, data, scales, place, DIM):
+    """A token in e4m3, with one scale."""
+    channel = tl.arange(0, triton.next_power_of_2(DIM))
+    x = tl.load(new + channel * new_d, mask=channel < DIM, other=0).to(tl.float32)
+    _, largest = tl.reduce((x, tl.abs(x)), 0, _range)
+    scale = _rounded_up(largest * (1.0 / 448))
+    near = _within(tl.div_rn(x, scale.to(tl.float32)), 448.0)
+    tl.store(scales + place, scale)
+    tl.store(data + place * DIM + channel, near.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=channel < DIM)
+
+
+@triton.jit
+def _codes(x, seen, AXIS, SINGLE, KIND):
+    """Codes of groups along AXIS as int32, their scales and offsets; with SINGLE a group is one number."""
+    LEVELS: tl.constexpr = 15 if KIND == "int4" else 255
+    infinite = float("inf")
+    least, most = tl.reduce((tl.where(seen, x, infinite), tl.where(seen, x, -infinite)), AXIS, _range)
+    offset = _within(tl.where(least == infinite, 0.0, least), 65504.0).to(tl.float16)
+    zero = offset.to(tl.float32)
+    # What numbers are above the offset grows with them, in rounded numbers as well.
+    lowest, highest = least - zero, most - zero
+    reach = highest if SINGLE else tl.where(highest < 0, 0.0, highest) - tl.where(lowest > 0, 0.0, lowest)
+    scale = _rounded_up(reach * (1.0 / LEVELS))
+    inverse = tl.div_rn(1.0, scale.to(tl.float32))
+    steps = (x - tl.expand_dims(zero, AXIS)) * tl.expand_dims(inverse, AXIS)
+    # Limits first: they keep the product from being fused with the sum, whose last bits are the nearest whole number.
+    limited = tl.minimum(tl.maximum(tl.where(seen, steps, 0.0), 0.0), 1.0 * LEVELS)
+    return (limited + 8388608.0).to(tl.int32, bitcast=True) & 255, scale, offset
+
+
+@triton.jit
+def _range(low, high, low_, high_):
+    """As torch does, and Triton's own minima do not: what is not a number stays so."""
+    every: tl.constexpr = tl.PropagateNan.ALL
+    return tl.minimum(low, low_, propagate_nan=every), tl.maximum(high, high_, propagate_nan=every)
+
+
+@triton.jit
+def _within(x, limit):
+    return tl.where(x < -limit, -limit, tl.where(x > limit, limit, x))
+
+
+@triton.jit
+def _rounded_up(scale):
+    """As its namesake of ``formats``, from the least scale on."""
+    least: tl.constexpr = 2.0**-24
+    scale = tl.where(scale < least, least, tl.where(scale > 65504.0, 65504.0, scale))
+    near = scale.to(tl.float16)
+    above = (near.to(tl.int16, bitcast=True) + 1).to(tl.float16, bitcast=True)
+    return tl.where(near.to(tl.float32) < scale * (1 - 2.0**-10), above, near)
+
+
+@triton.jit
+def describe(keys, fresh, digest, texts, column, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX):
+    """Write the digest of the logical page that holds ``column``, whose key is ``fresh`` unless that is None."""
+    ROWS: tl.constexpr = triton.next_power_of_2(PAGE)
+    CHANNELS: tl.constexpr = triton.next_power_of_2(DIM)
+    channel = tl.arange(0, CHANNELS)
+    logical = column // PAGE
+    at = logical * PAGE + tl.arange(0, ROWS)
+    seen = (tl.arange(0, ROWS) < PAGE) & (at <= column)
+    there = seen[:, None] & (channel[None, :] < DIM)
+    source = keys + (row * tail + at % tail)[:, None] * DIM + channel[None, :]
+    if fresh is None:
+        block = tl.load(source, mask=there, other=0).to(tl.float32)
+    else:  # other threads may not see yet that it was stored
+        newest = (at == column)[:, None]
+        block = tl.load(source, mask=there & (at < column)[:, None], other=0).to(tl.float32)
+        block = tl.where(newest, fresh[None, :].to(tl.float32), block)
+    if texts is not None:
+        seen &= tl.load(texts + batch * text_b + at, mask=seen, other=-1) >= 0
+    count = tl.sum(seen.to(tl.int32), axis=0)
+    target = digest + (row * pages * (PAGE_SIZE // PAGE) + logical) * WIDTH + channel
+    if MINMAX:
+        low = tl.min(tl.where(seen[:, None], block, float("inf")), axis=0)
+        high = tl.max(tl.where(seen[:, None], block, float("-inf")), axis=0)
+        tl.store(target, tl.where(count > 0, low, 0).to(digest.dtype.element_ty), mask=channel < DIM)
+        tl.store(target + DIM, tl.where(count > 0, high, 0).to(digest.dtype.element_ty), mask=channel < DIM)
+    else:
+        mean = tl.sum(tl.where(seen[:, None], block, 0), axis=0) / tl.maximum(count, 1).to(tl.float32)
+        tl.store(target, mean.to(digest.dtype.element_ty), mask=channel < DIM)

@@ -1,0 +1,254 @@
+"""Tokens appended to pages in fewer bits on CUDA, in one launch: every bit is that of plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparse_compile as sc
+from sparse_compile.masks.pages import digest_width
+from sparse_compile.passes.formats import Codes, Format
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
+]
+DEVICE, SEED = "cuda", 0
+BATCH, HEADS, PAGE, PAGES = 2, 2, 32, 5
+SLOTS = PAGE * PAGES
+COLUMNS = (0, 1, PAGE - 1, PAGE, 2 * PAGE - 1, 2 * PAGE, 3 * PAGE + 5, SLOTS - 1)  # tails begin anew after two pages
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+FORMATS = {
+    "int8": sc.KVFormat(),
+    "int4": sc.KVFormat("int4", "int4"),
+    "fp8": sc.KVFormat("fp8", "fp8"),
+    "int8 and int4": sc.KVFormat("int8", "int4"),
+    "int4 and fp8": sc.KVFormat("int4", "fp8"),
+    "fp8 and int8": sc.KVFormat("fp8", "int8"),
+    "keys alone": sc.KVFormat("int8", None),
+    "values alone": sc.KVFormat(None, "int4"),
+}
+SHAPES = {
+    "groups of 8 and of 16": (sc.KVFormat("int4", "int8", 8, 16), (64, 64)),
+    "groups of a half and of two": (sc.KVFormat("int8", "int4", 16, 2), (64, 64)),
+    "groups of one": (sc.KVFormat("int4", "int4", 1, 1), (16, 16)),
+    "groups across the halves of a head": (sc.KVFormat("int4", "int4", 4, 32), (72, 96)),
+    "heads of 80": (sc.KVFormat("int8", "int4"), (80, 80)),
+    "heads of 40 and 72": (sc.KVFormat("int4", "int8"), (40, 72)),
+    "heads of 24 in fp8": (sc.KVFormat("fp8", "fp8"), (24, 20)),
+    "large heads": (sc.KVFormat("int8", "int4"), (256, 128)),
+}
+
+
+@dataclass
+class State:
+    """What a layer keeps: written in place."""
+
+    key_tail: Tensor
+    value_tail: Tensor
+    keys: Codes[Tensor]
+    values: Codes[Tensor]
+    digest: Tensor | None
+
+    def copy(self) -> State:
+        """The same numbers elsewhere."""
+        keys, values = (Codes(*map(_clone, codes)) for codes in (self.keys, self.values))
+        return State(_clone(self.key_tail), _clone(self.value_tail), keys, values, _clone(self.digest))
+
+    def bits(self) -> list[Tensor]:
+        """All of it as integers; what is not a number is so in any bits."""
+        parts = (self.key_tail, self.value_tail, *self.keys, *self.values, self.digest)
+        settled = (part.nan_to_num(12345.0, math.inf, -math.inf) for part in parts if part is not None)
+        return [part.view(torch.uint8) for part in settled]
+
+
+def _clone(x: Tensor | None) -> Any:
+    return None if x is None else x.clone()
+
+
+def random_state(
+    forms: tuple[Format, Format], dims: tuple[int, int], dtype: torch.dtype, *, score: str = "", page: int = 1
+) -> State:
+    """A cache of more rows than are used, with something in every place."""
+    key_tail, value_tail = (numbers(BATCH + 1, 2 * PAGE, dim, dtype) for dim in dims)
+    kept: list[Codes[Tensor]] = []
+    for form, dim in zip(forms, dims, strict=True):
+        shapes = [((BATCH + 1, *shape), kind) for shape, kind in form.parts(HEADS, SLOTS, dim, dtype)]
+        kept.append(Codes(*(torch.randint(0, 99, shape, device=DEVICE).to(kind) for shape, kind in shapes)))
+    width = digest_width(score, dims[0]) if score else 0
+    digest = torch.randn(BATCH + 1, HEADS, SLOTS // page, width, device=DEVICE).to(dtype) if score else None
+    return State(key_tail, value_tail, kept[0], kept[1], digest)
+
+
+def numbers(batch: int, tokens: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """``[batch, HEADS, tokens, dim]``, of channels that are unlike."""
+    spread = torch.logspace(-2, 1, dim, device=DEVICE)
+    x = torch.randn(batch, HEADS, tokens, dim, device=DEVICE) * spread + torch.linspace(-9, 9, dim, device=DEVICE)
+    return x.to(dtype)
+
+
+def check(
+    kv: sc.KVFormat,
+    dtype: torch.dtype = torch.bfloat16,
+    dims: tuple[int, int] = (64, 64),
+    *,
+    columns: tuple[int, ...] = COLUMNS,
+    padded: bool = False,
+    score: str = "",
+    change: Any = None,
+) -> None:
+    """Append a token at each of ``columns`` both ways; ``change`` turns the numbers of tails and tokens into others."""
+    from sparse_compile.passes import code_ops
+    from sparse_compile.passes.append_kernels import append_codes
+
+    torch.manual_seed(SEED)
+    forms = kv.forms(*dims, PAGE)
+    assert forms is not None
+    page = 16 if score else 1
+    for column in columns:
+        state = random_state(forms, dims, dtype, score=score, page=page)
+        k, v = (numbers(BATCH, 3, dim, dtype)[:, :, 1:2] for dim in dims)  # of strides that are not those of its shape
+        for x in (state.key_tail, state.value_tail, k, v) if change is not None else ():
+            change(x)
+        texts = torch.randint(-1, 2, (BATCH, SLOTS), device=DEVICE) if padded else None
+        wanted, at = state.copy(), torch.tensor(column, device=DEVICE)
+        told = (k, v, at, texts, *forms, page, score)
+        append(code_ops._append, wanted, *told)
+        append(append_codes, state, *told)
+        assert_same(state, wanted, exactly=score != "mean")
+
+
+def append(how: Callable[..., None], state: State, *told: Any) -> None:
+    how(state.key_tail, state.value_tail, state.keys, state.values, state.digest, *told)
+
+
+def assert_same(got: State, wanted: State, *, exactly: bool = True) -> None:
+    if not exactly and got.digest is not None and wanted.digest is not None:  # means are summed in another order
+        torch.testing.assert_close(got.digest, wanted.digest, rtol=1e-2, atol=1e-5)
+        got.digest = wanted.digest
+    for number, (a, b) in enumerate(zip(got.bits(), wanted.bits(), strict=True)):
+        assert torch.equal(a, b), f"part {number} differs in {int((a != b).sum())} of {a.numel()} bytes"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_codes_have_the_bits_of_plain_pytorch(name: str, dtype: torch.dtype) -> None:
+    check(FORMATS[name], dtype)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_heads_and_groups_of_all_sizes(name: str) -> None:
+    kv, dims = SHAPES[name]
+    check(kv, dims=dims)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_padding_has_no_say(name: str) -> None:
+    check(FORMATS[name], padded=True)
+
+
+@pytest.mark.parametrize("score", ["minmax", "mean"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_pages_are_described_in_the_same_launch(score: str, padded: bool) -> None:
+    check(FORMATS["int8"], score=score, padded=padded)
+    check(FORMATS["values alone"], score=score, padded=padded)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("number", [0.0, -3.0, 1e-7, 6e4])
+def test_groups_of_one_number(number: float, dtype: torch.dtype) -> None:
+    for name in ("int8", "int4", "fp8"):
+        check(FORMATS[name], dtype, columns=COLUMNS[2:5], change=lambda x: x.fill_(number))
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-4, 1e5, 1e30])
+def test_small_and_large_numbers(size: float) -> None:
+    for name in ("int8", "int4", "fp8"):
+        check(FORMATS[name], torch.float32, columns=COLUMNS[2:5], change=lambda x: x.mul_(size))
+
+
+def test_numbers_halfway_between_codes() -> None:
+    def change(x: Tensor) -> None:
+        x.copy_((torch.randint(0, 511, x.shape, device=DEVICE) / 2).to(x.dtype))
+        x[..., 0, :], x[..., 0] = 0, 0
+
+    for name in ("int8", "int4", "fp8"):
+        check(FORMATS[name], torch.float32, change=change)
+
+
+@pytest.mark.parametrize("wrong", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
+def test_what_is_not_finite_stays_in_its_group(name: str, wrong: float) -> None:
+    def change(x: Tensor) -> None:
+        x.masked_fill_(torch.rand(x.shape, device=DEVICE) < 0.02, wrong)
+
+    check(FORMATS[name], torch.float32, change=change)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_step_that_chooses_pages_encodes_as_well(name: str, padded: bool, every: int) -> None:
+    from sparse_compile.passes import code_ops
+    from sparse_compile.passes.page_kernels import select_pages
+
+    torch.manual_seed(SEED)
+    forms = FORMATS[name].forms(64, 64, PAGE)
+    assert forms is not None
+    for column in COLUMNS:
+        state = random_state(forms, (64, 64), torch.bfloat16, score="minmax", page=16)
+        q = torch.randn(BATCH, 2 * HEADS, 1, 64, device=DEVICE).bfloat16()
+        k, v = (numbers(BATCH, 3, 64, torch.bfloat16)[:, :, 1:2] for _ in range(2))
+        texts = torch.randint(-1, 2, (BATCH, SLOTS), device=DEVICE) if padded else None
+        classes = torch.ones(1, 1, PAGES, device=DEVICE, dtype=torch.int8)
+        changed = torch.zeros(1, device=DEVICE, dtype=torch.int32) if every > 1 else None
+        at, anchor = (torch.tensor(n, device=DEVICE) for n in (column, 1))
+        choices = []
+        wanted = state.copy()
+        append(code_ops._append, wanted, k, v, at, texts, *forms, 16, "minmax")
+        for x in (state, plain := wanted.copy()):
+            scores = torch.zeros(BATCH + 1, HEADS, PAGES, device=DEVICE)
+            counts = torch.zeros(BATCH + 1, HEADS, 1, device=DEVICE, dtype=torch.int32)
+            table = torch.zeros(BATCH + 1, HEADS, 1, 3, device=DEVICE, dtype=torch.int32)
+            told: Any = (x.key_tail, x.value_tail, x.digest, scores, counts, table, classes, at, anchor, changed, texts)
+            codes: Any = ((x.keys, x.values), forms) if x is state else ()
+            how: Any = {"page_size": PAGE, "page": 16, "score": "minmax", "group": "max", "every": every, "budget": 2}
+            select_pages(q, k, v, *told, *codes, **how)
+            choices.append((scores, counts, table))
+        assert all(torch.equal(a, b) for a, b in zip(*choices, strict=True))
+        assert_same(state, wanted)
+        assert_same(plain, wanted)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
+def test_a_graph_goes_on_as_columns_advance(name: str) -> None:
+    from sparse_compile.passes import code_ops
+    from sparse_compile.passes.append_kernels import append_codes
+
+    torch.manual_seed(SEED)
+    forms = FORMATS[name].forms(64, 64, PAGE)
+    assert forms is not None
+    state = random_state(forms, (64, 64), torch.bfloat16)
+    wanted, column = state.copy(), torch.tensor(0, device=DEVICE)
+    k, v = (numbers(BATCH, 1, 64, torch.bfloat16) for _ in range(2))
+
+    told = (k, v, column, None, *forms, 1, "")
+    append(append_codes, state, *told)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        append(append_codes, state, *told)
+    for n in range(SLOTS):
+        column.fill_(n)
+        for x in (k, v):
+            x.normal_()
+        graph.replay()
+        append(code_ops._append, wanted, *told)
+    assert_same(state, wanted)
