@@ -1,0 +1,93 @@
+"""What needles are hidden in: noise of a Markov chain, and text that lies on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bench.lab.words import NOISE
+
+ROOT = Path(__file__).parents[2]
+SUCCESSORS = 4
+CHAINS, STEPS = 2048, 1024  # the noise is so many chains, one after the other
+
+
+class Haystack(Protocol):
+    """Tokens without any needle."""
+
+    def __call__(self, batch: int, length: int, rng: torch.Generator) -> Tensor:
+        """``[batch, length]`` on the generator's device."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Bytes of files as ids, with the hash of all of them."""
+
+    pool: Tensor  # [bytes], long
+    sha256: str
+
+    def __call__(self, batch: int, length: int, rng: torch.Generator) -> Tensor:
+        return slices(self.pool, batch, length, rng)
+
+    def to(self, device: torch.device | str) -> Text:
+        """The same on another device, where the generators that ask for it are."""
+        return Text(self.pool.to(device), self.sha256)
+
+
+def noise(batch: int, length: int, rng: torch.Generator) -> Tensor:
+    """Slices of an order-1 Markov chain: each of 256 symbols has four successors, always the same."""
+    return slices(_noise_pool(rng.device), batch, length, rng)
+
+
+def library_text(limit: int = 8_000_000) -> Text:
+    """Sources of Python's standard library, for training: whole files in an order drawn once, up to ``limit`` bytes."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = [path for path in sorted(folder.rglob("*.py")) if not {"site-packages", "test", "tests"} & set(path.parts)]
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+    return _read((files[at] for at in order), limit)
+
+
+def repository_text() -> Text:
+    """This repository's ``masks/`` and ``passes/``, which no training reads: for evaluation."""
+    files = [path for room in ("masks", "passes") for path in sorted((ROOT / room).rglob("*.py"))]
+    return _read(files, 1 << 30)
+
+
+def slices(pool: Tensor, batch: int, length: int, rng: torch.Generator) -> Tensor:
+    """``[batch, length]``: stretches of ``pool`` from random places."""
+    if length > len(pool):
+        raise ValueError(f"a slice needs length <= {len(pool)}, the tokens there are, got {length}")
+    begin = torch.randint(len(pool) - length + 1, (batch, 1), generator=rng, device=rng.device)
+    return pool[begin + torch.arange(length, device=rng.device)]
+
+
+@cache
+def _noise_pool(device: torch.device) -> Tensor:
+    rng = torch.Generator().manual_seed(0)
+    following = torch.rand(len(NOISE), len(NOISE), generator=rng).argsort(-1)[:, :SUCCESSORS]
+    choices = torch.randint(SUCCESSORS, (STEPS, CHAINS), generator=rng)
+    state = torch.randint(len(NOISE), (CHAINS,), generator=rng)
+    seen = []
+    for choice in choices:
+        state = following[state, choice]
+        seen.append(state)
+    return (torch.stack(seen, dim=1).flatten() + NOISE.start).to(device)
+
+
+def _read(files: Iterable[Path], limit: int) -> Text:
+    told = bytearray()
+    for path in files:
+        told += path.read_bytes()
+        if len(told) >= limit:
+            break
+    told = told[:limit]
+    return Text(torch.frombuffer(told, dtype=torch.uint8).long(), hashlib.sha256(told).hexdigest())

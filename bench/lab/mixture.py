@@ -1,0 +1,82 @@
+"""What a training step reads: rows of several tasks and of text, and how much each token counts."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.lab.answers import Brackets, Counting, Sums
+from bench.lab.haystack import Text, noise
+from bench.lab.items import Items, Task, filled
+from bench.lab.tasks import Copy, Needles, Recall, Variables
+
+GROUPS = 8  # of a batch: the rows of one come from one task
+OTHERS = 0.3  # what all tokens of a row that are not asked count, beside the asked ones
+
+# Without many copies at first no induction heads appear, and nothing is retrieved after 2,500 steps.
+EARLY = {"needles": 0.3, "copy": 0.5, "text": 0.2}
+LATE = {
+    "needles": 0.4, "copy": 0.1, "text": 0.2, "together": 0.06, "variables": 0.08, "recall": 0.06,
+    "counting": 0.03, "sums": 0.03, "brackets": 0.04,
+}  # fmt: skip
+COPIES_UNTIL = 2 / 9  # of the training
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Tokens and what each counts in the loss; the first token of a row is never asked and counts nothing."""
+
+    tokens: Tensor  # [B, N]
+    weights: Tensor  # [B, N], their sum is about 1
+
+
+def mixed(
+    rows: int, length: int, progress: float, text: Text, *, chance: random.Random, rng: torch.Generator
+) -> Batch:  # fmt: skip
+    """``rows`` of ``length`` as they come at this part of the training: which tasks by ``chance``, their tokens by ``rng``."""
+    shares = EARLY if progress < COPIES_UNTIL else LATE
+    groups = []
+    for kind in chance.choices(list(shares), list(shares.values()), k=GROUPS):
+        if kind == "text":
+            tokens = filled(text, rows // GROUPS, length, rng)
+            groups.append((tokens, torch.zeros_like(tokens, dtype=torch.bool)))
+        else:
+            items: Items = drawn_task(kind, length, text, chance).make(rows // GROUPS, length, rng)
+            groups.append((items.tokens(), items.asked()))
+    tokens, asked = (torch.cat(side) for side in zip(*groups, strict=True))
+    return Batch(tokens, _weights(asked))
+
+
+def drawn_task(kind: str, length: int, text: Text, chance: random.Random) -> Task:
+    """A task of this kind with parameters and a haystack by chance."""
+    haystack = chance.choice((noise, text))
+    match kind:
+        case "needles":
+            needles = chance.choice((1, 2, 3, 4, 5, 6, 8, 12, 16))
+            return Needles(kind, needles, min(needles, 5), haystack=haystack)
+        case "together":
+            return Needles(kind, chance.choice((2, 4, 8)), 2, together=True, haystack=haystack)
+        case "copy":
+            return Copy(size=chance.randint(24, min(128, length // 3)))
+        case "variables":
+            return Variables(hops=chance.choice((1, 2, 3)), haystack=haystack)
+        case "recall":
+            return Recall(pairs=chance.choice((16, 32)), haystack=haystack)
+        case "counting":
+            return Counting(haystack=haystack)
+        case "sums":
+            return Sums(haystack=haystack)
+        case "brackets":
+            return Brackets(haystack=haystack)
+    raise ValueError(f"no task is called {kind!r}")
+
+
+def _weights(asked: Tensor) -> Tensor:
+    """Every row counts alike: its asked tokens together 1, the others together 0.3, or 1 where nothing is asked."""
+    count = asked.sum(1, keepdim=True)
+    others = torch.where(count > 0, OTHERS, 1.0) / (asked.shape[1] - 1 - count)
+    weights = torch.where(asked, 1.0 / count.clamp(min=1), others) / len(asked)
+    return torch.cat([torch.zeros_like(weights[:, :1]), weights[:, 1:]], dim=1)

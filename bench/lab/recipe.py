@@ -1,0 +1,41 @@
+"""How a training runs: its lengths, rates and sizes."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long, on what lengths, and how often it is looked at."""
+
+    steps: int = 8000
+    tokens: int = 1 << 16  # of a step
+    lengths: tuple[int, ...] = (256, 512, 1024, 2048)  # at first the first alone, the last only in the last third
+    rate: float = 1.5e-3
+    warm_up: int = 300
+    look_every: int = 500
+    looked_at: tuple[int, ...] = (1024, 2048)  # lengths
+    items: int = 256  # of a task when looked at
+    save_every: int = 1000
+    scored: tuple[int, ...] = (512, 1024, 2048)  # lengths, at the end
+    scored_items: int = 1000
+    layers: int = 6
+    hidden: int = 256
+
+    def length(self, step: int, chance: random.Random) -> int:
+        """One of the lengths of this part of the training, longer ones more often."""
+        part = step / self.steps
+        count = 1 if part < 1 / 6 else max(1, len(self.lengths) - 1) if part < 2 / 3 else len(self.lengths)
+        return chance.choices(self.lengths[:count], range(1, count + 1))[0]
+
+    def rate_at(self, step: int) -> float:
+        """A linear rise, then a linear fall to zero."""
+        return self.rate * min((step + 1) / self.warm_up, (self.steps - step) / max(1, self.steps - self.warm_up))
+
+
+SMOKE = Recipe(
+    steps=8, tokens=1024, lengths=(128,), warm_up=2, look_every=4, looked_at=(128,), items=4, save_every=4, scored=(128,),
+    scored_items=8, layers=2, hidden=64,
+)  # fmt: skip
