@@ -15,6 +15,8 @@ from quantized_session import Session, Text, assert_codes_of_whole_text, assert_
 from selection_oracle import Head, Selecting
 from sparse_compile.cache.kv_format import ByLayer
 from sparse_compile.masks import causal, page_topk, sink, sliding_window
+from sparse_compile.passes.code_ops import append_codes
+from sparse_compile.passes.page_ops import select_pages
 from sparse_compile.passes.storage import Ring
 
 LENGTHS = [13, 7, *ones(40), 25, *ones(5)]  # over groups, in steps and in chunks
@@ -175,6 +177,30 @@ def test_pages_are_described_from_the_keys_as_they_came(score: str) -> None:
     if score == "minmax":
         keys, held = text.k[0, :, :, :68].unflatten(2, (17, 4)), coarse.cache.kept[0].digests()[0][0][:, :, :17]
         assert torch.equal(held.sort(dim=3).values, torch.cat([keys.amin(dim=3), keys.amax(dim=3)], dim=3).sort(dim=3).values)
+
+
+def test_a_step_that_chooses_pages_keeps_what_an_append_keeps() -> None:
+    """In one op, which is how graphs for CUDA have it."""
+    forms = sc.KVFormat("int8", "int4", 4).forms(16, 16, 8)
+    assert forms is not None
+    written, k, v = [form.to_text() for form in forms], torch.randn(2, 2, 1, 16), torch.randn(2, 2, 1, 16)
+    tails = torch.randn(2, 3, 2, 16, 16)
+    parts = [torch.zeros(3, *shape, dtype=dtype) for form in forms for shape, dtype in form.parts(2, 32, 16, torch.float32)]
+    column, none = torch.tensor(21), torch.zeros(3, 2, 1, dtype=torch.int32)
+    choice = torch.zeros(3, 2, 8, 32), torch.zeros(3, 2, 4), none, none.unsqueeze(3)
+    found = []
+    for together in (False, True):
+        (keys, values), codes = tails.clone(), [part.clone() for part in parts]
+        if not together:
+            append_codes(keys, values, *codes, None, k, v, column, None, *written, 1, "", False)
+        chosen = [part.clone() for part in choice]
+        told = (torch.ones(1, 1, 4, dtype=torch.int8), column, column, torch.zeros(1, dtype=torch.int32), None)
+        encoded: Any = (codes, written) if together else ([None] * 6, ["/1/0"] * 2)
+        how = (8, 4, "minmax", "max", 1, 1, *encoded[1])
+        select_pages(keys, values, *chosen, *encoded[0], torch.ones(2, 2, 1, 16), k, v, *told, *how)
+        found.append([keys, values, *chosen, *codes])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not torch.equal(found[0][-1], parts[-1])
 
 
 # -- how text came ------------------------------------------------------------------------------------------------------
