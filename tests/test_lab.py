@@ -25,7 +25,7 @@ from bench.lab import words
 from bench.lab.answers import Brackets, Counting, Sums
 from bench.lab.haystack import OFFSETS, noise, repository_text
 from bench.lab.items import Items, Task
-from bench.lab.mixture import EARLY, LATE, mixed
+from bench.lab.mixture import MIXTURES, mixed
 from bench.lab.model import CHECKPOINT, build, config, load, save
 from bench.lab.recipe import SMOKE, Recipe
 from bench.lab.score import exact_match, perplexity_by_position
@@ -136,10 +136,10 @@ def test_text_is_the_repository() -> None:
     assert bytes(text.pool.tolist()).startswith(b'"""') and len(text.sha256) == 64
 
 
-@pytest.mark.parametrize("progress", [0.0, 0.9])
-def test_a_batch_weighs_every_row_alike(progress: float) -> None:
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_a_batch_weighs_every_row_alike(mixture: str) -> None:
     text = repository_text()
-    batch = mixed(32, 256, progress, text, chance=random.Random(0), rng=seeded(0))
+    batch = mixed(32, 256, MIXTURES[mixture], text, chance=random.Random(0), rng=seeded(0))
     assert batch.tokens.shape == batch.weights.shape == (32, 256)
     assert (batch.weights[:, 0] == 0).all()
     sums = 32 * batch.weights.sum(1)
@@ -147,7 +147,7 @@ def test_a_batch_weighs_every_row_alike(progress: float) -> None:
 
 
 def test_shares_are_shares() -> None:
-    assert math.isclose(sum(EARLY.values()), 1) and math.isclose(sum(LATE.values()), 1)
+    assert all(math.isclose(sum(shares.values()), 1) for shares in MIXTURES.values())
 
 
 @each_task
