@@ -54,12 +54,16 @@ class Ring(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """How work is cut: tiles of ``warps`` times ``tokens`` keys in so many ``stages``, ``programs`` on a multiprocessor."""
+    """How work is cut: tiles of ``warps`` times ``tokens`` keys in so many ``stages``, ``programs`` on a multiprocessor.
+
+    ``registers`` are the most of a thread, where the compiler would take so many that fewer programs fit.
+    """
 
     warps: int
     tokens: int
     stages: int
     programs: int
+    registers: int | None = None
 
 
 def attend_kept(
@@ -94,7 +98,7 @@ def attend_kept(
     assert all(kept.data.is_contiguous() and kept.dim % PARTS[kept.kind] == 0 for kept in (keys, values))
     batch, wide, rows = q.shape[0], values.dim, q.shape[0] * (paged + ringed)
     rest = _rest(q, keys, values, q.shape[1] // (paged + ringed))
-    launch = _launch(q, rest, listed=table is not None, beside_ring=ring is not None)
+    launch = _launch(q, rest, q.shape[1] // (paged + ringed), listed=table is not None, beside_ring=ring is not None)
     both = {
         "PAGED": paged,
         "RINGED": ringed,
@@ -119,6 +123,7 @@ def attend_kept(
     # A split's result, then all maxima and sums.
     parts = torch.empty(most * batch * q.shape[1] * (wide + 2), dtype=torch.float32, device=q.device)
     pdl = {"launch_pdl": True} if both["EARLY"] else {}
+    limit = {"maxnreg": launch.registers} if q.is_cuda and launch.registers else {}
     attend_split[(most, rows * blocks)](
         *(q, *_pointers(keys, keys.offset is not None), *_pointers(values, rest["GROUPS"] % 2 == 0)),
         *(counts, table, columns, texts, *((None,) * 4 if ring is None else ring[:4]), parts, rings),
@@ -131,6 +136,7 @@ def attend_kept(
         STAGES=launch.stages,
         num_warps=launch.warps,
         **pdl,
+        **limit,
     )
     merge_splits[(batch * q.shape[1], triton.cdiv(wide, 32))](
         counts, columns, parts, out, rings, most, splits, slots, ring_share, **both, num_warps=4, **pdl
@@ -175,13 +181,15 @@ def _pointers(kept: Kept, pairs: bool) -> list[Tensor | None]:
     return [kept.data.view(torch.int16) if kept.kind else kept.data, *numbers]
 
 
-def _launch(q: Tensor, rest: dict[str, Any], *, listed: bool, beside_ring: bool) -> Launch:
+def _launch(q: Tensor, rest: dict[str, Any], group: int, *, listed: bool, beside_ring: bool) -> Launch:
     """The quickest found on an H200. Microseconds of both launches, with heads of 128 channels, a group of four to a KV head:
 
-    64 pages of 64 listed, 8 KV heads: bfloat16 9.5 with 2 stages and 3 programs, 9.8 with 3 and 2, 10.7 with 2 and 4; int8 9.0
-    with 2 and 2, 10.6 with 3 and 2. With 4 of the heads in a ring of 384 slots: 8.2. 32 KV heads without groups, 32 pages:
-    13.2. All of 131,072 keys: bfloat16 128, as SDPA takes; in tiles of 64 keys int8 85, fp8 76, int4 91. Tiles of 128, with a
-    fifth fewer instructions for each key, have been timed only together with what a cache does beside attention.
+    64 pages of 64 listed, 8 KV heads: bfloat16 9.5 with 2 stages and 3 programs, 9.8 with 3 and 2, 10.7 with 2 and 4. With 4 of
+    the heads in a ring of 384 slots: 8.2. 32 KV heads without groups, 32 pages: 13.2,
+    and with the choice of pages 28.4 with 2 warps, 29.1 with 4. All of 131,072 keys: bfloat16 128, as
+    SDPA takes. With what a cache does beside attention, all keys: int8 80 in tiles of 128 keys with 2 programs, 98 with 3 of
+    168 registers, 86 to 91 in tiles of 64; fp8 76 with 3 of 168, 81 with 2; int4 71 with 3 of 168, 85 with 2; 64 pages chosen:
+    int8 30.0 with 3 stages, 31.0 with 2; int4 29.7 in tiles of 128, 31.6 of 64.
     """
     kinds = (rest["KEYS"], rest["VALUES"])
     bits = max({"int4": 4, "": 16}.get(kind, 8) for kind in kinds)
@@ -189,8 +197,12 @@ def _launch(q: Tensor, rest: dict[str, Any], *, listed: bool, beside_ring: bool)
         bits = 8 * q.element_size()
     size = max(rest["CHANNELS"], rest["OUTPUTS"]) * bits // 8  # of a key; tiles have 16 KiB at most
     warps = min(4, max(1, 1024 // size))
+    if kinds == ("", "") and listed and group == 1 and warps > 2:
+        return Launch(2, 16, 3, 4)
     if kinds == ("", ""):
         return Launch(warps, 16, 2, 3) if listed else Launch(warps, 16, 3, 2)
-    if listed or size > 128 or rest["MEMBERS"] * rest["REPEATS"] > 16:
+    if size > 128 or rest["MEMBERS"] * rest["REPEATS"] > 16:
         return Launch(warps, 16, 2, 2)
-    return Launch(warps, 32, 3, 2)
+    if listed:
+        return Launch(warps, 32, 2, 2) if "int4" in kinds else Launch(warps, 16, 2 + ("int8" in kinds), 2)
+    return Launch(warps, 32, 3, 2) if "int8" in kinds else Launch(warps, 32, 3, 3, 168)

@@ -163,10 +163,10 @@ def select_pages(
 
 @triton.jit
 def _score(
-    q, digest, scores, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages, first,
+    q, digest, scores, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages, programs,
     GROUP, ROWS, DIM, WIDTH, CHANNELS, PAGE, PER, MINMAX, POOL, BLOCK,
 ):  # fmt: skip
-    """Write the scores of this program's tiles of full pages; the programs before ``first`` do other things."""
+    """Write the scores of this program's tiles of full pages, as one of ``programs`` from the second on."""
     KEYS: tl.constexpr = triton.next_power_of_2(PAGE)
     # q twice for minima and maxima: its negative parts meet the minima, its positive ones the maxima.
     member = tl.arange(0, ROWS)
@@ -176,7 +176,7 @@ def _score(
     if MINMAX:
         query = tl.where((channel < DIM)[None, :] == (query < 0), query, 0)
     digest += row * pages * PER * WIDTH
-    for tile in tl.range(tl.program_id(0) - first, tl.cdiv(newest, BLOCK), tl.num_programs(0) - first):
+    for tile in tl.range(tl.program_id(0) - 1, tl.cdiv(newest, BLOCK), programs):
         logical = tile * (BLOCK * PER) + tl.arange(0, BLOCK * PER)
         # Never the newest page, which another program describes now.
         there = (logical < newest * PER)[:, None] & (channel < WIDTH)[None, :]
@@ -225,8 +225,8 @@ def _score_pages(
         if due:
             _open(scores, newest, pages, AHEAD, 2 + EVERY // PAGE_SIZE)
     elif due:
-        _score(q, digest, scores, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages, 1,
-               GROUP, ROWS, DIM, WIDTH, CHANNELS, PAGE, PER, MINMAX, POOL, BLOCK)  # fmt: skip
+        _score(q, digest, scores, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages,
+               tl.num_programs(0) - 1, GROUP, ROWS, DIM, WIDTH, CHANNELS, PAGE, PER, MINMAX, POOL, BLOCK)  # fmt: skip
 
 
 # As for `_pick_pages`, the offsets of scores and classes must not be known to be multiples of more than four.
@@ -247,6 +247,7 @@ def _select_pages(
         gdc_wait()
         gdc_launch_dependents()
     split = tl.program_id(0)
+    first_encoding = tl.num_programs(0) - PARTS + 1
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // HEADS, row % HEADS
     PER: tl.constexpr = PAGE_SIZE // PAGE
@@ -269,19 +270,19 @@ def _select_pages(
         describe(keys, fresh, digest, texts, column, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX)
         if due:
             _open(scores + source, newest, pages, AHEAD, 2 + EVERY // PAGE_SIZE)
-    elif split < PARTS:
-        if KEY_GROUP > 1:
-            encode_tile(split - 1, k, k_d, keys, key_data, key_scale, key_offset, texts, now.to(tl.int32), row, batch, text_b,
-                        slots, tail, KEYS, DIM, KEY_GROUP, TILE)  # fmt: skip
-    elif due:
-        _score(q, digest, scores + source, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages, PARTS,
-               GROUP, ROWS, DIM, WIDTH, CHANNELS, PAGE, PER, MINMAX, POOL, BLOCK)  # fmt: skip
-    if PICK:
+    elif split < first_encoding:
+        if due:
+            _score(q, digest, scores + source, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages,
+                   first_encoding - 1, GROUP, ROWS, DIM, WIDTH, CHANNELS, PAGE, PER, MINMAX, POOL, BLOCK)  # fmt: skip
+    elif KEY_GROUP > 1:
+        encode_tile(split - first_encoding, k, k_d, keys, key_data, key_scale, key_offset, texts, now.to(tl.int32), row, batch,
+                    text_b, slots, tail, KEYS, DIM, KEY_GROUP, TILE)  # fmt: skip
+    if PICK and split < first_encoding:  # no choice waits for those that encode
         if due:
             # The last program of a row picks. They count themselves in the upper half of `counts`, which the pick clears.
             tl.debug_barrier()
             turn = tl.atomic_add(counts + row, 1 << 16, sem="acq_rel") >> 16
-            picks = turn == tl.num_programs(0) - 1
+            picks = turn == first_encoding - 1
         else:
             picks = split == 0
             if changed is not None:

@@ -110,7 +110,7 @@ class Backend:
         self._record(rewrite)
         inner = "eager" if self._dry else self.inner
         with torch.no_grad() if rewrite.cache_uses else nullcontext():
-            compiled, note = compile_inner(gm, inputs, inner=inner, mode=mode, config=self._config())
+            compiled, note = compile_inner(gm, inputs, inner=inner, mode=mode, config=self._config(rewrite))
         if note and note not in self.report.notes:
             self.report.notes.append(note)
 
@@ -130,10 +130,16 @@ class Backend:
 
         return run
 
-    def _config(self) -> dict[str, Any]:
-        """The Inductor options: what the kernel choice asks for, and over it what the user does."""
+    def _config(self, rewrite: Rewrite) -> dict[str, Any]:
+        """The Inductor options: what the kernel choice and the kind of graph ask for, and over it what the user does."""
+        from sparse_compile.passes.inner import for_steps
+        from sparse_compile.passes.pipeline import phase_of
+
         # Matrix products stay as they are: the user asked for attention to be tuned.
         tune = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"} if self.kernel == "autotune" else {}
+        cached = [call for call in rewrite.calls if call.cache is not None]
+        if self.inner == "inductor" and any(call.device.type == "cuda" and phase_of(call) == "decode" for call in cached):
+            tune |= for_steps()
         return tune | self.inductor
 
     def _with(self, options: Mapping[str, Any]) -> Backend:
