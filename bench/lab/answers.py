@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bench.lab.haystack import Haystack, noise
-from bench.lab.items import Items, drawn, filled, spread, written
-from bench.lab.words import CLOSE, CLOSERS, COUNT, DIGITS, OPENERS, SUM, TALLY
+from bench.lab.items import Items, distinct, drawn, filled, spread, written
+from bench.lab.words import CLOSE, COUNT, DIGITS, KEYS, SUM, TALLY
 
 
 @dataclass(frozen=True)
@@ -38,25 +38,26 @@ class Counting:
 class Sums:
     """``SUM`` and ``size`` digits, then ``SUM``: the answer is the sum modulo 16 of the first digit, of the first two, ...
 
-    The digits stand at the end of the context, so that the digit a step needs is always ``size + 1`` tokens back.
+    Digits are 0 to ``most``. The digit that a step needs is always ``size + 1`` tokens back.
     """
 
     name: str = "sums"
     size: int = 32
+    most: int = 3
     haystack: Haystack = noise
     placed: bool = False
 
     def make(self, batch: int, length: int, rng: torch.Generator, *, depth: float | None = None) -> Items:
         _refuse(self.name, depth)
         context = filled(self.haystack, batch, length - 2 * self.size - 2, rng)
-        digits = drawn(batch, self.size, DIGITS, rng)
+        digits = drawn(batch, self.size, DIGITS[: self.most + 1], rng)
         answer = (digits - DIGITS.start).cumsum(1) % len(DIGITS) + DIGITS.start
         return Items(context, ((_between(SUM, digits), answer),))
 
 
 @dataclass(frozen=True)
 class Brackets:
-    """``size`` opening brackets of eight kinds between two ``CLOSE``: the answer closes them, the last one first."""
+    """``size`` different names are opened between two ``CLOSE``: the answer closes them, the last one first."""
 
     name: str = "brackets"
     size: int = 16
@@ -66,9 +67,8 @@ class Brackets:
     def make(self, batch: int, length: int, rng: torch.Generator, *, depth: float | None = None) -> Items:
         _refuse(self.name, depth)
         context = filled(self.haystack, batch, length - 2 * self.size - 2, rng)
-        openers = drawn(batch, self.size, OPENERS, rng)
-        answer = openers.flip(1) - OPENERS.start + CLOSERS.start
-        return Items(context, ((_between(CLOSE, openers), answer),))
+        opened = distinct(batch, self.size, KEYS, rng)
+        return Items(context, ((_between(CLOSE, opened), opened.flip(1)),))
 
 
 def _between(marker: int, told: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.lab.words import NOISE
 
 ROOT = Path(__file__).parents[2]
-SUCCESSORS = 4
+OFFSETS = (0, 1, 5, 17)  # one for each successor
 CHAINS, STEPS = 2048, 1024  # the noise is so many chains, one after the other
 
 
@@ -73,8 +73,10 @@ def slices(pool: Tensor, batch: int, length: int, rng: torch.Generator) -> Tenso
 @cache
 def _noise_pool(device: torch.device) -> Tensor:
     rng = torch.Generator().manual_seed(0)
-    following = torch.rand(len(NOISE), len(NOISE), generator=rng).argsort(-1)[:, :SUCCESSORS]
-    choices = torch.randint(SUCCESSORS, (STEPS, CHAINS), generator=rng)
+    # Two permutations, so that every symbol has as many predecessors, and none is rare.
+    order, name = (torch.randperm(len(NOISE), generator=rng) for _ in range(2))
+    following = name[(order[:, None] + torch.tensor(OFFSETS)) % len(NOISE)]  # [symbols, successors]
+    choices = torch.randint(len(OFFSETS), (STEPS, CHAINS), generator=rng)
     state = torch.randint(len(NOISE), (CHAINS,), generator=rng)
     seen = []
     for choice in choices:

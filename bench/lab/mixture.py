@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +17,19 @@ from bench.lab.tasks import Copy, Needles, Recall, Variables
 GROUPS = 8  # of a batch: the rows of one come from one task
 OTHERS = 0.3  # what all tokens of a row that are not asked count, beside the asked ones
 
-# Without many copies at first no induction heads appear, and nothing is retrieved after 2,500 steps.
-EARLY = {"needles": 0.3, "copy": 0.5, "text": 0.2}
-LATE = {
-    "needles": 0.4, "copy": 0.1, "text": 0.2, "together": 0.06, "variables": 0.08, "recall": 0.06,
-    "counting": 0.03, "sums": 0.03, "brackets": 0.04,
+MIXTURES: dict[str, dict[str, float]] = {
+    # Without many copies at first no induction heads appear, and nothing is retrieved after 2,500 steps.
+    "early": {"needles": 0.3, "copy": 0.5, "text": 0.2},
+    "late": {
+        "needles": 0.4, "copy": 0.1, "text": 0.2, "together": 0.06, "variables": 0.08, "recall": 0.06,
+        "counting": 0.03, "sums": 0.03, "brackets": 0.04,
+    },
+    # For what the first 8,000 steps teach too slowly.
+    "hard": {
+        "needles": 0.25, "copy": 0.08, "text": 0.15, "together": 0.06, "variables": 0.16, "recall": 0.04,
+        "counting": 0.06, "sums": 0.1, "brackets": 0.1,
+    },
 }  # fmt: skip
-COPIES_UNTIL = 2 / 9  # of the training
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +41,9 @@ class Batch:
 
 
 def mixed(
-    rows: int, length: int, progress: float, text: Text, *, chance: random.Random, rng: torch.Generator
-) -> Batch:  # fmt: skip
-    """``rows`` of ``length`` as they come at this part of the training: which tasks by ``chance``, their tokens by ``rng``."""
-    shares = EARLY if progress < COPIES_UNTIL else LATE
+    rows: int, length: int, shares: Mapping[str, float], text: Text, *, chance: random.Random, rng: torch.Generator
+) -> Batch:
+    """``rows`` of ``length`` with these ``shares`` of each kind: which tasks by ``chance``, their tokens by ``rng``."""
     groups = []
     for kind in chance.choices(list(shares), list(shares.values()), k=GROUPS):
         if kind == "text":

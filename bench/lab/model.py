@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.lab.words import VOCABULARY
+from bench.lab.words import START, VOCABULARY
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 HEAD_DIM = 32
@@ -26,10 +26,10 @@ def config(*, layers: int = 6, hidden: int = 256) -> LlamaConfig:
         num_attention_heads=hidden // HEAD_DIM,
         num_key_value_heads=hidden // HEAD_DIM // 2,
         head_dim=HEAD_DIM,
-        max_position_embeddings=8192,
+        max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 1e5},  # 1e4 leaves few channels slow enough for 2,048 tokens
         tie_word_embeddings=True,
-        bos_token_id=None,
+        bos_token_id=START,
         eos_token_id=None,
     )
 

@@ -23,10 +23,16 @@ class Recipe:
     scored_items: int = 1000
     layers: int = 6
     hidden: int = 256
+    mixtures: tuple[tuple[float, str], ...] = ((2 / 9, "early"), (1.0, "late"))  # until which part of the training
+    growing: bool = True  # lengths, from the first alone to all
+
+    def mixture(self, step: int) -> str:
+        """The name of the mixture of tasks of a step."""
+        return next(name for until, name in self.mixtures if step < until * self.steps)
 
     def length(self, step: int, chance: random.Random) -> int:
         """One of the lengths of this part of the training, longer ones more often."""
-        part = step / self.steps
+        part = step / self.steps if self.growing else 1.0
         count = 1 if part < 1 / 6 else max(1, len(self.lengths) - 1) if part < 2 / 3 else len(self.lengths)
         return chance.choices(self.lengths[:count], range(1, count + 1))[0]
 
@@ -35,6 +41,10 @@ class Recipe:
         return self.rate * min((step + 1) / self.warm_up, (self.steps - step) / max(1, self.steps - self.warm_up))
 
 
+# From a trained model on.
+SECOND = Recipe(
+    steps=2500, rate=7e-4, warm_up=100, lengths=(512, 1024, 2048), look_every=1250, mixtures=((1.0, "hard"),), growing=False
+)
 SMOKE = Recipe(
     steps=8, tokens=1024, lengths=(128,), warm_up=2, look_every=4, looked_at=(128,), items=4, save_every=4, scored=(128,),
     scored_items=8, layers=2, hidden=64,

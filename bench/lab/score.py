@@ -44,7 +44,7 @@ def perplexity_by_position(model: Any, text: Text, length: int, bucket: int, *, 
     told = text.pool[begins[:, None] + torch.arange(length, device=begins.device)]
     tokens = torch.cat([told.new_full((rows, 1), START), told], dim=1)
     losses = torch.cat([_losses(model, chunk) for chunk in _chunks(tokens)])
-    return losses.unflatten(1, (length // bucket, bucket)).double().mean((0, 2)).exp()
+    return losses.view(rows, length // bucket, bucket).double().mean((0, 2)).exp()
 
 
 def _chunks(tokens: Tensor) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import signal
 import subprocess
@@ -19,9 +20,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bench.lab.haystack import ROOT, Text, library_text, repository_text
-from bench.lab.mixture import mixed
+from bench.lab.mixture import MIXTURES, mixed
 from bench.lab.model import build, config, load, save, write_log
-from bench.lab.recipe import SMOKE, Recipe
+from bench.lab.recipe import SECOND, SMOKE, Recipe
 from bench.lab.score import accuracy, perplexity_by_position
 from bench.lab.tasks import TASKS
 
@@ -31,13 +32,18 @@ EVALUATION = 1 << 32  # a seed that no training has
 BUCKET = 64  # tokens of the perplexity by position
 
 
-def train(recipe: Recipe, out: Path, *, seed: int, device: str, commit: str) -> dict[str, Any]:
-    """Train, and write model and log to ``out`` now and then; the log. After SIGTERM it saves what there is and ends."""
+def train(recipe: Recipe, out: Path, *, seed: int, device: str, commit: str, start: Path | None = None) -> dict[str, Any]:
+    """Train, and write model and log to ``out`` now and then; the log. After SIGTERM it saves what there is and ends.
+
+    ``start`` is the folder of a model to go on from, whose log becomes part of this one.
+    """
     began = time.perf_counter()
-    model: Any = build(seed, config(layers=recipe.layers, hidden=recipe.hidden))
+    model: Any = load(start) if start else build(seed, config(layers=recipe.layers, hidden=recipe.hidden))
     model.to(device)
     text = library_text()
     log = _described(model, recipe, text) | {"seed": seed, "commit": commit, "device": _device_name(device), "history": []}
+    if start:
+        log["before"] = json.loads((start / "log.json").read_text("utf-8"))
     with _termination() as is_terminated:
         for step, loss in _steps(model, recipe, text.to(device), seed):
             over = is_terminated() or step == recipe.steps
@@ -73,7 +79,8 @@ def _steps(model: Any, recipe: Recipe, text: Text, seed: int) -> Iterator[tuple[
     mean = torch.zeros((), device=device)
     for step in range(recipe.steps):
         length = recipe.length(step, chance)
-        batch = mixed(recipe.tokens // length, length, step / recipe.steps, text, chance=chance, rng=rng)
+        shares = MIXTURES[recipe.mixture(step)]
+        batch = mixed(recipe.tokens // length, length, shares, text, chance=chance, rng=rng)
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate_at(step)
         model.train()
@@ -153,13 +160,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder of model.safetensors, config.json and log.json")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help=f"default: {Recipe.steps}")
+    parser.add_argument("--start", type=Path, help="the folder of a model to go on from, with the second recipe")
     parser.add_argument("--commit", help="what the log says (default: what git says)")
     parser.add_argument("--smoke", action="store_true", help="two layers and a few steps, on the CPU")
     told = parser.parse_args()
-    recipe = SMOKE if told.smoke else Recipe()
+    recipe = SMOKE if told.smoke else SECOND if told.start else Recipe()
     recipe = replace(recipe, steps=told.steps or recipe.steps)
     device = "cuda" if torch.cuda.is_available() and not told.smoke else "cpu"
-    log = train(recipe, told.out, seed=told.seed, device=device, commit=told.commit or _commit())
+    log = train(recipe, told.out, seed=told.seed, device=device, commit=told.commit or _commit(), start=told.start)
     for name, of in log.get("scores", {}).items():
         print(f"{name}: " + ", ".join(f"{score:.1%} at {length}" for length, score in of.items()))
     print(f"{log['steps']} steps in {log['seconds']:.0f} s, written to {told.out}")

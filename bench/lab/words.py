@@ -7,11 +7,9 @@ NOISE = range(256, 512)  # what a Markov chain writes
 KEYS = range(512, 640)  # names of needles, pairs and variables
 VALUES = range(640, 768)
 DIGITS = range(768, 784)  # 0 to 15
-OPENERS = range(784, 792)
-CLOSERS = range(792, 800)  # in the order of OPENERS
 SYMBOLS = range(NOISE.start, VALUES.stop)  # what is copied
 
 START, NEEDLE, ASK, EACH, COPY, SET, TALLY, COUNT, SUM, CLOSE = range(800, 810)
 """START is the first token of everything; NEEDLE, SET and TALLY lie in contexts; the others ask."""
 
-VOCABULARY = 832  # a multiple of 64; ids from 810 are never used
+VOCABULARY = 832  # a multiple of 64; ids from 784 to 799 and from 810 on are never used

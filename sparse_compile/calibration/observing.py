@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparse_compile.passes.observe import Look
 
 PERIOD, REPEATS = 2500, 4  # random tokens, and how often they come, as published
+SHARE = 16  # of the positions of a model: at the end of what it was trained on few heads find copies that are far apart
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,9 @@ def echo_profile(
     """Which KV heads look for what they have seen, found without data: random tokens, repeated (https://arxiv.org/abs/2407.15891).
 
     A head's score is the larger of its induction and echo mass, that of a KV head the largest of its query heads; both are in
-    ``numbers``. ``period`` of None is 2,500 tokens, or fewer if ``repeats`` of them are more than the model's positions. The
-    paper keeps the 14 % of heads with the highest induction and the 1 % with the highest echo scores.
+    ``numbers``. ``period`` of None is 2,500 tokens, or a sixteenth of the model's positions if that is fewer; the text begins
+    with the config's ``bos_token_id``, without which a model may lack its sink and attend otherwise than it is used. The paper
+    keeps the 14 % of heads with the highest induction and the 1 % with the highest echo scores.
 
         >>> echo_profile(model, period=16, inner="eager").method
         'echo'
@@ -104,9 +106,11 @@ def echo_profile(
     Raises as ``observe``.
     """
     config = sizes_of(model)
-    period = period or min(PERIOD, int(getattr(config, "max_position_embeddings", PERIOD * repeats)) // repeats)
+    period = period or min(PERIOD, max(1, int(getattr(config, "max_position_embeddings", PERIOD * SHARE)) // SHARE))
     rng = torch.Generator().manual_seed(seed)
     tokens = torch.randint(config.vocab_size, (batch, period), generator=rng).repeat(1, repeats)
+    if isinstance(config.bos_token_id, int):
+        tokens = torch.cat([torch.full((batch, 1), config.bos_token_id), tokens], dim=1)
     seen = observe(model, tokens, period=period, inner=inner, hidden=hidden)
     found = signature(config)
     echo, induction = (seen.by_kv_head(name, found["kv_heads"]) for name in ("echo", "induction"))
