@@ -19,16 +19,17 @@ class Heads(NamedTuple):
     recent: int
 
 
-def heads_within(budget: float, length: int, kv_heads: int) -> Heads:
+def heads_within(budget: float, length: int, kv_heads: int, *, digests: float = 0) -> Heads:
     """As many full heads of all ``kv_heads`` of a model as ``budget`` of a dense cache pays for, and windows of what is left.
 
-    Every other head has a ring of at least a page. Raises ``ValueError`` for budgets that do not pay for these.
+    Every other head has a ring of at least a page; ``digests`` of full heads come on top, as a share of them. Raises
+    ``ValueError`` for budgets that do not pay for these.
     """
-    tokens = int(budget * length * kv_heads)
-    full = min(kv_heads, max(0, tokens - kv_heads * PAGE) // (length - PAGE))
+    tokens, each = int(budget * length * kv_heads), round(length * (1 + digests))
+    full = min(kv_heads, max(0, tokens - kv_heads * PAGE) // (each - PAGE))
     if full == kv_heads:
         return Heads(full, length)
-    slots = (tokens - full * length) // (kv_heads - full) // PAGE * PAGE
+    slots = (tokens - full * each) // (kv_heads - full) // PAGE * PAGE
     if slots < PAGE:
         raise ValueError(f"budget {budget:g} of {length} tokens needs a page of {PAGE} for each KV head, got {slots} tokens")
     return Heads(full, slots - SINK - 1)  # a relaxed prefill keeps one token more

@@ -191,6 +191,8 @@ def done(jobs: Sequence[Job], workers: int, failed: list[str]) -> Iterator[tuple
             found = ended.get(timeout=LONGEST)
             if found is not None:
                 yield found
+        pool.close()
+        pool.join()
 
 
 def run(at: int, job: Job, device: str) -> tuple[int, list[Any]]:

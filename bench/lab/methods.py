@@ -74,7 +74,7 @@ def pages(score: str, budget: float, length: int) -> Method:
 def heads_and_pages(profile: Profile, budget: float, length: int) -> Method:
     """Heads as in ``by_heads``; those that see everything hold it, and read a quarter of it."""
     kv_heads = len(profile.scores) * len(profile.scores[0])
-    count, recent = heads_within(budget, length, kv_heads)
+    count, recent = heads_within(budget, length, kv_heads, digests=1 / PAGE)  # two keys for every page of keys and values
     full, others = profile.heads(count / kv_heads).full, streaming(recent)
     chosen = causal & page_topk(_whole_pages(length / 4), page=PAGE)
     prefill, decode = (

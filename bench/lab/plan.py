@@ -73,7 +73,8 @@ def static(plan: Plan) -> Iterator[Job]:
     """Sink and recent tokens, and heads by gates, echo and chance, at all budgets; the prompt strictly and relaxed."""
     for budget in BUDGETS:
         window = partial(methods.sink_and_recent, budget)
-        gates, echo = (partial(methods.by_heads, p.method, p, budget) for p in (plan.gates, plan.echo))
+        gates = partial(methods.by_heads, "gates", plan.gates, budget)
+        echo = partial(methods.by_heads, "echo", plan.echo, budget)
         yield from chain(*map(plan.asking, (window, gates, echo)))
         yield from chain(*map(plan.relaxed, (window, gates)))
         for seed in RANDOM_SEEDS if budget == 1 / 4 else RANDOM_SEEDS[:2]:
