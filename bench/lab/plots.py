@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def _bytes(rows: Rows) -> Any:
     count = -(-len(tasks) // COLUMNS)
     figure, grid = pyplot.subplots(count, COLUMNS, figsize=(16, 3.6 * count), layout="constrained", squeeze=False)
     names = list(dict.fromkeys(_line(row) for row in rows))
-    colors = {name: f"C{at % 10}" for at, name in enumerate(dict.fromkeys(name for name, _ in names))}
+    colors = dict(zip(dict.fromkeys(name for name, _ in names), cycle(pyplot.get_cmap("tab20").colors), strict=False))
     for axes, task in zip(grid.flat, tasks, strict=False):
         asked = [row for row in rows if row["task"] == task]
         for name, prefill in names:
