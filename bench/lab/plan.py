@@ -48,7 +48,8 @@ class Plan:
 
     def others(self, method: Method) -> Job:
         """All other tasks at the shorter length."""
-        return Asking(method, tuple(Cell(task, SHORTER) for task in OTHERS), SHORTER, self.size)
+        size = replace(self.size, relaxed_rows=min(self.size.rows, self.size.items))  # masks are a quarter of the size
+        return Asking(method, tuple(Cell(task, SHORTER) for task in OTHERS), SHORTER, size)
 
 
 def heads(plan: Plan) -> Iterator[Job]:

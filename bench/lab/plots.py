@@ -29,7 +29,7 @@ def _bytes(rows: Rows) -> Any:
     count = -(-len(tasks) // COLUMNS)
     figure, grid = pyplot.subplots(count, COLUMNS, figsize=(16, 3.6 * count), layout="constrained", squeeze=False)
     names = list(dict.fromkeys(_line(row) for row in rows))
-    colors = dict(zip(dict.fromkeys(name for name, _ in names), cycle(pyplot.get_cmap("tab20").colors), strict=False))
+    colors = dict(zip(dict.fromkeys(name for name, _ in names), cycle(pyplot.get_cmap("tab20")(range(20))), strict=False))
     for axes, task in zip(grid.flat, tasks, strict=False):
         asked = [row for row in rows if row["task"] == task]
         for name, prefill in names:
