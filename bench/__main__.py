@@ -12,6 +12,8 @@ from bench.attention import run_decode, run_prefill
 from bench.cache import run_cache, run_cache_attention
 from bench.compiling import run_compile
 from bench.generation import run_cache_generate, run_cache_prefill
+from bench.lab import plots
+from bench.lab.quality import quality, smoke
 from bench.masks import run_masks
 from bench.model import run_model
 from bench.quantized import run_quantized_attention, run_quantized_cache, run_quantized_model
@@ -42,15 +44,19 @@ BENCHES = {
 def main() -> None:
     """Run one benchmark."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("name", choices=[*BENCHES, "report"])
+    parser.add_argument("name", choices=[*BENCHES, "quality", "report"])
     parser.add_argument("--smoke", action="store_true", help="everything tiny, on any machine, in seconds")
     parser.add_argument("--out", type=Path, default=timing.RESULTS, help="where the CSV goes")
     arguments = parser.parse_args()
     if arguments.name == "report":
         report(arguments.out)
+        plots.plot(arguments.out)
         return
     timing.printed.clear()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: what was measured so far is written"))
+    if arguments.name == "quality":
+        smoke(arguments.out) if arguments.smoke else quality(arguments.out)
+        return
     try:
         BENCHES[arguments.name](smoke=arguments.smoke)
     finally:

@@ -1,0 +1,104 @@
+"""Which heads of the small model retrieve: ``python -m bench.lab.calibrate --out DIR`` writes gates.json and echo.json."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.lab.budgets import SINK
+from bench.lab.haystack import Text, library_text, noise, repository_text
+from bench.lab.items import filled
+from bench.lab.methods import RECENT
+from bench.lab.model import CHECKPOINT, build, config, load
+from bench.lab.tasks import Needles
+from sparse_compile.calibration import echo_profile, observe, train_gates
+from sparse_compile.profile import Profile
+
+SEED = 1 << 34  # that no training, scoring or bench has
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """``asked(step)``: items of one task of needles in noise or in text, and the tokens from which answers are foretold."""
+
+    text: Text
+    device: torch.device
+    lengths: tuple[int, ...] = (512, 1024, 1536, 2048)
+    tokens: int = 1 << 15  # of a step
+    seed: int = 0
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        rng = torch.Generator(self.device).manual_seed(SEED + 1_000_003 * self.seed + step)
+        haystack = noise if step % 2 else self.text
+        tasks = (
+            Needles("single", 1, 1, haystack=haystack),
+            Needles("multi", 4, 4, haystack=haystack),
+            Needles("multi_key", 16, 1, haystack=haystack),
+            Needles("multi_query", 8, 2, together=True, haystack=haystack),
+            Needles("turns", 8, 5, haystack=haystack),
+        )
+        length = self.lengths[step // 2 % len(self.lengths)]
+        items = tasks[step % len(tasks)].make(max(1, self.tokens // length), length, rng)
+        return items.tokens(), items.asked().roll(-1, 1)  # a token is foretold from the one before; the first is never asked
+
+
+def gates(model: Any, *, steps: int, data: Asked) -> Profile:
+    """Gates trained on needles, with the time that took."""
+    began = time.perf_counter()
+    found = train_gates(model, data, steps=steps, sink=SINK, recent=RECENT, inner="eager")
+    return replace(found, numbers={**found.numbers, "seed": data.seed, "seconds": _since(began), "device": str(model.device)})
+
+
+def echo(model: Any, *, period: int | None = None, length: int = 2048) -> Profile:
+    """Heads that repeat, found without data, with the time that took, and the sink rate of the model on noise and on text.
+
+    The model moves to the CPU.
+    """
+    model.cpu()
+    began = time.perf_counter()
+    found = echo_profile(model, period=period, inner="eager")
+    numbers = {**found.numbers, "seconds": _since(began), "device": f"CPU, {torch.get_num_threads()} threads"}
+    rng = torch.Generator().manual_seed(SEED)
+    for name, haystack in (("noise", noise), ("text", repository_text())):
+        seen = observe(model, filled(haystack, 4, length, rng), sink=SINK, recent=RECENT, inner="eager")
+        numbers |= {f"sink_rate_{name}": seen.sink_rate(), f"rates_{name}": seen.rate}
+    return replace(found, numbers=numbers)
+
+
+def _since(began: float) -> float:
+    return round(time.perf_counter() - began, 1)
+
+
+def main() -> None:
+    """Both profiles of a checkpoint."""
+    parser = argparse.ArgumentParser(prog="bench.lab.calibrate", description=__doc__)
+    parser.add_argument("--model", type=Path, default=CHECKPOINT, help="the folder of the checkpoint")
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="where the profiles go")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--smoke", action="store_true", help="a tiny model with random weights, and a few steps, on the CPU")
+    told = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() and not told.smoke else "cpu")
+    model: Any = build(0, config(layers=2, hidden=64)).eval() if told.smoke else load(told.model)
+    sizes: dict[str, Any] = {"lengths": (192,), "tokens": 768} if told.smoke else {}
+    data = Asked(library_text(1 << 20).to(device), device, seed=told.seed, **sizes)
+    told.out.mkdir(parents=True, exist_ok=True)
+    found = [
+        gates(model.to(device), steps=2 if told.smoke else told.steps, data=data),
+        echo(model, period=64 if told.smoke else None, length=192 if told.smoke else 2048),
+    ]
+    for profile in found:
+        profile.save(told.out / f"{profile.method}.json")
+        print(f"{profile.method}, {profile.numbers['seconds']} s:")
+        for row in profile.scores:
+            print("  " + " ".join(f"{score:.3f}" for score in row))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What the rows of heads say: ``quality-heads.csv``, one line for each claim about gates, echo and chance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.lab.methods import QUARTER
+from bench.lab.rows import Table
+from bench.report import read
+from sparse_compile.profile import Profile
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A number, the bar it is held against (``bar`` says which way), and whether it holds."""
+
+    what: str
+    value: float
+    bar: str
+    holds: str
+    note: str
+
+
+def found(out: Path, gates: Profile, echo: Profile, *, needles: tuple[str, ...], length: int) -> Iterator[Finding]:
+    """All that can be said from ``quality.csv`` in ``out`` and the profiles; lines whose rows are not there are left out."""
+    at = {
+        (row["method"], row["prefill"], row["task"]): 100 * float(row["accuracy"])
+        for row in read(out, "quality")
+        if int(row["length"]) == length and row["question"] == "decoded" and not _has_budget(row)
+    }
+
+    def accuracies(method: str, prefill: str = "strict") -> list[float]:
+        return [at[method, prefill, task] for task in needles if (method, prefill, task) in at]
+
+    def mean(names: list[str]) -> float:
+        every = [sum(values) / len(values) for name in names if (values := accuracies(name))]
+        return sum(every) / len(every) if every else float("nan")
+
+    full = accuracies("full")
+    if not full:
+        return
+    yield _held("full attention, single needle, %", full[0], ">=", 98)
+    for name in ("gates", "echo"):
+        for prefill in ("strict", "chunk_relaxed"):
+            values = accuracies(f"{name}, a quarter of the heads", prefill)
+            if values:
+                worst, task = max(zip((a - b for a, b in zip(full, values, strict=True)), needles, strict=True))
+                yield _held(f"{name}, a quarter of the heads, {prefill}: most points below full", worst, "<=", 2, task)
+    names = sorted({name for name, *_ in at})
+    random = [name for name in names if name.startswith("random") and name.endswith("a quarter of the heads")]
+    less = mean(["full"]) - mean(random)
+    yield _held(f"random heads, a quarter, mean of {len(random)} seeds: points below full", less, ">=", 20)
+    for name in ("gates", "echo"):
+        yield _told(f"needles without the best quarter of the heads by {name}, %", mean([f"without the best heads by {name}"]))
+    others = [name for name in names if name.startswith("without other heads")]
+    yield _told(f"needles without as many others, mean of {len(others)} seeds, %", mean(others))
+    yield _told("needles without the last quarter of the heads by gates, %", mean(["without the last heads by gates"]))
+    yield _told("needles, full, %", mean(["full"]))
+    yield from _profiles(gates, echo)
+
+
+def _profiles(gates: Profile, echo: Profile) -> Iterator[Finding]:
+    ours, theirs = (_places(profile.heads(QUARTER).full) for profile in (gates, echo))
+    yield _held(
+        "the best quarter by gates that is in the best quarter by echo, %", 100 * len(ours & theirs) / len(ours), ">=", 80
+    )
+    opened = {(layer, head) for layer, row in enumerate(gates.scores) for head, gate in enumerate(row) if gate > 0.5}
+    if opened:
+        as_many = _places(echo.heads(len(opened) / (len(gates.scores) * len(gates.scores[0]))).full)
+        share = 100 * len(opened & as_many) / len(opened)
+        yield _told(f"heads with gates above 0.5 ({len(opened)}) among as many by echo, %", share)
+    yield _held("echo on the CPU, s", float(echo.numbers.get("seconds", "nan")), "<", 60)
+    for name in ("noise", "text"):
+        yield _told(f"sink rate on {name}, %", 100 * float(echo.numbers.get(f"sink_rate_{name}", "nan")))
+
+
+def _places(full: tuple[tuple[bool, ...], ...]) -> set[tuple[int, int]]:
+    return {(layer, head) for layer, row in enumerate(full) for head, is_full in enumerate(row) if is_full}
+
+
+def _held(what: str, value: float, way: str, bar: float, note: str = "") -> Finding:
+    holds = {">=": value >= bar, "<=": value <= bar, "<": value < bar}[way]
+    return Finding(what, value, f"{way} {bar:g}", "yes" if holds else "no", note)
+
+
+def _told(what: str, value: float) -> Finding:
+    return Finding(what, value, "", "", "")
+
+
+def _has_budget(row: dict[str, str]) -> bool:
+    return bool(row["budget"]) and row["budget"] != "1"
+
+
+def write(out: Path, findings: Iterator[Finding]) -> None:
+    """Write ``quality-heads.csv`` anew, and print it."""
+    path = out / "quality-heads.csv"
+    path.unlink(missing_ok=True)
+    rows = list(findings)
+    Table(path, Finding).add(rows)
+    for row in rows:
+        print(f"{row.what}: {row.value:.4g} {row.bar and f'({row.bar}: {row.holds})'} {row.note}".rstrip())

@@ -1,0 +1,126 @@
+"""What a run of the quality bench asks, in groups that can be run apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+
+from bench.lab import methods
+from bench.lab.jobs import Asking, Cell, Job, Reading, Size
+from bench.lab.methods import BUDGETS, FULL, FULL_FLOAT32, RANDOM_SEEDS, Method
+from bench.lab.tasks import TASKS
+from sparse_compile import KVFormat
+from sparse_compile.profile import Profile
+
+NEEDLES = ("single", "multi", "multi_key", "multi_query", "turns")
+OTHERS = tuple(name for name in TASKS if name not in NEEDLES)
+TRAINED, SHORTER = 2048, 1024  # needles at the length the model was trained for, all other tasks at half of it
+DEPTHS, LENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0), (512, 1024, 2048)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all groups are made of."""
+
+    gates: Profile
+    echo: Profile
+    size: Size
+
+    def asking(self, makes: Callable[[int], Method]) -> Iterator[Job]:
+        """A method made for a length, asked needles at the trained length and all other tasks at the shorter one."""
+        yield self.needles(makes(TRAINED))
+        yield self.others(makes(SHORTER))
+
+    def relaxed(self, makes: Callable[[int], Method]) -> Iterator[Job]:
+        """The same with a relaxed prefill, which sees more of a question that is prefilled with the context."""
+        yield self.needles(makes(TRAINED).relaxed(), Cell("turns", TRAINED, question="prefilled"))
+        yield self.others(makes(SHORTER).relaxed())
+
+    def same(self, method: Method) -> Iterator[Job]:
+        """A method that is the same at all lengths."""
+        return self.asking(lambda length: method)
+
+    def needles(self, method: Method, *also: Cell) -> Job:
+        """The needle tasks at the trained length."""
+        return Asking(method, (*(Cell(task, TRAINED) for task in NEEDLES), *also), TRAINED, self.size)
+
+    def others(self, method: Method) -> Job:
+        """All other tasks at the shorter length."""
+        size = replace(self.size, relaxed_rows=min(self.size.rows, self.size.items))  # masks are a quarter of the size
+        return Asking(method, tuple(Cell(task, SHORTER) for task in OTHERS), SHORTER, size)
+
+
+def heads(plan: Plan) -> Iterator[Job]:
+    """Full attention; a quarter of the heads by gates, echo and chance; and the model without its best heads, or others."""
+    yield from plan.same(FULL)
+    yield plan.needles(FULL_FLOAT32)
+    yield from plan.same(methods.quarter("gates", plan.gates))
+    for method in (methods.quarter("gates", plan.gates).relaxed(), methods.quarter("echo", plan.echo)):
+        yield plan.needles(method)
+    for seed in RANDOM_SEEDS:
+        yield plan.needles(methods.quarter(f"random {seed}", methods.random_profile(plan.gates, seed)))
+    yield plan.needles(methods.without("without the best heads by gates", plan.gates))
+    yield plan.needles(methods.without("without the best heads by echo", plan.echo))
+    worst = Profile([[-score for score in row] for row in plan.gates.scores])
+    yield plan.needles(methods.without("without the last heads by gates", worst))
+    for seed in RANDOM_SEEDS:
+        others = methods.random_others(plan.gates, seed)
+        yield plan.needles(methods.without(f"without other heads, {seed}", others))
+
+
+def static(plan: Plan) -> Iterator[Job]:
+    """Sink and recent tokens, and heads by gates, echo and chance, at all budgets; the prompt strictly and relaxed."""
+    for budget in BUDGETS:
+        window = partial(methods.sink_and_recent, budget)
+        gates = partial(methods.by_heads, "gates", plan.gates, budget)
+        echo = partial(methods.by_heads, "echo", plan.echo, budget)
+        yield from chain(*map(plan.asking, (window, gates, echo)))
+        yield from chain(*map(plan.relaxed, (window, gates)))
+        for seed in RANDOM_SEEDS if budget == 1 / 4 else RANDOM_SEEDS[:2]:
+            profile = methods.random_profile(plan.gates, seed)
+            yield plan.needles(methods.by_heads(f"random {seed}", profile, budget, TRAINED))
+
+
+def chosen(plan: Plan) -> Iterator[Job]:
+    """Page selection, and heads that select."""
+    for budget in BUDGETS:
+        selecting = [partial(methods.pages, score, budget) for score in ("minmax", "mean")]
+        both = partial(methods.heads_and_pages, plan.gates, budget)
+        yield from chain(*map(plan.asking, (*selecting, both)))
+    yield plan.needles(methods.heads_and_pages(plan.gates, 1 / 4, TRAINED).relaxed())
+
+
+def quantised(plan: Plan) -> Iterator[Job]:
+    """Everything in fewer bits, and half of it."""
+    for kv in ("int8", "fp8", "int4"):
+        yield from plan.same(methods.in_fewer_bits(kv, kv))
+    mixed = methods.in_fewer_bits(KVFormat("int8", "int4"), "int8 keys, int4 values")
+    yield from plan.same(mixed)
+    half = methods.by_heads("gates, a half, int8", plan.gates, 1 / 2, TRAINED)
+    yield plan.needles(replace(half, kv="int8", budget=float("nan")))
+
+
+def depths(plan: Plan) -> Iterator[Job]:
+    """One needle by depth and length, under what a quarter of the bytes of the trained length buys."""
+    cells = tuple(Cell("single", length, depth) for length in LENGTHS for depth in DEPTHS)
+    for method in _quarters(plan):
+        yield Asking(method, cells, TRAINED, plan.size)
+
+
+def fluency(plan: Plan) -> Iterator[Job]:
+    """The perplexity of held-out text by position."""
+    random = methods.by_heads("random 0", methods.random_profile(plan.gates, 0), 1 / 4, TRAINED)
+    for method in (*_quarters(plan), random, methods.in_fewer_bits("int8", "int8"), methods.in_fewer_bits("int4", "int4")):
+        yield Reading(method, TRAINED, plan.size)
+
+
+def _quarters(plan: Plan) -> list[Method]:
+    found = [FULL, methods.by_heads("gates", plan.gates, 1 / 4, TRAINED), methods.sink_and_recent(1 / 4, TRAINED)]
+    return [*found, methods.pages("minmax", 1 / 4, TRAINED)]
+
+
+GROUPS: dict[str, Callable[[Plan], Iterator[Job]]] = {
+    "heads": heads, "depths": depths, "static": static, "chosen": chosen, "quantised": quantised, "fluency": fluency,
+}  # fmt: skip
