@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed as Failed
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.nn import functional as F
 from transformers import StaticCache
 
@@ -19,6 +19,7 @@ from models import DECODERS, tokens
 from sparse_compile.masks import Mask, causal, chunked, document, full, per_head, prefix, sink, sliding_window
 from sparse_compile.passes import inner, kernels, layout, lower, options, parts, tables
 from sparse_compile.passes.options import Tiles
+from sparse_compile.passes.pipeline import Rewrite
 
 STREAMING = causal & (sink(4) | sliding_window(64))
 
@@ -340,6 +341,7 @@ def test_splits_follow_the_gpu_and_the_live_blocks(
 
 
 def test_autotune_leaves_the_tiles_to_inductor() -> None:
-    assert sc.Backend(kernel="autotune")._config() == {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
-    assert sc.Backend(kernel="autotune", inductor={"max_autotune": False})._config()["max_autotune"] is False
-    assert sc.Backend()._config() == {}
+    graph = Rewrite(GraphModule({}, Graph()), lambda call: None)
+    assert sc.Backend(kernel="autotune")._config(graph) == {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
+    assert sc.Backend(kernel="autotune", inductor={"max_autotune": False})._config(graph)["max_autotune"] is False
+    assert sc.Backend()._config(graph) == {}
