@@ -16,7 +16,7 @@ from transformers.masking_utils import eager_mask
 class Gated:
     """The gates ``[Hkv]`` of each layer, and what streaming heads see."""
 
-    gates: Sequence[Tensor] = field(default_factory=list)
+    gates: Tensor | Sequence[Tensor] = field(default_factory=list)
     sink: int = 0
     recent: int = 0
 
@@ -67,7 +67,7 @@ AttentionInterface.register("gated_oracle", attend)
 AttentionMaskInterface.register("gated_oracle", eager_mask)
 
 
-def gated_hidden(model: Any, tokens: Tensor, gates: Sequence[Tensor], sink: int, recent: int) -> Tensor:
+def gated_hidden(model: Any, tokens: Tensor, gates: Tensor | Sequence[Tensor], sink: int, recent: int) -> Tensor:
     """The last hidden states of a model with an attention interface, uncompiled."""
     now.gates, now.sink, now.recent = gates, sink, recent
     before = model.config._attn_implementation

@@ -31,8 +31,8 @@ def planted(roles: Mapping[tuple[int, int], str] | None = None) -> Any:
     """
     roles = {(0, 2): "previous"} | dict.fromkeys(INDUCTION, "induction") if roles is None else roles
     sizes: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": 8, "head_dim": HEAD_DIM, "vocab_size": VOCABULARY}
-    heads = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e12}, "max_position_embeddings": 4096}
+    heads: dict[str, Any] = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    rope: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e12}, "max_position_embeddings": 4096}
     factory: Any = AutoModelForCausalLM
     model = factory.from_config(LlamaConfig(**sizes, **heads, **rope, tie_word_embeddings=False)).eval()
     with torch.no_grad():

@@ -14,6 +14,7 @@ from cache_oracle import llama
 from models import SMALL, VOCABULARY
 from sparse_compile.__main__ import main
 from sparse_compile.calibration import Passkeys, echo_profile, train_gates
+from sparse_compile.calibration.command import passkeys
 from sparse_compile.profile import Profile, signature
 from word_tokenizer import word_tokenizer
 
@@ -37,11 +38,11 @@ def error_of(arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 1
     captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if not line.endswith("so is what heads need")]
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("error: ")
+    *above, line = captured.err.splitlines()  # there may be progress bars above it
+    assert line.startswith("error: "), captured.err
+    assert not any(text in other for other in above for text in ("error", "Traceback")), captured.err
     assert captured.out == ""
-    return lines[0]
+    return line
 
 
 def test_echo_writes_the_profile_of_the_saved_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,8 +55,7 @@ def test_echo_writes_the_profile_of_the_saved_weights(folder: Path, capsys: pyte
     torch._dynamo.reset()
     assert profile == echo_profile(llama(), seed=3, inner="eager")
     profile.check(llama().config)
-    masks = profile.policy(0.5, sink=4, recent=16).layers
-    assert sorted(str(layer) for layer in masks) == ["0", "1"]
+    assert dict(profile.policy(0.5, sink=4, recent=16).layers).keys() == {0, 1}
 
 
 def test_gates_are_those_that_python_trains(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,10 +86,8 @@ def test_a_tokenizer_beside_the_model_hides_words_in_a_text(folder: Path, capsys
     assert Profile.load(out).method == "gates"
 
 
-def test_words_of_many_tokens_still_find_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_of_many_tokens_still_find_room() -> None:
     """Ten passkeys of 32 words take more tokens than the shortest text has, for most tokenizers."""
-    from sparse_compile.calibration.command import passkeys
-
     data = passkeys(llama(), word_tokenizer(letters=True), None, 32000, 1)
     assert (len(data.asking), data.longest) == (10, 32000)
     assert data(0)[0].shape[1] <= 32000
@@ -116,7 +114,9 @@ def test_problems_are_one_line_on_stderr(folder: Path, capsys: pytest.CaptureFix
     assert "its folder is not there" in error_of([*calibrate, "--resume", folder / "no" / "gates.pt"], capsys)
     text = folder.parent / "text.txt"
     assert "is read by a tokenizer, and the model has none" in error_of([*calibrate, "--text", text], capsys)
-    assert "sliding_window needs size >= 1" in error_of([*calibrate, "--recent", 0, "--longest", 200], capsys)
+    assert "sliding_window size needs to be at least 1, got 0" in error_of(
+        [*calibrate, "--recent", 0, "--longest", 200], capsys
+    )
     (folder.parent / "gates.pt").write_text("no run")
     resumed = [*calibrate, "--longest", 200, "--resume", folder.parent / "gates.pt"]
     assert "was not written by train_gates" in error_of(resumed, capsys)
@@ -136,7 +136,9 @@ def test_models_without_causal_layers_are_one_line_on_stderr(tmp_path: Path, cap
     error_of(["calibrate", tmp_path / "config.json"], capsys)
     T5Config(d_model=32, num_layers=1, num_heads=2).save_pretrained(tmp_path)
     assert "T5Config" in error_of(["calibrate", tmp_path], capsys)
-    sizes = {key: SMALL[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+    sizes: dict[str, Any] = {
+        key: SMALL[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    }
     BertConfig(**sizes, vocab_size=VOCABULARY).save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).model_type == "bert"
     message = error_of(["calibrate", tmp_path, "--longest", 200, "--steps", 1], capsys)

@@ -412,7 +412,7 @@ def test_a_file_that_cannot_be_written_is_told_before_training(tmp_path: Path) -
 
 def test_a_half_written_file_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gates, "SAVED", 2)
-    file, save, written = tmp_path / "gates.pt", torch.save, []
+    file, save, written = tmp_path / "gates.pt", torch.save, list[Path]()
 
     def dies(content: Any, path: Path) -> None:
         if len(written) == 1:

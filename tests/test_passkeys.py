@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_compile.calibration import Passkeys
-from sparse_compile.calibration.passkeys import ORDINALS, WORDS
+from sparse_compile.calibration.passkeys import WORDS
 from word_tokenizer import word_tokenizer
 
 TEXT = "one two three four five six seven " * 20
@@ -91,12 +91,12 @@ def test_a_text_reads_as_published() -> None:
     assert text.count("<s>") == 1
     assert "<unk>" not in text
     first, second = (tail.split("It is :")[at].split("What")[0].split() for at in (1, 2))
-    assert (
-        tail == f"What is the first passkey ? It is : {' '.join(first)} What is the second passkey ? It is : {' '.join(second)}"
-    )
+    both = (("first", first), ("second", second))
+    questions = (f"What is the {name} passkey ? It is : {' '.join(key)}" for name, key in both)
+    assert tail == " ".join(questions)
     assert len(first) == len(second) == 3
     assert {*first, *second} <= set(WORDS)
-    for name, key in zip(ORDINALS, (first, second), strict=False):
+    for name, key in both:
         assert f"Remember this , the {name} passkey is : {' '.join(key)} " in text
 
 
@@ -144,13 +144,11 @@ def test_passkeys_stand_everywhere_and_in_any_order() -> None:
 @pytest.mark.parametrize("changes", [{"shortest": 40}, {"longest": 60}, {"count": 9}, {"size": 30}])
 def test_too_little_room_is_refused(changes: dict[str, int]) -> None:
     sizes: dict[str, Any] = {"longest": 100, "shortest": 80, "count": 4, "size": 4} | changes
-    with pytest.raises(
-        ValueError, match=r"tokens need room for \d passkeys told and asked, \d+ tokens, and more: give a longer"
-    ):
+    with pytest.raises(ValueError, match=r"need room for \d passkeys told and asked, \d+ tokens, and more: give a longer"):
         Passkeys.of_tokens(64, **sizes)
 
 
-@pytest.mark.parametrize("changes", [{"count": 0}, {"size": 0}, {"count": -1}])
+@pytest.mark.parametrize("changes", [{"count": 0}, {"size": 0}])
 def test_nothing_to_ask_is_refused(changes: dict[str, int]) -> None:
     sizes: dict[str, Any] = {"longest": 100, "shortest": 80, "count": 2, "size": 4} | changes
     with pytest.raises(ValueError, match=r"count >= 1"):
@@ -158,9 +156,7 @@ def test_nothing_to_ask_is_refused(changes: dict[str, int]) -> None:
 
 
 def test_a_text_without_words_and_more_than_ten_passkeys_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"passkeys need count >= 1, size >= 1 and a text to hide them in, got 10 of 32 .* in 0"
-    ):
+    with pytest.raises(ValueError, match=r"count >= 1, size >= 1 and a text to hide them in, got 10 of 32 words in 0"):
         Passkeys.of_text(word_tokenizer(), "")
     with pytest.raises(ValueError, match=r"passkeys are called the first to the tenth, and 11 are asked for: hide fewer"):
         Passkeys.of_text(word_tokenizer(), TEXT, count=11)
@@ -174,7 +170,7 @@ def test_a_vocabulary_too_small_is_refused() -> None:
 def test_passkeys_fit_texts_with_as_many_as_have_room() -> None:
     data = Passkeys.of_text(word_tokenizer(), TEXT)
     assert (len(data.fit(1000, 32000).asking), data.fit(1000, 32000).shortest) == (10, 2 * data.told)
-    assert 1 <= len(data.fit(1000, 400).asking) < 4
+    assert 1 < len(data.fit(100, 400).asking) < 10
     for longest in (200, 500, 1000):
         fitted = data.fit(100, longest)
         assert_told_then_asked(fitted, *fitted(0))

@@ -83,10 +83,9 @@ def passkeys(model: Any, tokenizer: Any, text: Path | None, longest: int, seed: 
         from sparse_compile.demo import find_license
 
         content = (text or find_license()).read_text(encoding="utf-8", errors="replace")
-        # Lengths fit once it is known how many tokens the words take.
-        return Passkeys.of_text(tokenizer, content, shortest=1 << 40, longest=1 << 40, seed=seed).fit(
-            sizes["shortest"], longest
-        )
+        # How many tokens the words take, and so what fits, is known once they are read.
+        data = Passkeys.of_text(tokenizer, content, shortest=1 << 40, longest=1 << 40, seed=seed)
+        return data.fit(sizes["shortest"], longest)
     if text is not None:
         raise ValueError(f"--text {text} is read by a tokenizer, and the model has none beside it: leave --text out")
     vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)

@@ -46,8 +46,8 @@ class Passkeys:
     def __post_init__(self) -> None:
         if not self.asking or self.size < 1 or not self.haystack.numel():
             raise ValueError(
-                f"passkeys need count >= 1, size >= 1 and a text to hide them in, got {len(self.asking)} of {self.size} words in "
-                f"{self.haystack.numel()} tokens"
+                "passkeys need count >= 1, size >= 1 and a text to hide them in, "
+                f"got {len(self.asking)} of {self.size} words in {self.haystack.numel()} tokens"
             )
         if not self.told < self.shortest <= self.longest:
             raise ValueError(
