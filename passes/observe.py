@@ -129,7 +129,11 @@ def _add(q: Tensor, k: Tensor, totals: Tensor, pages: Tensor, first: int, watch:
     of_rows = {"sink": i >= look.sink + look.recent, "recent": i >= look.sink + look.recent}
     if look.period:
         older = behind >= look.period - 1
-        where |= {"echo": older & (behind % look.period == 0), "induction": older & (behind % look.period == look.period - 1)}
+        followed = older & (j > 0)  # the first token follows no copy
+        where |= {
+            "echo": older & (behind % look.period == 0),
+            "induction": followed & (behind % look.period == look.period - 1),
+        }
         of_rows |= {"echo": i >= look.period, "induction": i >= look.period}
     every = torch.ones_like(i)
     for name, keys in where.items():

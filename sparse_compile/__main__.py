@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report = explain_config(chosen.config, policy, chosen.batch, chosen.tokens, chosen.device)
             print(report.to_json() if chosen.json else report)
     except (ImportError, OSError, ValueError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print("error:", *str(problem).splitlines(), file=sys.stderr)  # on one line, whatever others write
         return 1
     return 0
 

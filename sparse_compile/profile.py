@@ -167,7 +167,9 @@ def signature(config: Any) -> dict[str, Any]:
     """What tells models apart as far as heads go, from a transformers config."""
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        kv_heads = 1  # as Falcon and GPTBigCode say it
     return {"type": config.model_type, "layers": config.num_hidden_layers, "heads": heads, "kv_heads": kv_heads}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -26,13 +27,20 @@ WORKERS = 12  # of a GPU; every step is launched by Python, so that one process 
 FILES = {"depths": "quality-depth", "fluency": "quality-perplexity"}  # of groups; all others: quality
 
 
-def quality(out: Path, *, folder: Path = CHECKPOINT, groups: Sequence[str] = tuple(GROUPS), workers: int | None = None) -> None:
+def quality(
+    out: Path, *, folder: Path = CHECKPOINT, groups: Sequence[str] = tuple(GROUPS), named: str = "", workers: int | None = None
+) -> None:
     """Ask the model of ``folder``, whose profiles ``calibrate`` wrote beside it, in so many processes; CSVs grow in ``out``.
 
     Raises ``RuntimeError`` at the end, with everything else written, if a method failed.
     """
     plan = Plan(Profile.load(folder / "gates.json"), Profile.load(folder / "echo.json"), Size(folder))
-    jobs = [(FILES.get(group, "quality"), job) for group in groups for job in GROUPS[group](plan)]
+    jobs = [
+        (FILES.get(group, "quality"), job)
+        for group in groups
+        for job in GROUPS[group](plan)
+        if re.search(named, job.method.name)
+    ]
     if workers is None:
         workers = min(WORKERS * max(1, torch.cuda.device_count()), max(1, (os.cpu_count() or 1) - 2))
     failed = _run(jobs, out, workers)
@@ -76,11 +84,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.lab.quality", description=__doc__)
     parser.add_argument("--model", type=Path, default=CHECKPOINT, help="the folder of the checkpoint, gates.json and echo.json")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--named", default="", help="methods whose name this regular expression finds (default: all)")
     parser.add_argument("--workers", type=int, help=f"processes (default: {WORKERS} for each GPU, and two fewer than cores)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the CSVs go")
     chosen = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: what was measured so far is written"))
-    quality(chosen.out, folder=chosen.model, groups=chosen.groups, workers=chosen.workers)
+    quality(chosen.out, folder=chosen.model, groups=chosen.groups, named=chosen.named, workers=chosen.workers)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class Session:
         logits = prompt
         for chunk in prompt.tensor_split(-(-prompt.shape[1] // self.chunk), dim=1):
             ids = chunk.clone()
-            torch._dynamo.mark_dynamic(ids, 1)  # one graph for prompts of all lengths
+            torch._dynamo.maybe_mark_dynamic(ids, 1)  # one graph for prompts of all lengths
             logits = self._forward(ids)
         return logits
 

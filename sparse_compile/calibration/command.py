@@ -36,6 +36,10 @@ def run_calibrate(
     Passkeys are words in ``text`` if the folder has a tokenizer, else random tokens. Raises ``ValueError`` and ``OSError`` for
     what is neither, and ``ImportError`` without transformers.
     """
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"--out {out} is in a folder that is not there: create it")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a GPU, and torch finds none: leave --device out")
     model, tokenizer = load(source, device)
     inner = "inductor" if device == "cuda" else "eager"
     if method == "echo":
@@ -79,7 +83,9 @@ def passkeys(model: Any, tokenizer: Any, text: Path | None, longest: int, seed: 
         from sparse_compile.demo import find_license
 
         content = (text or find_license()).read_text(encoding="utf-8", errors="replace")
-        return Passkeys.of_text(tokenizer, content, **sizes)
+        # How many tokens the words take, and so what fits, is known once they are read.
+        data = Passkeys.of_text(tokenizer, content, shortest=1 << 40, longest=1 << 40, seed=seed)
+        return data.fit(sizes["shortest"], longest)
     if text is not None:
         raise ValueError(f"--text {text} is read by a tokenizer, and the model has none beside it: leave --text out")
     vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ def train_gates(
 
     Raises ``ValueError`` for a model without config or causal layers, batches of other shapes, and a file of another run.
     """
+    if steps < 1:
+        raise ValueError(f"train_gates needs steps >= 1, got {steps}")
     config = sizes_of(model)
     found = signature(config)
     device = next(model.parameters()).device
@@ -61,14 +64,13 @@ def train_gates(
     optimizer = torch.optim.AdamW(gates, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_at, steps=steps))
     settings = {"steps": steps, "sink": sink, "recent": recent, "rate": rate, "penalty": penalty}
-    state = _State(gates, optimizer, schedule, settings, Path(resume) if resume is not None else None)
-    start = state.load()
+    state = _State(gates, optimizer, schedule, settings | {"model": found}, Path(resume) if resume is not None else None)
+    start, last = state.load()
     streaming = causal & (first_tokens(sink) | sliding_window(recent))
     with frozen(model), torch.enable_grad():
         teacher = compiled_hidden(model, hidden, Backend(inner=inner))
         mixing = with_passes(_mixing(gates, streaming), trains=True, inner=inner)
         student = compiled_hidden(model, hidden, mixing)
-        loss = torch.zeros(())
         bar = tqdm(range(start, steps), initial=start, total=steps, disable=not progress, unit="step")
         for step in bar:
             tokens, asked = _checked(*batches(step), device)
@@ -76,20 +78,23 @@ def train_gates(
                 wanted = teacher(tokens)[asked]
             error = (student(tokens)[asked].float() - wanted.float()).square().mean(dim=-1).mean()
             mean = torch.stack(list(gates)).clamp(0, 1).mean()
-            loss = error + penalty * mean
+            last = float(error.detach() + penalty * mean.detach())
             optimizer.zero_grad()
-            loss.backward()
+            # One after the other: the penalty reaches every gate, the error those of layers that were understood.
+            if error.requires_grad:
+                error.backward()
             _check_reached(gates)
+            (penalty * mean).backward()
             optimizer.step()
             schedule.step()
             with torch.no_grad():
                 for gate in gates:
                     gate.clamp_(0, 1)
             if progress and step % 10 == 0:
-                bar.set_postfix(loss=f"{float(error):.4g}", gate=f"{float(mean):.3f}")
+                bar.set_postfix(loss=f"{last:.4g}", gate=f"{float(mean.detach()):.3f}")
             if (step + 1) % SAVED == 0 or step + 1 == steps:
-                state.save(step + 1)
-    numbers = settings | {"loss": float(loss)}
+                state.save(step + 1, last)
+    numbers = settings | {"loss": last}
     return Profile(torch.stack(list(gates)).tolist(), method="gates", model=found, numbers=numbers)
 
 
@@ -132,15 +137,22 @@ class _State:
     ) -> None:
         self.gates, self.optimizer, self.schedule, self.settings, self.path = gates, optimizer, schedule, settings, path
 
-    def load(self) -> int:
-        """The step to go on with."""
-        if self.path is None or not self.path.exists():
-            return 0
-        found = torch.load(self.path, weights_only=True)
-        shapes = [list(gate.shape) for gate in found["gates"]]
-        if found["settings"] != dict(self.settings) or shapes != [list(gate.shape) for gate in self.gates]:
+    def load(self) -> tuple[int, float]:
+        """The step to go on with, and the loss of the one before."""
+        if self.path is None:
+            return 0, 0.0
+        if not self.path.parent.is_dir():
+            raise ValueError(f"{self.path} is to be written while gates are trained, and its folder is not there: create it")
+        if not self.path.exists():
+            return 0, 0.0
+        try:
+            found = torch.load(self.path, map_location="cpu", weights_only=True)
+            settings, shapes = found["settings"], [list(gate.shape) for gate in found["gates"]]
+        except (RuntimeError, EOFError, UnpicklingError, LookupError, TypeError) as wrong:
+            raise ValueError(f"{self.path} was not written by train_gates: give it another file, or remove that one") from wrong
+        if settings != dict(self.settings) or shapes != [list(gate.shape) for gate in self.gates]:
             raise ValueError(
-                f"{self.path} is of a run with {found['settings']} over gates {shapes}, and this one has {self.settings}: give "
+                f"{self.path} is of a run with {settings} over gates {shapes}, and this one has {self.settings}: give "
                 "it another file, or remove that one"
             )
         with torch.no_grad():
@@ -148,13 +160,14 @@ class _State:
                 gate.copy_(old)
         self.optimizer.load_state_dict(found["optimizer"])
         self.schedule.load_state_dict(found["schedule"])
-        return int(found["step"])
+        return int(found["step"]), float(found["loss"])
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, loss: float) -> None:
         """Write the file anew, whole or not at all."""
         if self.path is None:
             return
-        content = {"step": step, "settings": dict(self.settings), "gates": [gate.detach().cpu() for gate in self.gates]}
+        content: dict[str, Any] = {"step": step, "loss": loss, "settings": dict(self.settings)}
+        content |= {"gates": [gate.detach().cpu() for gate in self.gates]}
         content |= {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
         new = self.path.with_name(self.path.name + ".new")
         torch.save(content, new)

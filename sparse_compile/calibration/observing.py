@@ -70,10 +70,12 @@ def observe(
         (2, 4)
 
     Raises ``ValueError`` for a model without config, with layers whose attention was not understood, or with attention that
-    reads more than queries, keys and positions.
+    reads more than queries, keys and positions, and for a period of 1.
     """
     from sparse_compile.passes.observe import Look, watch_attention
 
+    if period < 0 or period == 1:
+        raise ValueError(f"observe needs period >= 2, or 0 for a text that does not repeat, got {period}")
     config = signature(sizes_of(model))
     device = next(model.parameters()).device
     sums = _Sums(config["layers"], Look(sink, recent, period=period), device)
@@ -106,10 +108,13 @@ def echo_profile(
     Raises as ``observe``.
     """
     config = sizes_of(model)
-    period = period or min(PERIOD, max(1, int(getattr(config, "max_position_embeddings", PERIOD * SHARE)) // SHARE))
+    if period is None:
+        period = max(2, min(PERIOD, int(getattr(config, "max_position_embeddings", PERIOD * SHARE)) // SHARE))
+    if period < 2 or repeats < 2:
+        raise ValueError(f"echo_profile needs period >= 2 and repeats >= 2, got {period} and {repeats}")
     rng = torch.Generator().manual_seed(seed)
     tokens = torch.randint(config.vocab_size, (batch, period), generator=rng).repeat(1, repeats)
-    if isinstance(config.bos_token_id, int):
+    if isinstance(getattr(config, "bos_token_id", None), int):
         tokens = torch.cat([torch.full((batch, 1), config.bos_token_id), tokens], dim=1)
     seen = observe(model, tokens, period=period, inner=inner, hidden=hidden)
     found = signature(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class Passkeys:
         >>> tokens.shape == asked.shape, int(asked.sum())
         (True, 10)
 
-    Raises ``ValueError`` where the shortest text has no room for what it asks.
+    Raises ``ValueError`` where the shortest text has no room for what it asks, or nothing is asked or hidden.
     """
 
     haystack: Tensor  # [tokens]
@@ -44,15 +44,30 @@ class Passkeys:
     seed: int
 
     def __post_init__(self) -> None:
-        longest_word = max(word.numel() for word in self.words)
-        told = self.opening.numel() + sum(
-            2 * self.size * longest_word + a.numel() + b.numel() for a, b in zip(self.announcing, self.asking, strict=True)
-        )
-        if not told < self.shortest <= self.longest:
+        if not self.asking or self.size < 1 or not self.haystack.numel():
+            raise ValueError(
+                "passkeys need count >= 1, size >= 1 and a text to hide them in, "
+                f"got {len(self.asking)} of {self.size} words in {self.haystack.numel()} tokens"
+            )
+        if not self.told < self.shortest <= self.longest:
             raise ValueError(
                 f"texts of {self.shortest} to {self.longest} tokens need room for {len(self.asking)} passkeys told and asked, "
-                f"{told} tokens, and more: give a longer shortest, fewer passkeys or shorter ones"
+                f"{self.told} tokens, and more: give a longer shortest, fewer passkeys or shorter ones"
             )
+
+    @property
+    def told(self) -> int:
+        """The tokens that passkeys take at most, told and asked."""
+        longest_word = max(word.numel() for word in self.words)
+        around = sum(a.numel() + b.numel() for a, b in zip(self.announcing, self.asking, strict=True))
+        return self.opening.numel() + around + len(self.asking) * 2 * self.size * longest_word
+
+    def fit(self, shortest: int, longest: int) -> Passkeys:
+        """In other texts, with fewer passkeys if ``longest`` has no room for twice what they take."""
+        counts = range(len(self.asking), 0, -1)
+        fewer = [replace(self, announcing=self.announcing[:count], asking=self.asking[:count]) for count in counts]
+        found = next((data for data in fewer if 2 * data.told <= longest), fewer[-1])
+        return replace(found, shortest=max(shortest, min(longest, 2 * found.told)), longest=longest)
 
     @staticmethod
     def of_text(
@@ -66,6 +81,8 @@ class Passkeys:
         seed: int = 42,
     ) -> Passkeys:
         """In words, for a transformers tokenizer; ``text`` is what they are hidden in, repeated if it is short."""
+        if count > len(ORDINALS):
+            raise ValueError(f"passkeys are called the first to the tenth, and {count} are asked for: hide fewer")
 
         def encode(piece: str) -> Tensor:
             return torch.tensor(tokenizer.encode(piece, add_special_tokens=False), dtype=torch.int64)

@@ -1,0 +1,500 @@
+"""Gates: what a gated model computes and trains is what loops over heads compute and train, and nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+import sparse_compile as sc
+from cache_oracle import error, llama, random_tokens
+from gated_oracle import factor, gated_hidden, trained
+from models import DECODERS, VOCABULARY, Decoder, tokens
+from sparse_compile.calibration import Batches, Passkeys, gates, train_gates
+from sparse_compile.calibration.gates import rate_at
+from sparse_compile.calibration.hidden import compiled_hidden, frozen, last_hidden
+from sparse_compile.dynamo import with_passes
+from sparse_compile.masks import causal, sink, sliding_window
+from sparse_compile.passes.gate import mix_gates
+from sparse_compile.profile import Profile, signature
+
+SINK, RECENT, LENGTH = 2, 5, 24
+STREAMING = causal & (sink(SINK) | sliding_window(RECENT))
+MIXED = ("llama", "llama mha", "qwen3", "mistral", "gemma3_text", "gemma2 eager", "gpt2", "opt", "gpt_oss")
+SETTINGS: dict[str, Any] = {"sink": SINK, "recent": RECENT, "inner": "eager", "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+def built(decoder: Decoder) -> Any:
+    """The decoder with weights so large that it matters where it looks."""
+    model = decoder.build()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(6)
+    return model.requires_grad_(False)
+
+
+def random_gates(model: Any) -> list[nn.Parameter]:
+    generator, sizes = torch.Generator().manual_seed(3), signature(model.config)
+    return [nn.Parameter(torch.rand(sizes["kv_heads"], generator=generator)) for _ in range(sizes["layers"])]
+
+
+def mixed(model: Any, leaves: Sequence[nn.Parameter], inner: str = "eager") -> Callable[[Tensor], Tensor]:
+    backend = with_passes(partial(mix_gates, gates=leaves, streaming=STREAMING), trains=True, inner=inner)
+    return compiled_hidden(model, last_hidden, backend)
+
+
+def last(step: int, batch: int = 1) -> tuple[Tensor, Tensor]:
+    """Random tokens of a step, whose last eight are asked."""
+    ids = random_tokens(LENGTH, batch=batch, seed=step)
+    return ids, torch.arange(ids.shape[1]).expand_as(ids) >= ids.shape[1] - 8
+
+
+class Toy(nn.Module):
+    """A decoder that is not of transformers, with two layers of the attention it is given."""
+
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], times: int = 1, kv_heads: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 16)
+        self.layers = nn.ModuleList([ToyLayer(attend, times) for _ in range(2)])
+        sizes = {"num_attention_heads": 2, "num_key_value_heads": kv_heads, "num_hidden_layers": 2, "model_type": "toy"}
+        self.config = SimpleNamespace(**sizes)
+        with torch.no_grad():
+            self.embed.weight.mul_(3)
+
+
+class ToyLayer(nn.Module):
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], times: int) -> None:
+        super().__init__()
+        self.qkv, self.drop, self.attend, self.times = nn.Linear(16, 48), nn.Dropout(0.2), attend, times
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.times):
+            q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))
+            x = x + self.drop(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        return x
+
+
+def toy_hidden(model: nn.Module, ids: Tensor) -> Tensor:
+    assert isinstance(model, Toy)
+    x: Tensor = model.embed(ids)
+    for layer in model.layers:
+        x = layer(x)
+    return x
+
+
+def sdpa(**options: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return partial(nn.functional.scaled_dot_product_attention, **options)
+
+
+def toy(**options: Any) -> Toy:
+    """One that compiles fast, the same weights every time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Toy(sdpa(is_causal=True), **options)
+
+
+def trained_toy(batches: Batches, model: Toy | None = None, **options: Any) -> Profile:
+    return train_gates(model or toy(), batches, hidden=toy_hidden, **(SETTINGS | options))
+
+
+# -- the mixture ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decoder", [d for d in DECODERS if d.name in MIXED], ids=str)
+def test_outputs_and_gradients_of_gates_are_those_of_loops_over_heads(decoder: Decoder) -> None:
+    model, ids = built(decoder), tokens(length=LENGTH)
+    leaves = random_gates(model)
+    direction = torch.randn(2, LENGTH, 64, generator=torch.Generator().manual_seed(4))
+    got = mixed(model, leaves)(ids)
+    slopes = torch.autograd.grad((got * direction).sum(), leaves)
+    wanted = gated_hidden(model, ids, leaves, SINK, RECENT)
+    wanted_slopes = torch.autograd.grad((wanted * direction).sum(), leaves)
+    assert error(got.detach(), wanted.detach()) < 1e-5
+    assert error(last_hidden(model, ids), wanted.detach()) > 1e-3, "gates change nothing: the test shows nothing"
+    for slope, wanted_slope in zip(slopes, wanted_slopes, strict=True):
+        assert float((slope - wanted_slope).abs().max()) < 2e-4 * max(1.0, float(torch.stack(wanted_slopes).abs().max()))
+
+
+@pytest.mark.parametrize("decoder", [d for d in DECODERS if d.name in ("llama", "falcon alibi", "mpt", "gemma3_text")], ids=str)
+def test_open_gates_are_the_model_and_closed_ones_the_streaming_policy(decoder: Decoder) -> None:
+    model, ids = built(decoder), tokens(length=LENGTH)
+    leaves = random_gates(model)
+    run = mixed(model, leaves)
+    with torch.no_grad():
+        for value, wanted in (
+            (1.0, compiled_hidden(model, last_hidden, sc.Backend(inner="eager"))(ids)),
+            (0.0, compiled_hidden(model, last_hidden, sc.Backend(STREAMING, inner="eager"))(ids)),
+        ):
+            for leaf in leaves:
+                leaf.fill_(value)
+            assert torch.equal(run(ids), wanted)
+        assert error(compiled_hidden(model, last_hidden, sc.Backend(inner="eager"))(ids), last_hidden(model, ids)) < 1e-5
+
+
+def test_one_gate_moves_its_query_heads_and_no_other() -> None:
+    """In the first layer, before what heads say is mixed: the output of attention, head by head."""
+    model, ids, seen = llama().requires_grad_(False), random_tokens(LENGTH), []
+    leaves = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    run = mixed(model, leaves)
+    run(ids)
+    with torch.no_grad():
+        leaves[0][1] = 0.0
+    run(ids)
+    changed = (seen[0] - seen[1]).unflatten(-1, (4, -1)).abs().amax(dim=(0, 1, 3)) > 1e-6
+    assert changed.tolist() == [False, False, True, True]
+
+
+@pytest.mark.slow
+def test_inductor_computes_and_trains_the_same() -> None:
+    model, ids = llama().requires_grad_(False), random_tokens(LENGTH, batch=2)
+    leaves = random_gates(model)
+    got, wanted = mixed(model, leaves, inner="inductor")(ids), gated_hidden(model, ids, leaves, SINK, RECENT)
+    assert error(got.detach(), wanted.detach()) < 1e-5
+    direction = torch.randn_like(wanted)
+    slopes, wanted_slopes = (torch.stack(torch.autograd.grad((out * direction).sum(), leaves)) for out in (got, wanted))
+    assert error(slopes, wanted_slopes) < 1e-3
+    scores, wanted_scores = (torch.tensor(trained_toy(last, inner=inner, steps=4).scores) for inner in ("inductor", "eager"))
+    assert float((scores - wanted_scores).abs().max()) < 1e-4
+
+
+# -- training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_training_is_the_published_loop(name: str, batch: int) -> None:
+    model = built(next(d for d in DECODERS if d.name == name))
+    kv_heads = signature(model.config)["kv_heads"]
+    batches = partial(last, batch=batch)
+    sizes = {"steps": 7, "sink": SINK, "recent": RECENT, "rate": 0.08, "penalty": 0.4}
+    wanted = trained(model, batches, kv_heads, layers=2, **sizes)  # type: ignore[arg-type]  # mypy does not read dicts of kwargs
+    profile = train_gates(model, batches, **(SETTINGS | sizes))
+    assert float((torch.tensor(profile.scores) - wanted).abs().max()) < 2e-3
+    assert float(wanted.max() - wanted.min()) > 0.02, "all gates go the same way: the test shows nothing"
+
+
+def test_the_loss_is_the_error_of_asked_tokens_and_the_mean_gate() -> None:
+    model, (ids, asked) = llama(), last(0)
+    profile = train_gates(model, lambda step: (ids, asked), steps=2, penalty=0.3, rate=0.5, **SETTINGS)
+    # The first step of Adam moves every gate by the rate, factor(0, 2) of 0.5: the error is still 0, the slope the penalty's.
+    moved = torch.full((2, 2), 1 - 0.5 * factor(0, 2))
+    with torch.no_grad():
+        squares = (gated_hidden(model, ids, moved, SINK, RECENT) - last_hidden(model, ids)).square()
+    wanted = float(squares[asked].mean()) + 0.3 * float(moved[0, 0])
+    assert profile.numbers["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert float(squares[asked].mean()) > 1e-3
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5, 20, 2000])
+def test_the_rate_is_as_published(steps: int) -> None:
+    assert [rate_at(step, steps=steps) for step in range(steps)] == [factor(step, steps) for step in range(steps)]
+    if steps == 2000:
+        assert [rate_at(step, steps=steps) for step in (0, 199, 399, 400, 1600, 1800, 1999)] == [0.1, 0.5, 1, 1, 1, 0.5, 0.1]
+
+
+@pytest.mark.parametrize(("rate", "penalty"), [(0.7, 500.0), (0.7, -5.0), (3.0, 0.05)])
+def test_gates_stay_between_nothing_and_everything(rate: float, penalty: float) -> None:
+    profile = trained_toy(last, steps=4, rate=rate, penalty=penalty)
+    assert all(0 <= gate <= 1 for row in profile.scores for gate in row)
+    if penalty == 500.0:
+        assert profile.scores == ((0.0, 0.0), (0.0, 0.0))
+
+
+def test_without_a_penalty_nothing_is_given_up() -> None:
+    assert trained_toy(last, steps=3, penalty=0.0).scores == ((1.0, 1.0), (1.0, 1.0))
+
+
+def test_heads_whose_own_window_is_smaller_than_ours_lose_their_gates_first() -> None:
+    """Gemma's first layer sees 8 keys, which a window of 8 keeps: full and streaming are the same there."""
+    model = built(next(d for d in DECODERS if d.name == "gemma3_text"))
+    profile = train_gates(model, last, steps=12, **(SETTINGS | {"recent": 8, "rate": 0.08}))
+    assert max(profile.scores[0]) < min(profile.scores[1]) - 0.1
+
+
+def test_a_profile_of_gates_says_whose_they_are_and_how_they_were_found() -> None:
+    profile = trained_toy(last, steps=2)
+    profile.check(toy().config)
+    assert profile.method == "gates"
+    numbers = {key: profile.numbers[key] for key in ("steps", "sink", "recent", "rate", "penalty")}
+    assert numbers == {"steps": 2, "sink": SINK, "recent": RECENT, "rate": 0.02, "penalty": 0.05}
+
+
+# -- what stays as it was -------------------------------------------------------------------------------------------
+
+
+def state_of(model: nn.Module) -> Any:
+    weights = {name: (weight.requires_grad, weight.grad is None, weight.clone()) for name, weight in model.named_parameters()}
+    return weights, [module.training for module in model.modules()], list(model.state_dict())
+
+
+def assert_same_state(found: Any, wanted: Any) -> None:
+    assert found[1:] == wanted[1:]
+    assert found[0].keys() == wanted[0].keys()
+    for name, (trained_, ungraded, weight) in wanted[0].items():
+        assert found[0][name][:2] == (trained_, ungraded), name
+        assert torch.equal(found[0][name][2], weight), name
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "after an error"])
+def test_the_model_is_as_it_was(fails: bool) -> None:
+    model = toy().train()
+    model.layers[1].eval()
+    model.layers[0].qkv.requires_grad_(False)
+    before = state_of(model)
+
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        if fails and step == 2:
+            raise OSError("the disk is gone")
+        return last(step)
+
+    if fails:
+        with pytest.raises(OSError, match="the disk is gone"):
+            trained_toy(batches, model, steps=3)
+    else:
+        trained_toy(batches, model, steps=3)
+    assert_same_state(state_of(model), before)
+
+
+def test_random_numbers_and_the_grad_mode_are_as_they_were() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        trained_toy(last, steps=2)
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_it_trains_under_no_grad() -> None:
+    wanted = trained_toy(last, steps=3)
+    with torch.no_grad():
+        assert trained_toy(last, steps=3) == wanted
+
+
+def test_dropout_of_a_model_in_training_mode_is_off() -> None:
+    assert trained_toy(last, toy().train(), steps=3) == trained_toy(last, toy().eval(), steps=3)
+
+
+def test_a_frozen_model_is_thawed_only_where_it_was_thawed() -> None:
+    model = llama()
+    model.lm_head.requires_grad_(False)
+    with frozen(model):
+        assert not any(weight.requires_grad for weight in model.parameters())
+    assert [name for name, weight in model.named_parameters() if not weight.requires_grad] == ["lm_head.weight"]
+
+
+def test_many_calibrations_and_lengths_do_not_run_out_of_compiles() -> None:
+    """Dynamo compiles one code object eight times at most, and then runs it as it is: gates would not be trained."""
+    model = toy()
+    for _ in range(10):
+        trained_toy(last, model, steps=1)
+    lengths = list(range(12, 36))
+
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        ids = random_tokens(lengths[step], seed=step)
+        return ids, torch.ones_like(ids).bool()
+
+    trained_toy(batches, model, steps=len(lengths))
+
+
+def test_texts_of_all_lengths_train_a_model_with_windows_of_its_own() -> None:
+    model = built(next(d for d in DECODERS if d.name == "gemma3_text"))
+    data = Passkeys.of_tokens(VOCABULARY, longest=90, shortest=30, count=1, size=4)
+    lengths = {data(step)[0].shape[1] for step in range(12)}
+    assert len(lengths) > 9
+    train_gates(model, data, steps=12, **SETTINGS)
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_run_twice_gives_the_same_gates_bit_for_bit() -> None:
+    data = Passkeys.of_tokens(VOCABULARY, longest=60, shortest=40, count=1, size=3, seed=7)
+    first = trained_toy(data, steps=6)
+    torch.manual_seed(99)
+    assert trained_toy(data, steps=6) == first
+    other = Passkeys.of_tokens(VOCABULARY, longest=60, shortest=40, count=1, size=3, seed=8)
+    assert trained_toy(other, steps=6) != first
+
+
+class Interrupted(Exception):
+    """What stands for a lost machine."""
+
+
+def interrupted(at: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        if step == at:
+            raise Interrupted
+        return last(step)
+
+    return batches
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 7])
+def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "SAVED", 2)
+    wanted = trained_toy(last, steps=8)
+    file = tmp_path / "gates.pt"
+    with pytest.raises(Interrupted):
+        trained_toy(interrupted(at), steps=8, resume=file)
+    assert file.exists() == (at >= 2)
+    steps: list[int] = []
+
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        steps.append(step)
+        return last(step)
+
+    assert trained_toy(batches, steps=8, resume=file) == wanted
+    assert steps == list(range(at // 2 * 2, 8))
+
+
+def test_a_run_that_is_done_is_read_from_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "gates.pt"
+    wanted = trained_toy(last, steps=3, resume=file)
+    assert trained_toy(interrupted(0), steps=3, resume=str(file)) == wanted
+
+
+@pytest.mark.parametrize("change", [{"steps": 4}, {"sink": 3}, {"recent": 6}, {"rate": 0.03}, {"penalty": 0.1}])
+def test_a_file_of_another_run_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "gates.pt"
+    trained_toy(last, steps=2, resume=file)
+    kept = file.read_bytes()
+    with pytest.raises(ValueError, match=r"gates.pt is of a run with .* and this one has .*: give it another file, or remove"):
+        trained_toy(last, resume=file, **({"steps": 2} | change))
+    assert file.read_bytes() == kept
+
+
+def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "gates.pt"
+    trained_toy(last, steps=2, resume=file)
+    for other in (llama(), llama(num_key_value_heads=4), llama(num_hidden_layers=3)):
+        with pytest.raises(ValueError, match=r"is of a run with .* give it another file, or remove that one"):
+            train_gates(other, last, steps=2, resume=file, **SETTINGS)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b'{"version": 1}', b"PK\x03\x04 half a file"])
+def test_a_file_that_is_no_run_is_refused(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "gates.pt"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"gates.pt was not written by train_gates: give it another file, or remove that one"):
+        trained_toy(last, steps=2, resume=file)
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("other", [[1, 2], {"a": 1}, torch.zeros(2)])
+def test_other_things_that_torch_saved_are_refused(other: Any, tmp_path: Path) -> None:
+    file = tmp_path / "gates.pt"
+    torch.save(other, file)
+    with pytest.raises(ValueError, match=r"was not written by train_gates"):
+        trained_toy(last, steps=2, resume=file)
+
+
+def test_a_file_that_cannot_be_written_is_told_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"its folder is not there: create it"):
+        trained_toy(interrupted(0), steps=2, resume=tmp_path / "nowhere" / "gates.pt")
+
+
+def test_a_half_written_file_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates, "SAVED", 2)
+    file, save, written = tmp_path / "gates.pt", torch.save, list[Path]()
+
+    def dies(content: Any, path: Path) -> None:
+        if len(written) == 1:
+            Path(path).write_bytes(b"half")
+            raise OSError("no space left on device")
+        written.append(path)
+        save(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", dies)
+        with pytest.raises(OSError, match="no space left"):
+            trained_toy(last, steps=6, resume=file)
+    assert torch.load(file, weights_only=True)["step"] == 2
+    assert trained_toy(last, steps=6, resume=file) == trained_toy(last, steps=6)
+    assert [path.name for path in tmp_path.iterdir()] == ["gates.pt"]
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ids", "asked"),
+    [
+        (torch.ones(24, dtype=torch.int64), torch.ones(24, dtype=torch.bool)),
+        (torch.ones(1, 24, dtype=torch.int64), torch.ones(1, 23, dtype=torch.bool)),
+        (torch.ones(1, 24, dtype=torch.int64), torch.ones(24, dtype=torch.bool)),
+        (torch.ones(1, 24, dtype=torch.int64), torch.ones(1, 24)),
+        (torch.ones(1, 24, dtype=torch.int64), torch.zeros(1, 24, dtype=torch.bool)),
+    ],
+    ids=["one row", "other length", "asked of one row", "no bool", "nothing asked"],
+)
+def test_batches_of_another_shape_are_refused(ids: Tensor, asked: Tensor) -> None:
+    with pytest.raises(
+        ValueError, match=r"a batch is tokens \[B, N\] and which of them are asked, bool \[B, N\] and some true"
+    ):
+        trained_toy(lambda step: (ids, asked), steps=1)
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_no_steps_are_refused(steps: int) -> None:
+    with pytest.raises(ValueError, match=f"train_gates needs steps >= 1, got {steps}"):
+        trained_toy(last, steps=steps)
+
+
+def test_a_model_without_config_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"calibration needs model.config, from which layers and KV heads are read"):
+        train_gates(nn.Linear(4, 4), last, steps=1, **SETTINGS)
+
+
+def bert() -> Any:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return BertModel(BertConfig(**sizes, vocab_size=VOCABULARY), add_pooling_layer=False)
+
+
+def test_an_encoder_is_refused() -> None:
+    model = bert()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"layers \[0, 1\] have no causal attention that was understood: ask explain"):
+        train_gates(model, last, steps=1, **SETTINGS)
+    assert_same_state(state_of(model), before)
+
+
+def test_a_layer_without_attention_is_refused() -> None:
+    model = toy()
+    model.config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match=r"layers \[2\] have no causal attention that was understood"):
+        trained_toy(last, model, steps=1)
+
+
+def test_a_model_of_your_own_is_trained() -> None:
+    profile = trained_toy(last, steps=3)
+    assert (len(profile.scores), len(profile.scores[0]), profile.model["type"]) == (2, 2, "toy")
+    assert min(min(row) for row in profile.scores) < 1
+
+
+def test_an_attention_call_that_was_not_understood_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"2 attention calls were not understood, nor are their heads: .*dropout_p=0.1"):
+        trained_toy(last, Toy(sdpa(is_causal=True, dropout_p=0.1)), steps=1)
+
+
+@pytest.mark.parametrize("options", [{"times": 2}, {"kv_heads": 1}], ids=["twice", "heads"])
+def test_layers_that_attend_twice_or_have_other_heads_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"has 2 KV heads, and gates are \[.*\] by layer, one causal attention each"):
+        trained_toy(last, toy(**options), steps=1)
