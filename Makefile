@@ -15,6 +15,7 @@ test: lint pytest wheel
 
 demo: $(INSTALLED)
 	$(BIN)/python -m sparse_compile demo
+	$(BIN)/python -W ignore -m bench.lab.demo
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

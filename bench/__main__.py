@@ -10,6 +10,7 @@ from pathlib import Path
 from bench import timing
 from bench.attention import run_decode, run_prefill
 from bench.cache import run_cache, run_cache_attention
+from bench.calibration import run_gates
 from bench.compiling import run_compile
 from bench.generation import run_cache_generate, run_cache_prefill
 from bench.lab import plots
@@ -35,6 +36,7 @@ BENCHES = {
     "quantized-attention": run_quantized_attention,
     "quantized-model": run_quantized_model,
     "quantized-cache": run_quantized_cache,
+    "gates": run_gates,
     "masks": run_masks,
     "compile": run_compile,
     "sweep": sweep,

@@ -59,11 +59,11 @@ DROPPED = ("prefill, eager", "prefill, all streaming", "decode step, all streami
 
 def _is_headline(name: str, row: dict[str, str]) -> bool:
     if name == "quantized-attention":
-        return row["what"].split(", ")[1] in ("int8", "fp8") and "all keys" in row["what"]
+        return row["what"].split(", ")[1] == "int8" and "all keys" in row["what"]
     if name == "select-model":
         return bool(row["baseline"]) and "dense" not in row["what"]
     if "page_topk" in row["mask"]:
-        return "every" not in row["what"]
+        return "every" not in row["what"] and row["kv_len"] != "524288"
     if name == "cache":
         return row["shape"] == "Llama-3-8B" and row["kv_len"] == LONGEST and "dense" not in row["what"]
     short = row["kv_len"] in ("8192", "16384")

@@ -204,7 +204,7 @@ def test_a_profile_of_echoes_is_made_of_the_observations() -> None:
 
 
 def test_the_period_fits_the_positions_of_the_model() -> None:
-    assert echo_profile(llama(), inner="eager").numbers["period"] == 256 // 16
+    assert echo_profile(llama(), inner="eager").numbers["period"] == 256 // 8
 
 
 def test_a_profile_of_echoes_is_the_same_for_a_seed() -> None:

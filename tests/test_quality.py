@@ -11,6 +11,7 @@ import torch
 
 from bench.lab import findings, methods, plots, quality
 from bench.lab.budgets import PAGE, SINK, dense_bytes, heads_within, held_bytes, read_bytes
+from bench.lab.demo import run_demo
 from bench.lab.jobs import Asking, Cell, Size, done, made
 from bench.lab.methods import BUDGETS, FULL_FLOAT32, Method
 from bench.lab.model import build, config
@@ -170,3 +171,9 @@ def test_a_smoke_run_writes_rows_that_plots_and_findings_read(tmp_path: Path) ->
     pytest.importorskip("matplotlib").use("Agg")
     plots.plot(tmp_path)
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demo_finds_its_needle_in_half_of_the_cache_and_not_by_streaming(capsys: pytest.CaptureFixture[str]) -> None:
+    whole, heads, streaming = run_demo(items=6, length=512).values()
+    assert whole == heads == 1.0 and streaming == 0.0
+    assert "KiB a text" in capsys.readouterr().out

@@ -18,9 +18,9 @@ from bench.lab.methods import RECENT
 from bench.lab.model import CHECKPOINT, build, config, load
 from bench.lab.tasks import Needles
 from sparse_compile.calibration import echo_profile, observe, train_gates
+from sparse_compile.calibration.gates import PENALTY
 from sparse_compile.profile import Profile
 
-PENALTY = 0.5  # ten times the published one: hidden states of this model err so little that most gates would stay at 1
 SEED = 1 << 34  # that no training, scoring or bench has
 
 
@@ -56,7 +56,7 @@ def gates(model: Any, *, steps: int, data: Asked, penalty: float) -> Profile:
     return replace(found, numbers={**found.numbers, "seed": data.seed, "seconds": _since(began), "device": str(model.device)})
 
 
-def echo(model: Any, *, period: int | None = None, length: int = 2048) -> Profile:
+def echo(model: Any, *, period: int, length: int = 2048) -> Profile:
     """Heads that repeat, found without data, with the time that took, and the sink rate of the model on noise and on text.
 
     The model moves to the CPU.
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="where the profiles go")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--penalty", type=float, default=PENALTY, help=f"of a mean gate of 1 (default: {PENALTY})")
+    parser.add_argument("--period", type=int, default=128, help="random tokens before they repeat, for echo (default: 128)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a tiny model with random weights, and a few steps, on the CPU")
     told = parser.parse_args()
@@ -93,7 +94,7 @@ def main() -> None:
     told.out.mkdir(parents=True, exist_ok=True)
     found = [
         gates(model.to(device), steps=2 if told.smoke else told.steps, data=data, penalty=told.penalty),
-        echo(model, period=64 if told.smoke else None, length=192 if told.smoke else 2048),
+        echo(model, period=64 if told.smoke else told.period, length=192 if told.smoke else 2048),
     ]
     for profile in found:
         profile.save(told.out / f"{profile.method}.json")

@@ -76,6 +76,15 @@ def _profiles(gates: Profile, echo: Profile) -> Iterator[Finding]:
         yield _told(f"sink rate on {name}, %", 100 * float(echo.numbers.get(f"sink_rate_{name}", "nan")))
 
 
+def sharper(gates: Profile, echo: Profile) -> Iterator[Finding]:
+    """Of gates under a higher penalty few stay open: whether echo, with texts of half the positions, finds these."""
+    opened = {(layer, head) for layer, row in enumerate(gates.scores) for head, gate in enumerate(row) if gate > 0.5}
+    as_many = _places(echo.heads(len(opened) / (len(gates.scores) * len(gates.scores[0]))).full)
+    what = f"heads with gates above 0.5 ({len(opened)}) at penalty {gates.numbers['penalty']} among as many by echo, "
+    share = 100 * len(opened & as_many) / len(opened)
+    yield _held(f"{what}period {echo.numbers['period']}, %", share, ">=", 80)
+
+
 def _places(full: tuple[tuple[bool, ...], ...]) -> set[tuple[int, int]]:
     return {(layer, head) for layer, row in enumerate(full) for head, is_full in enumerate(row) if is_full}
 

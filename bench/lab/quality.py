@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from bench.lab.rows import Row, Table
 from bench.timing import RESULTS
 from sparse_compile.profile import Profile
 
+SHARPER = "gates-penalty-0.5.json", "echo-period-256.json"
 WORKERS = 12  # of a GPU; every step is launched by Python, so that one process leaves a GPU idle
 FILES = {"depths": "quality-depth", "fluency": "quality-perplexity"}  # of groups; all others: quality
 
@@ -44,7 +46,10 @@ def quality(
     if workers is None:
         workers = min(WORKERS * max(1, torch.cuda.device_count()), max(1, (os.cpu_count() or 1) - 2))
     failed = _run(jobs, out, workers)
-    findings.write(out, findings.found(out, plan.gates, plan.echo, needles=NEEDLES, length=TRAINED))
+    told = findings.found(out, plan.gates, plan.echo, needles=NEEDLES, length=TRAINED)
+    if all((folder / name).exists() for name in SHARPER):
+        told = chain(told, findings.sharper(*(Profile.load(folder / name) for name in SHARPER)))
+    findings.write(out, told)
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(jobs)} jobs failed:\n" + "\n".join(failed))
 

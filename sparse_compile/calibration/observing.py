@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from sparse_compile.passes.observe import Look
 
 PERIOD, REPEATS = 2500, 4  # random tokens, and how often they come, as published
-SHARE = 16  # of the positions of a model: at the end of what it was trained on few heads find copies that are far apart
 
 
 @dataclass(frozen=True)
@@ -98,9 +97,9 @@ def echo_profile(
     """Which KV heads look for what they have seen, found without data: random tokens, repeated (https://arxiv.org/abs/2407.15891).
 
     A head's score is the larger of its induction and echo mass, that of a KV head the largest of its query heads; both are in
-    ``numbers``. ``period`` of None is 2,500 tokens, or a sixteenth of the model's positions if that is fewer; the text begins
-    with the config's ``bos_token_id``, without which a model may lack its sink and attend otherwise than it is used. The paper
-    keeps the 14 % of heads with the highest induction and the 1 % with the highest echo scores.
+    ``numbers``. ``period`` of None is 2,500 tokens, or what fills half of the model's positions if that is fewer; the text
+    begins with the config's ``bos_token_id``, without which a model may lack its sink and attend otherwise than it is used.
+    The paper keeps the 14 % of heads with the highest induction and the 1 % with the highest echo scores.
 
         >>> echo_profile(model, period=16, inner="eager").method
         'echo'
@@ -109,7 +108,8 @@ def echo_profile(
     """
     config = sizes_of(model)
     if period is None:
-        period = max(2, min(PERIOD, int(getattr(config, "max_position_embeddings", PERIOD * SHARE)) // SHARE))
+        half = int(getattr(config, "max_position_embeddings", 2 * PERIOD * repeats)) // 2
+        period = max(2, min(PERIOD, half // max(1, repeats)))
     if period < 2 or repeats < 2:
         raise ValueError(f"echo_profile needs period >= 2 and repeats >= 2, got {period} and {repeats}")
     rng = torch.Generator().manual_seed(seed)

@@ -1,0 +1,65 @@
+"""What it takes to train the gates of a model of eight billion parameters on one GPU: time of a step, and memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.model import LLAMA3_8B, TINY, build
+from bench.timing import CUDA, Row, Timing, measured
+from sparse_compile.calibration import Passkeys, train_gates
+
+WARM_UP = 2  # steps that compile, and find the memory they need
+PUBLISHED = 2000  # steps
+
+
+def run_gates(*, smoke: bool = False) -> list[Row]:
+    """Random weights, one text of passkeys a step; the time of a step has both forward passes and the backward one."""
+    config, length, steps = (TINY, 256, 6) if smoke else (LLAMA3_8B, 8192, 8)
+    sizes: dict[str, Any] = {"count": 2, "size": 4} if smoke else {}
+    data = Passkeys.of_tokens(config.vocab_size, longest=length, shortest=length, **sizes)
+    times: list[float] = []
+
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        times.append(_now())
+        if CUDA and step == WARM_UP:
+            torch.cuda.reset_peak_memory_stats()
+        return data(step)
+
+    model = build(config)
+    held = sum(weight.nbytes for weight in model.parameters()) / 2**30
+    train_gates(model, batches, steps=steps, progress=False, inner="inductor" if CUDA else "eager")
+    times.append(_now())
+    taken = [1e3 * (end - begin) for begin, end in zip(times[WARM_UP:], times[WARM_UP + 1 :], strict=False)]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0.0
+    return [gates_row(taken, peak, held, length, "tiny" if smoke else "Llama-3-8B")]
+
+
+def gates_row(taken: list[float], peak: float, held: float, length: int, shape: str) -> Row:
+    """A row of steps that took so many milliseconds, with the peak of memory and the weights in GiB."""
+    low, *_, high = statistics.quantiles(taken, n=5, method="inclusive")
+    middle = statistics.median(taken)
+    hours = PUBLISHED * middle / 3.6e6
+    return measured(
+        Timing(low, middle, high, peak),
+        bench="gates",
+        what="a step of training gates, batch 1",
+        shape=shape,
+        mask="causal & (sink(128) | sliding_window(256))",
+        density=1.0,
+        q_len=length,
+        kv_len=length,
+        dtype="bfloat16" if CUDA or shape == "Llama-3-8B" else "float32",
+        kernel="",
+        note=f"peak of memory with {held:.2f} GiB of weights; {PUBLISHED:,} steps take {hours:.2f} hours; random weights",
+    )
+
+
+def _now() -> float:
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
