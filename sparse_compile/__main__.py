@@ -55,10 +55,10 @@ def _parser() -> argparse.ArgumentParser:
         "--method", choices=("gates", "echo"), default="gates", help="trained gates, or a pass over random tokens"
     )
     found.add_argument("--out", type=Path, default=Path("profile.json"), help="where the profile goes (default: profile.json)")
-    found.add_argument("--steps", type=int, default=2000, help="of training (default: 2000)")
+    found.add_argument("--steps", type=int, help="of training (default: 2000)")
     found.add_argument("--longest", type=int, help="tokens of the longest text (default: the positions of the model)")
-    found.add_argument("--sink", type=int, default=128, help="first tokens that streaming heads see (default: 128)")
-    found.add_argument("--recent", type=int, default=256, help="last tokens that they see (default: 256)")
+    found.add_argument("--sink", type=int, help="first tokens that streaming heads see (default: 128)")
+    found.add_argument("--recent", type=int, help="last tokens that they see (default: 256)")
     found.add_argument("--text", type=Path, help="where passkeys are hidden, if there is a tokenizer (default: our license)")
     found.add_argument("--resume", type=Path, help="a file to go on from, if it exists, and to write every 100 steps")
     found.add_argument("--seed", type=int, default=42)

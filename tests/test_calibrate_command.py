@@ -120,6 +120,12 @@ def test_problems_are_one_line_on_stderr(folder: Path, capsys: pytest.CaptureFix
     (folder.parent / "gates.pt").write_text("no run")
     resumed = [*calibrate, "--longest", 200, "--resume", folder.parent / "gates.pt"]
     assert "was not written by train_gates" in error_of(resumed, capsys)
+    (folder.parent / "gates.pt").unlink()
+    assert main([str(word) for word in (*resumed, "--out", folder / "profile.json")]) == 0
+    capsys.readouterr()
+    assert "is of a run with" in error_of([*resumed, "--seed", 7], capsys)
+    ignored = ["calibrate", folder, "--method", "echo", "--steps", 3, "--sink", 4]
+    assert "leave out --steps, --sink" in error_of(ignored, capsys)
     if not torch.cuda.is_available():
         assert "--device cuda needs a GPU" in error_of([*calibrate, "--device", "cuda"], capsys)
     word_tokenizer().save_pretrained(folder)

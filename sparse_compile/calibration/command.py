@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sparse_compile.calibration.gates import STEPS, train_gates
+from sparse_compile.calibration.gates import train_gates
 from sparse_compile.calibration.observing import echo_profile
 from sparse_compile.calibration.passkeys import Passkeys
 from sparse_compile.profile import Profile
@@ -21,10 +21,10 @@ def run_calibrate(
     out: Path,
     *,
     method: str,
-    steps: int = STEPS,
+    steps: int | None = None,
     longest: int | None = None,
-    sink: int = 128,
-    recent: int = 256,
+    sink: int | None = None,
+    recent: int | None = None,
     text: Path | None = None,
     resume: Path | None = None,
     seed: int = 42,
@@ -40,15 +40,19 @@ def run_calibrate(
         raise ValueError(f"--out {out} is in a folder that is not there: create it")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a GPU, and torch finds none: leave --device out")
+    given: dict[str, Any] = {"steps": steps, "longest": longest, "sink": sink, "recent": recent, "text": text, "resume": resume}
+    given = {name: value for name, value in given.items() if value is not None}
+    if method == "echo" and given:
+        raise ValueError(f"--method echo reads random tokens and trains nothing: leave out --{', --'.join(given)}")
     model, tokenizer = load(source, device)
     inner = "inductor" if device == "cuda" else "eager"
     if method == "echo":
         profile = echo_profile(model, seed=seed, inner=inner)
     else:
         positions = int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 32000))
-        longest = longest or min(32000, positions)
-        data = passkeys(model, tokenizer, text, longest, seed)
-        profile = train_gates(model, data, steps=steps, sink=sink, recent=recent, resume=resume, inner=inner)
+        data = passkeys(model, tokenizer, text, longest or min(32000, positions), seed)
+        training: dict[str, Any] = {name: given[name] for name in ("steps", "sink", "recent", "resume") if name in given}
+        profile = train_gates(model, data, inner=inner, **training)
     profile.save(out)
     print(f"{out}: scores of {len(profile.scores)} layers x {len(profile.scores[0])} KV heads by {method}", file=sys.stderr)
     return profile

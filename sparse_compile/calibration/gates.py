@@ -45,8 +45,9 @@ def train_gates(
     last fifth.
 
     ``batches(step)`` gives tokens ``[B, N]`` and which are asked, bool ``[B, N]``, the same whenever it is called for a step:
-    ``Passkeys`` for any model. ``resume`` is a file: training goes on from there if it exists, and writes it as it goes.
-    ``hidden`` gets what is compared, ``[B, N, *]``, for models that are not of transformers.
+    ``Passkeys`` for any model. ``resume`` is a file: training goes on from there if it exists, and writes it as it goes; it
+    remembers ``batches.digest``, if there is one, and refuses other data. ``hidden`` gets what is compared,
+    ``[B, N, *]``, for models that are not of transformers.
 
         >>> tokens, asked = torch.randint(64, (2, 48)), torch.arange(48).expand(2, 48) >= 40
         >>> profile = train_gates(model, lambda step: (tokens, asked), steps=2, sink=2, recent=8, inner="eager", progress=False)
@@ -64,7 +65,8 @@ def train_gates(
     optimizer = torch.optim.AdamW(gates, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_at, steps=steps))
     settings = {"steps": steps, "sink": sink, "recent": recent, "rate": rate, "penalty": penalty}
-    state = _State(gates, optimizer, schedule, settings | {"model": found}, Path(resume) if resume is not None else None)
+    run: dict[str, Any] = settings | {"model": found, "data": getattr(batches, "digest", "")}
+    state = _State(gates, optimizer, schedule, run, Path(resume) if resume is not None else None)
     start, last = state.load()
     streaming = causal & (first_tokens(sink) | sliding_window(recent))
     with frozen(model), torch.enable_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,6 +109,11 @@ class Passkeys:
         haystack = rest[torch.randint(len(rest), (2 * longest,), generator=rng)]
         words, marked = list(rest.unsqueeze(1)), list(marks.unsqueeze(1))
         return Passkeys(haystack, words, marked, marked, haystack[:0], size, shortest, longest, seed)
+
+    @property
+    def digest(self) -> str:
+        """What tells these texts from others: a digest of the first."""
+        return hashlib.sha256(repr(self(0)[0].tolist()).encode()).hexdigest()[:16]
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """The text of a step, int64 ``[1, N]``, and what is asked, bool ``[1, N]``."""
