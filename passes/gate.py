@@ -25,8 +25,8 @@ class Mix(nn.Module):
         self.group = group
 
     def forward(self, everything: Tensor, streaming: Tensor, gates: Tensor) -> Tensor:
-        """``gates`` is ``[Hkv]``, and taken as between 0 and 1."""
-        share = gates.clamp(0, 1).repeat_interleave(self.group).view(1, -1, 1, 1)
+        """``gates`` is ``[Hkv]``, between 0 and 1; not clamped here, as torch 2.15 has no gradient at the limits of ``clamp``."""
+        share = gates.repeat_interleave(self.group).view(1, -1, 1, 1)
         return (share * everything + (1 - share) * streaming).to(everything.dtype)
 
 

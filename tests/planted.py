@@ -34,7 +34,7 @@ def planted(roles: Mapping[tuple[int, int], str] | None = None) -> Any:
     heads: dict[str, Any] = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
     rope: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e12}, "max_position_embeddings": 4096}
     factory: Any = AutoModelForCausalLM
-    model = factory.from_config(LlamaConfig(**sizes, **heads, **rope, tie_word_embeddings=False)).eval()
+    model = factory.from_config(LlamaConfig(**sizes, **heads, **rope, tie_word_embeddings=False, bos_token_id=None)).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()

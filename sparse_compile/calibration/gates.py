@@ -79,7 +79,7 @@ def train_gates(
             with torch.no_grad():
                 wanted = teacher(tokens)[asked]
             error = (student(tokens)[asked].float() - wanted.float()).square().mean(dim=-1).mean()
-            mean = torch.stack(list(gates)).clamp(0, 1).mean()
+            mean = torch.stack(list(gates)).mean()
             last = float(error.detach() + penalty * mean.detach())
             optimizer.zero_grad()
             # One after the other: the penalty reaches every gate, the error those of layers that were understood.
