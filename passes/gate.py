@@ -25,7 +25,7 @@ class Mix(nn.Module):
         self.group = group
 
     def forward(self, everything: Tensor, streaming: Tensor, gates: Tensor) -> Tensor:
-        """``gates`` is ``[Hkv]``, between 0 and 1; not clamped here, as torch 2.15 has no gradient at the limits of ``clamp``."""
+        """``gates`` is ``[Hkv]``, between 0 and 1. They begin at 1, where ``clamp`` has no gradient in torch 2.15."""
         share = gates.repeat_interleave(self.group).view(1, -1, 1, 1)
         return (share * everything + (1 - share) * streaming).to(everything.dtype)
 

@@ -56,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--out", type=Path, default=Path("profile.json"), help="where the profile goes (default: profile.json)")
     found.add_argument("--steps", type=int, help="of training (default: 2000)")
-    found.add_argument("--longest", type=int, help="tokens of the longest text (default: the positions of the model)")
+    found.add_argument(
+        "--longest", type=int, help="tokens of the longest text (default: the model's positions, at most 32,000)"
+    )
     found.add_argument("--sink", type=int, help="first tokens that streaming heads see (default: 128)")
     found.add_argument("--recent", type=int, help="last tokens that they see (default: 256)")
     found.add_argument("--text", type=Path, help="where passkeys are hidden, if there is a tokenizer (default: our license)")

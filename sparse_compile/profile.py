@@ -166,6 +166,11 @@ def with_ties(
 def signature(config: Any) -> dict[str, Any]:
     """What tells models apart as far as heads go, from a transformers config."""
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    missing = [name for name in ("num_attention_heads", "num_hidden_layers") if not hasattr(config, name)]
+    if missing:
+        raise ValueError(
+            f"{type(config).__name__} has no {missing[0]}: profiles are of models with attention in numbered layers"
+        )
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):

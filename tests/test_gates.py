@@ -498,3 +498,13 @@ def test_an_attention_call_that_was_not_understood_is_refused() -> None:
 def test_layers_that_attend_twice_or_have_other_heads_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"has 2 KV heads, and gates are \[.*\] by layer, one causal attention each"):
         trained_toy(last, toy(**options), steps=1)
+
+
+def test_a_file_of_other_weights_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "gates.pt"
+    model = llama()
+    train_gates(model, last, steps=2, resume=file, **SETTINGS)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+    with pytest.raises(ValueError, match=r"is of a run with .* give it another file, or remove that one"):
+        train_gates(model, last, steps=2, resume=file, **SETTINGS)

@@ -80,7 +80,7 @@ def main() -> None:
     """Both profiles of a checkpoint."""
     parser = argparse.ArgumentParser(prog="bench.lab.calibrate", description=__doc__)
     parser.add_argument("--model", type=Path, default=CHECKPOINT, help="the folder of the checkpoint")
-    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="where the profiles go")
+    parser.add_argument("--out", type=Path, required=True, help="where the profiles go")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--penalty", type=float, default=PENALTY, help=f"of a mean gate of 1 (default: {PENALTY})")
     parser.add_argument("--period", type=int, default=128, help="random tokens before they repeat, for echo (default: 128)")

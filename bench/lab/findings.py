@@ -66,11 +66,7 @@ def _profiles(gates: Profile, echo: Profile) -> Iterator[Finding]:
     yield _held(
         "the best quarter by gates that is in the best quarter by echo, %", 100 * len(ours & theirs) / len(ours), ">=", 80
     )
-    opened = {(layer, head) for layer, row in enumerate(gates.scores) for head, gate in enumerate(row) if gate > 0.5}
-    if opened:
-        as_many = _places(echo.heads(len(opened) / (len(gates.scores) * len(gates.scores[0]))).full)
-        share = 100 * len(opened & as_many) / len(opened)
-        yield _told(f"heads with gates above 0.5 ({len(opened)}) among as many by echo, %", share)
+    yield from _opened(gates, echo, "heads with gates above 0.5 ({}) among as many by echo, %")
     yield _held("echo on the CPU, s", float(echo.numbers.get("seconds", "nan")), "<", 60)
     for name in ("noise", "text"):
         yield _told(f"sink rate on {name}, %", 100 * float(echo.numbers.get(f"sink_rate_{name}", "nan")))
@@ -78,11 +74,17 @@ def _profiles(gates: Profile, echo: Profile) -> Iterator[Finding]:
 
 def sharper(gates: Profile, echo: Profile) -> Iterator[Finding]:
     """Of gates under a higher penalty few stay open: whether echo, with texts of half the positions, finds these."""
+    what = f"at penalty {gates.numbers['penalty']} among as many by echo, period {echo.numbers['period']}, %"
+    for found in _opened(gates, echo, f"heads with gates above 0.5 ({{}}) {what}"):
+        yield _held(found.what, found.value, ">=", 80)
+
+
+def _opened(gates: Profile, echo: Profile, what: str) -> Iterator[Finding]:
+    """The share of heads with open gates, if there are any, that echo ranks among as many."""
     opened = {(layer, head) for layer, row in enumerate(gates.scores) for head, gate in enumerate(row) if gate > 0.5}
-    as_many = _places(echo.heads(len(opened) / (len(gates.scores) * len(gates.scores[0]))).full)
-    what = f"heads with gates above 0.5 ({len(opened)}) at penalty {gates.numbers['penalty']} among as many by echo, "
-    share = 100 * len(opened & as_many) / len(opened)
-    yield _held(f"{what}period {echo.numbers['period']}, %", share, ">=", 80)
+    if opened:
+        as_many = _places(echo.heads(len(opened) / (len(gates.scores) * len(gates.scores[0]))).full)
+        yield _told(what.format(len(opened)), 100 * len(opened & as_many) / len(opened))
 
 
 def _places(full: tuple[tuple[bool, ...], ...]) -> set[tuple[int, int]]:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from sparse_compile.calibration.gates import train_gates
+from sparse_compile.calibration.hidden import positions_of, sizes_of
 from sparse_compile.calibration.observing import echo_profile
 from sparse_compile.calibration.passkeys import Passkeys
 from sparse_compile.profile import Profile
 
-METHODS = ("gates", "echo")
+LONGEST = 32000  # tokens of a text, as published
 
 
 def run_calibrate(
@@ -38,6 +39,8 @@ def run_calibrate(
     """
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out {out} is in a folder that is not there: create it")
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: name a file in it")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a GPU, and torch finds none: leave --device out")
     given: dict[str, Any] = {"steps": steps, "longest": longest, "sink": sink, "recent": recent, "text": text, "resume": resume}
@@ -49,8 +52,9 @@ def run_calibrate(
     if method == "echo":
         profile = echo_profile(model, seed=seed, inner=inner)
     else:
-        positions = int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 32000))
-        data = passkeys(model, tokenizer, text, longest or min(32000, positions), seed)
+        longest = longest or min(LONGEST, positions_of(sizes_of(model)) or LONGEST)
+        print(f"texts of at most {longest:,} tokens, on {device}", file=sys.stderr)
+        data = passkeys(model, tokenizer, text, longest, seed)
         training: dict[str, Any] = {name: given[name] for name in ("steps", "sink", "recent", "resume") if name in given}
         profile = train_gates(model, data, inner=inner, **training)
     profile.save(out)
@@ -81,7 +85,7 @@ def load(source: Path, device: str) -> tuple[Any, Any]:
 
 
 def passkeys(model: Any, tokenizer: Any, text: Path | None, longest: int, seed: int) -> Passkeys:
-    """Data whose sizes fit texts of ``longest`` tokens: what is told and asked takes half of the shortest at most."""
+    """Data whose sizes fit texts of ``longest`` tokens."""
     sizes: dict[str, Any] = {"longest": longest, "shortest": min(longest, max(1000, longest // 32)), "seed": seed}
     if tokenizer is not None:
         from sparse_compile.demo import find_license

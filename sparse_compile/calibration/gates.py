@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,8 @@ def train_gates(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_at, steps=steps))
     settings = {"steps": steps, "sink": sink, "recent": recent, "rate": rate, "penalty": penalty}
     run: dict[str, Any] = settings | {"model": found, "data": getattr(batches, "digest", "")}
+    if resume is not None:
+        run["weights"] = _digest(model)
     state = _State(gates, optimizer, schedule, run, Path(resume) if resume is not None else None)
     start, last = state.load()
     streaming = causal & (first_tokens(sink) | sliding_window(recent))
@@ -109,6 +112,12 @@ def _mixing(gates: list[nn.Parameter], streaming: Any) -> Callable[[Any], int]:
     from sparse_compile.passes.gate import mix_gates
 
     return partial(mix_gates, gates=gates, streaming=streaming)
+
+
+def _digest(model: nn.Module) -> str:
+    """What tells the weights of a model from others: a sum of each, which is enough to notice another checkpoint."""
+    sums = [float(weight.detach().double().sum()) for weight in model.parameters()]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
 
 
 def _checked(tokens: Tensor, asked: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
+def positions_of(config: Any) -> int | None:
+    """How many tokens a model was made for, as far as its config says."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    return next((int(value) for name in names if isinstance(value := getattr(config, name, None), int)), None)
+
+
 def sizes_of(model: nn.Module) -> Any:
     """The text config of a transformers model. Raises ``ValueError`` for a model without one."""
     config: Any = getattr(model, "config", None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparse_compile.calibration.hidden import Hidden, compiled_hidden, frozen, last_hidden, sizes_of
+from sparse_compile.calibration.hidden import Hidden, compiled_hidden, frozen, last_hidden, positions_of, sizes_of
 from sparse_compile.dynamo import with_passes
 from sparse_compile.profile import Profile, signature
 
@@ -108,7 +108,7 @@ def echo_profile(
     """
     config = sizes_of(model)
     if period is None:
-        half = int(getattr(config, "max_position_embeddings", 2 * PERIOD * repeats)) // 2
+        half = (positions_of(config) or 2 * PERIOD * repeats) // 2
         period = max(2, min(PERIOD, half // max(1, repeats)))
     if period < 2 or repeats < 2:
         raise ValueError(f"echo_profile needs period >= 2 and repeats >= 2, got {period} and {repeats}")
