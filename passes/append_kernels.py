@@ -21,7 +21,7 @@ from sparse_compile.passes.page_picks import starts_early
 TILE_SIZE = 1024
 
 
-def append_codes(
+def launch_append(
     key_tail: Tensor,
     value_tail: Tensor,
     keys: Codes[Tensor],

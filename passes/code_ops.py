@@ -59,10 +59,10 @@ def appending(k: Tensor) -> Callable[..., None]:
     """What appends ``k``: on CUDA one launch for a token of each sequence, otherwise plain PyTorch."""
     if not k.is_cuda or k.shape[2] != 1:
         return _append
-    from sparse_compile.passes.append_kernels import append_codes  # torch for CPU comes without Triton
+    from sparse_compile.passes.append_kernels import launch_append  # torch for CPU comes without Triton
 
-    in_one_launch: Callable[..., None] = append_codes
-    return in_one_launch
+    launch: Callable[..., None] = launch_append
+    return launch
 
 
 def _append(

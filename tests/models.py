@@ -39,6 +39,15 @@ class Decoder:
         factory: Any = AutoModelForCausalLM
         return factory.from_config(config, attn_implementation=self.attention).eval()
 
+    def sharp(self) -> Any:
+        """The model frozen, its weights so large that heads differ and that it matters where they look."""
+        model = self.build()
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.dim() > 1:
+                    weight.mul_(6)
+        return model.requires_grad_(False)
+
     def __str__(self) -> str:
         return self.name.replace(" ", "-")
 

@@ -18,10 +18,7 @@ from sparse_compile.passes import inner as inner_compilers
 STREAMING = causal & (sink(2) | sliding_window(6))
 Failed = torch._dynamo.exc.BackendCompilerFailed
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 class Attention(nn.Module):

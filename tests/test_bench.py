@@ -7,16 +7,12 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench import timing
 from bench.__main__ import BENCHES
 from bench.report import README, plot, with_table
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 @pytest.mark.slow

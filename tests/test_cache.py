@@ -22,10 +22,7 @@ from cache_session import (
 )
 from sparse_compile.masks import Mask, causal, per_head, sliding_window
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 # -- one text -----------------------------------------------------------------------------------------------------------

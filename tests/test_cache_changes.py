@@ -11,10 +11,7 @@ import sparse_compile as sc
 from cache_oracle import error, random_tokens, whole
 from cache_session import NO_RETRIEVAL_BELOW, POLICIES, STREAMING, Session, left_padded, ones
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 # -- rollback -----------------------------------------------------------------------------------------------------------

@@ -14,10 +14,7 @@ from cache_oracle import llama, random_tokens, visible
 from models import SMALL
 from sparse_compile.masks import causal, sliding_window
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 # -- in use ---------------------------------------------------------------------------------------------------------------

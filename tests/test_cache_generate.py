@@ -26,10 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3_text": {**SIZES, "head_dim": 16, "sliding_window": 8, "layer_types": LAYER_TYPES},
 }
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def build(name: str) -> Any:

@@ -19,10 +19,7 @@ from cache_oracle import llama, random_tokens
 from models import SMALL
 from sparse_compile.masks import causal, per_head
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 # -- what makes no cache ----------------------------------------------------------------------------------------------------

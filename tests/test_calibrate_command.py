@@ -20,10 +20,7 @@ from word_tokenizer import word_tokenizer
 
 SIZES = ["--longest", "200", "--sink", "4", "--recent", "16"]
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 @pytest.fixture

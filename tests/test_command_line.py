@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoConfig
 
 from models import DECODERS
@@ -15,10 +14,7 @@ from sparse_compile.__main__ import main
 from sparse_compile.masks import causal, sink, sliding_window
 from sparse_compile.policy import Policy
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def save_config(name: str, folder: Path) -> Path:

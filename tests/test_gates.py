@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,99 +12,29 @@ from transformers import BertConfig, BertModel
 
 import sparse_compile as sc
 from cache_oracle import error, llama, random_tokens
+from gated_models import (
+    LENGTH,
+    MIXED,
+    RECENT,
+    SETTINGS,
+    SINK,
+    STREAMING,
+    Toy,
+    last,
+    mixed,
+    random_gates,
+    sdpa,
+    toy,
+    trained_toy,
+)
 from gated_oracle import factor, gated_hidden, trained
 from models import DECODERS, VOCABULARY, Decoder, tokens
-from sparse_compile.calibration import Batches, Passkeys, gates, train_gates
+from sparse_compile.calibration import Passkeys, train_gates
 from sparse_compile.calibration.gates import rate_at
 from sparse_compile.calibration.hidden import compiled_hidden, frozen, last_hidden
-from sparse_compile.dynamo import with_passes
-from sparse_compile.masks import causal, sink, sliding_window
-from sparse_compile.passes.gate import mix_gates
-from sparse_compile.profile import Profile, signature
+from sparse_compile.profile import signature
 
-SINK, RECENT, LENGTH = 2, 5, 24
-STREAMING = causal & (sink(SINK) | sliding_window(RECENT))
-MIXED = ("llama", "llama mha", "qwen3", "mistral", "gemma3_text", "gemma2 eager", "gpt2", "opt", "gpt_oss")
-SETTINGS: dict[str, Any] = {"sink": SINK, "recent": RECENT, "inner": "eager", "progress": False}
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
-
-
-def built(decoder: Decoder) -> Any:
-    """The decoder with weights so large that it matters where it looks."""
-    model = decoder.build()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.mul_(6)
-    return model.requires_grad_(False)
-
-
-def random_gates(model: Any) -> list[nn.Parameter]:
-    generator, sizes = torch.Generator().manual_seed(3), signature(model.config)
-    return [nn.Parameter(torch.rand(sizes["kv_heads"], generator=generator)) for _ in range(sizes["layers"])]
-
-
-def mixed(model: Any, leaves: Sequence[nn.Parameter], inner: str = "eager") -> Callable[[Tensor], Tensor]:
-    backend = with_passes(partial(mix_gates, gates=leaves, streaming=STREAMING), trains=True, inner=inner)
-    return compiled_hidden(model, last_hidden, backend)
-
-
-def last(step: int, batch: int = 1) -> tuple[Tensor, Tensor]:
-    """Random tokens of a step, whose last eight are asked."""
-    ids = random_tokens(LENGTH, batch=batch, seed=step)
-    return ids, torch.arange(ids.shape[1]).expand_as(ids) >= ids.shape[1] - 8
-
-
-class Toy(nn.Module):
-    """A decoder that is not of transformers, with two layers of the attention it is given."""
-
-    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], times: int = 1, kv_heads: int = 2) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, 16)
-        self.layers = nn.ModuleList([ToyLayer(attend, times) for _ in range(2)])
-        sizes = {"num_attention_heads": 2, "num_key_value_heads": kv_heads, "num_hidden_layers": 2, "model_type": "toy"}
-        self.config = SimpleNamespace(**sizes)
-        with torch.no_grad():
-            self.embed.weight.mul_(3)
-
-
-class ToyLayer(nn.Module):
-    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], times: int) -> None:
-        super().__init__()
-        self.qkv, self.drop, self.attend, self.times = nn.Linear(16, 48), nn.Dropout(0.2), attend, times
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(self.times):
-            q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))
-            x = x + self.drop(self.attend(q, k, v).transpose(1, 2).flatten(2))
-        return x
-
-
-def toy_hidden(model: nn.Module, ids: Tensor) -> Tensor:
-    assert isinstance(model, Toy)
-    x: Tensor = model.embed(ids)
-    for layer in model.layers:
-        x = layer(x)
-    return x
-
-
-def sdpa(**options: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return partial(nn.functional.scaled_dot_product_attention, **options)
-
-
-def toy(**options: Any) -> Toy:
-    """One that compiles fast, the same weights every time."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Toy(sdpa(is_causal=True), **options)
-
-
-def trained_toy(batches: Batches, model: Toy | None = None, **options: Any) -> Profile:
-    return train_gates(model or toy(), batches, hidden=toy_hidden, **(SETTINGS | options))
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 # -- the mixture ----------------------------------------------------------------------------------------------------
@@ -115,7 +42,7 @@ def trained_toy(batches: Batches, model: Toy | None = None, **options: Any) -> P
 
 @pytest.mark.parametrize("decoder", [d for d in DECODERS if d.name in MIXED], ids=str)
 def test_outputs_and_gradients_of_gates_are_those_of_loops_over_heads(decoder: Decoder) -> None:
-    model, ids = built(decoder), tokens(length=LENGTH)
+    model, ids = decoder.sharp(), tokens(length=LENGTH)
     leaves = random_gates(model)
     direction = torch.randn(2, LENGTH, 64, generator=torch.Generator().manual_seed(4))
     got = mixed(model, leaves)(ids)
@@ -130,7 +57,7 @@ def test_outputs_and_gradients_of_gates_are_those_of_loops_over_heads(decoder: D
 
 @pytest.mark.parametrize("decoder", [d for d in DECODERS if d.name in ("llama", "falcon alibi", "mpt", "gemma3_text")], ids=str)
 def test_open_gates_are_the_model_and_closed_ones_the_streaming_policy(decoder: Decoder) -> None:
-    model, ids = built(decoder), tokens(length=LENGTH)
+    model, ids = decoder.sharp(), tokens(length=LENGTH)
     leaves = random_gates(model)
     run = mixed(model, leaves)
     with torch.no_grad():
@@ -177,7 +104,7 @@ def test_inductor_computes_and_trains_the_same() -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_training_is_the_published_loop(name: str, batch: int) -> None:
-    model = built(next(d for d in DECODERS if d.name == name))
+    model = next(d for d in DECODERS if d.name == name).sharp()
     kv_heads = signature(model.config)["kv_heads"]
     batches = partial(last, batch=batch)
     sizes = {"steps": 7, "sink": SINK, "recent": RECENT, "rate": 0.08, "penalty": 0.4}
@@ -220,7 +147,7 @@ def test_without_a_penalty_nothing_is_given_up() -> None:
 
 def test_heads_whose_own_window_is_smaller_than_ours_lose_their_gates_first() -> None:
     """Gemma's first layer sees 8 keys, which a window of 8 keeps: full and streaming are the same there."""
-    model = built(next(d for d in DECODERS if d.name == "gemma3_text"))
+    model = next(d for d in DECODERS if d.name == "gemma3_text").sharp()
     profile = train_gates(model, last, steps=12, **(SETTINGS | {"recent": 8, "rate": 0.08}))
     assert max(profile.scores[0]) < min(profile.scores[1]) - 0.1
 
@@ -312,122 +239,11 @@ def test_many_calibrations_and_lengths_do_not_run_out_of_compiles() -> None:
 
 
 def test_texts_of_all_lengths_train_a_model_with_windows_of_its_own() -> None:
-    model = built(next(d for d in DECODERS if d.name == "gemma3_text"))
+    model = next(d for d in DECODERS if d.name == "gemma3_text").sharp()
     data = Passkeys.of_tokens(VOCABULARY, longest=90, shortest=30, count=1, size=4)
     lengths = {data(step)[0].shape[1] for step in range(12)}
     assert len(lengths) > 9
     train_gates(model, data, steps=12, **SETTINGS)
-
-
-# -- files ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_same_run_twice_gives_the_same_gates_bit_for_bit() -> None:
-    data = Passkeys.of_tokens(VOCABULARY, longest=60, shortest=40, count=1, size=3, seed=7)
-    first = trained_toy(data, steps=6)
-    torch.manual_seed(99)
-    assert trained_toy(data, steps=6) == first
-    other = Passkeys.of_tokens(VOCABULARY, longest=60, shortest=40, count=1, size=3, seed=8)
-    assert trained_toy(other, steps=6) != first
-
-
-class Interrupted(Exception):
-    """What stands for a lost machine."""
-
-
-def interrupted(at: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-    def batches(step: int) -> tuple[Tensor, Tensor]:
-        if step == at:
-            raise Interrupted
-        return last(step)
-
-    return batches
-
-
-@pytest.mark.parametrize("at", [1, 2, 5, 7])
-def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(
-    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gates, "SAVED", 2)
-    wanted = trained_toy(last, steps=8)
-    file = tmp_path / "gates.pt"
-    with pytest.raises(Interrupted):
-        trained_toy(interrupted(at), steps=8, resume=file)
-    assert file.exists() == (at >= 2)
-    steps: list[int] = []
-
-    def batches(step: int) -> tuple[Tensor, Tensor]:
-        steps.append(step)
-        return last(step)
-
-    assert trained_toy(batches, steps=8, resume=file) == wanted
-    assert steps == list(range(at // 2 * 2, 8))
-
-
-def test_a_run_that_is_done_is_read_from_its_file(tmp_path: Path) -> None:
-    file = tmp_path / "gates.pt"
-    wanted = trained_toy(last, steps=3, resume=file)
-    assert trained_toy(interrupted(0), steps=3, resume=str(file)) == wanted
-
-
-@pytest.mark.parametrize("change", [{"steps": 4}, {"sink": 3}, {"recent": 6}, {"rate": 0.03}, {"penalty": 0.1}])
-def test_a_file_of_another_run_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
-    file = tmp_path / "gates.pt"
-    trained_toy(last, steps=2, resume=file)
-    kept = file.read_bytes()
-    with pytest.raises(ValueError, match=r"gates.pt is of a run with .* and this one has .*: give it another file, or remove"):
-        trained_toy(last, resume=file, **({"steps": 2} | change))
-    assert file.read_bytes() == kept
-
-
-def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "gates.pt"
-    trained_toy(last, steps=2, resume=file)
-    for other in (llama(), llama(num_key_value_heads=4), llama(num_hidden_layers=3)):
-        with pytest.raises(ValueError, match=r"is of a run with .* give it another file, or remove that one"):
-            train_gates(other, last, steps=2, resume=file, **SETTINGS)
-
-
-@pytest.mark.parametrize("content", [b"", b"hello", b'{"version": 1}', b"PK\x03\x04 half a file"])
-def test_a_file_that_is_no_run_is_refused(content: bytes, tmp_path: Path) -> None:
-    file = tmp_path / "gates.pt"
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"gates.pt was not written by train_gates: give it another file, or remove that one"):
-        trained_toy(last, steps=2, resume=file)
-    assert file.read_bytes() == content
-
-
-@pytest.mark.parametrize("other", [[1, 2], {"a": 1}, torch.zeros(2)])
-def test_other_things_that_torch_saved_are_refused(other: Any, tmp_path: Path) -> None:
-    file = tmp_path / "gates.pt"
-    torch.save(other, file)
-    with pytest.raises(ValueError, match=r"was not written by train_gates"):
-        trained_toy(last, steps=2, resume=file)
-
-
-def test_a_file_that_cannot_be_written_is_told_before_training(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"its folder is not there: create it"):
-        trained_toy(interrupted(0), steps=2, resume=tmp_path / "nowhere" / "gates.pt")
-
-
-def test_a_half_written_file_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gates, "SAVED", 2)
-    file, save, written = tmp_path / "gates.pt", torch.save, list[Path]()
-
-    def dies(content: Any, path: Path) -> None:
-        if len(written) == 1:
-            Path(path).write_bytes(b"half")
-            raise OSError("no space left on device")
-        written.append(path)
-        save(content, path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", dies)
-        with pytest.raises(OSError, match="no space left"):
-            trained_toy(last, steps=6, resume=file)
-    assert torch.load(file, weights_only=True)["step"] == 2
-    assert trained_toy(last, steps=6, resume=file) == trained_toy(last, steps=6)
-    assert [path.name for path in tmp_path.iterdir()] == ["gates.pt"]
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------
@@ -498,13 +314,3 @@ def test_an_attention_call_that_was_not_understood_is_refused() -> None:
 def test_layers_that_attend_twice_or_have_other_heads_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"has 2 KV heads, and gates are \[.*\] by layer, one causal attention each"):
         trained_toy(last, toy(**options), steps=1)
-
-
-def test_a_file_of_other_weights_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "gates.pt"
-    model = llama()
-    train_gates(model, last, steps=2, resume=file, **SETTINGS)
-    with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(1.5)
-    with pytest.raises(ValueError, match=r"is of a run with .* give it another file, or remove that one"):
-        train_gates(model, last, steps=2, resume=file, **SETTINGS)

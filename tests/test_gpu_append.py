@@ -106,7 +106,7 @@ def check(
 ) -> None:
     """Append a token at each of ``columns`` both ways; ``change`` turns the numbers of tails and tokens into others."""
     from sparse_compile.passes import code_ops
-    from sparse_compile.passes.append_kernels import append_codes
+    from sparse_compile.passes.append_kernels import launch_append
 
     torch.manual_seed(SEED)
     forms = kv.forms(*dims, PAGE)
@@ -121,7 +121,7 @@ def check(
         wanted, at = state.copy(), torch.tensor(column, device=DEVICE)
         told = (k, v, at, texts, *forms, page, score)
         append(code_ops._append, wanted, *told)
-        append(append_codes, state, *told)
+        append(launch_append, state, *told)
         assert_same(state, wanted, exactly=score != "mean")
 
 
@@ -230,7 +230,7 @@ def test_a_step_that_chooses_pages_encodes_as_well(name: str, padded: bool, ever
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
 def test_a_graph_goes_on_as_columns_advance(name: str) -> None:
     from sparse_compile.passes import code_ops
-    from sparse_compile.passes.append_kernels import append_codes
+    from sparse_compile.passes.append_kernels import launch_append
 
     torch.manual_seed(SEED)
     forms = FORMATS[name].forms(64, 64, PAGE)
@@ -240,11 +240,11 @@ def test_a_graph_goes_on_as_columns_advance(name: str) -> None:
     k, v = (numbers(BATCH, 1, 64, torch.bfloat16) for _ in range(2))
 
     told = (k, v, column, None, *forms, 1, "")
-    append(append_codes, state, *told)
+    append(launch_append, state, *told)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        append(append_codes, state, *told)
+        append(launch_append, state, *told)
     for n in range(SLOTS):
         column.fill_(n)
         for x in (k, v):

@@ -17,10 +17,7 @@ from sparse_compile.masks import Mask, causal, full, per_head, sink, sliding_win
 
 STREAMING = causal & (sink(2) | sliding_window(6))
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 class Attention(nn.Module):

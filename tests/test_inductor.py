@@ -18,10 +18,7 @@ from sparse_compile.masks import Mask, causal, document, per_head, sink, sliding
 
 STREAMING = causal & (sink(4) | sliding_window(100))
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def both(model: Any, *args: Any, policy: Mask | None = None, dynamic: bool | None = None) -> tuple[Any, Any, sc.Backend]:

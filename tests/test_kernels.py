@@ -23,10 +23,7 @@ from sparse_compile.passes.pipeline import Rewrite
 
 STREAMING = causal & (sink(4) | sliding_window(64))
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -27,9 +27,7 @@ def relative_error(got: Tensor, wanted: Tensor, rows: Tensor | None = None) -> f
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def compiled(model: nn.Module, policy: Mask | None = None) -> tuple[Any, sc.Backend]:

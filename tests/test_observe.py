@@ -21,24 +21,11 @@ from sparse_compile.passes.observe import STATISTICS
 PERIOD, LENGTH, SINK, RECENT, PAGE, RATE = 7, 26, 2, 5, 64, 64
 NAMES = ("llama", "llama mha", "qwen3", "mistral", "gemma3_text", "gemma2 eager", "gpt2", "opt")
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
-
-
-def built(decoder: Decoder) -> Any:
-    """The decoder with weights so large that heads differ."""
-    model = decoder.build()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.mul_(6)
-    return model
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def named(name: str) -> Any:
-    return built(next(d for d in DECODERS if d.name == name))
+    return next(d for d in DECODERS if d.name == name).sharp()
 
 
 def repeated(batch: int = 1, length: int = LENGTH) -> Tensor:
@@ -91,7 +78,7 @@ def assert_seen(seen: Observations, weights: list[Tensor], *, period: int, sink:
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("decoder", [d for d in DECODERS if d.name in NAMES], ids=str)
 def test_statistics_are_those_of_loops_over_the_weights(decoder: Decoder, batch: int) -> None:
-    model, ids = built(decoder), repeated(batch)
+    model, ids = decoder.sharp(), repeated(batch)
     seen = observe(model, ids, period=PERIOD, sink=SINK, recent=RECENT, inner="eager")
     weights = weights_of(model, ids)
     assert_seen(seen, weights, period=PERIOD)

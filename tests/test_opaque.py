@@ -20,10 +20,7 @@ from sparse_compile.passes.opaque import module_of, to_text
 
 STREAMING = causal & (sink(4) | sliding_window(20))
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 class Attention(nn.Module):

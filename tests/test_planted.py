@@ -11,10 +11,7 @@ from planted import BOS, INDUCTION, KV_HEADS, LAYERS, VOCABULARY, planted
 from sparse_compile.calibration import Passkeys, echo_profile, observe, train_gates
 from sparse_compile.profile import Profile
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def passkeys() -> Passkeys:

@@ -20,10 +20,7 @@ from sparse_compile.masks import causal, page_topk, per_head, sink, sliding_wind
 DUO = per_head([causal, causal & (sink(2) | sliding_window(6))])
 MODELS = ["llama", "llama mha", "qwen3", "mistral", "gemma3_text"]
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def logits_of(model: Any, cache: Any, ids: Tensor, lengths: list[int], padding: Tensor | None = None) -> Tensor:

@@ -16,10 +16,7 @@ from sparse_compile.masks import causal, per_head, sink, sliding_window
 
 STREAMING = causal & (sink(2) | sliding_window(6))
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def run(backend: sc.Backend, decoder: Decoder = DECODERS[0], length: int = 24) -> None:

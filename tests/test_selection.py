@@ -13,10 +13,7 @@ from sparse_compile.masks import causal, page_topk, sink, sliding_window
 
 STATIC = sink(3) | sliding_window(5)
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 # -- budgets --------------------------------------------------------------------------------------------------------

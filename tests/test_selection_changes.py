@@ -6,7 +6,6 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
-import torch
 
 import sparse_compile as sc
 from cache_oracle import error, random_tokens
@@ -19,10 +18,7 @@ MINMAX, MEAN, KEYS = (Selecting(page_topk(12, page=2, score=score)) for score in
 MIXED: list[list[Head]] = [[MINMAX, MEAN], [KEYS, MINMAX]]
 EVERY = Selecting(page_topk(12, page=2, every=3), sink(1))
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 # -- nothing stale --------------------------------------------------------------------------------------------------

@@ -14,10 +14,7 @@ from selection_oracle import build
 from sparse_compile.masks import Mask, causal, page_topk, per_head, prefix, sink, sliding_window
 from sparse_compile.passes.cache_ops import SparseCacheError
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def new_cache(policy: sc.Policy | Mask, **options: Any) -> sc.SparseCache:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from cache_oracle import error, random_tokens
 from cache_session import ones
@@ -14,10 +13,7 @@ from sparse_compile.masks import Mask, causal, page_topk, sink, sliding_window
 STREAMING = causal & (sink(2) | sliding_window(6))
 SELECTING = Selecting(page_topk(12, page=4))
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def both_layers(*heads: Head) -> list[list[Head]]:

@@ -16,10 +16,7 @@ STREAMING = causal & (sink(2) | sliding_window(6))
 BLOCK = Selecting(page_topk(128))
 TWO_BLOCKS = Selecting(page_topk(256, page=32, score="mean", group="mean"))
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def prefill_session(layers: list[list[Head]], decode: list[list[Head]] | None = None) -> Session:

@@ -16,10 +16,7 @@ from sparse_compile.masks import Mask, causal, page_topk, sink, sliding_window
 from sparse_compile.masks.counting import largest_density
 from sparse_compile.plan import explain_config
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def test_the_report_counts_the_budget_and_says_that_a_prefill_is_lossy() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch._dynamo.utils import counters
 
 from cache_oracle import error, random_tokens
@@ -14,10 +13,7 @@ from sparse_compile.masks import causal, page_topk, sink, sliding_window
 
 STREAMING = causal & (sink(2) | sliding_window(6))
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 # -- scores used again ----------------------------------------------------------------------------------------------

@@ -17,10 +17,7 @@ MIXED: list[list[Head]] = [[MINMAX, MEAN], [KEYS, MINMAX]]
 SELECTING = Selecting(page_topk(12, page=4))
 EVERY = Selecting(page_topk(12, page=2, every=3), sink(1))
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def both_layers(*heads: Head) -> list[list[Head]]:

@@ -20,10 +20,7 @@ HOLES = padding([[position % 7 != 3 for position in range(LENGTH)]])
 chosen = page_topk(16, page=2)
 policy = sc.Policy()
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def attend(
