@@ -131,10 +131,11 @@ def encode_tile(
     there = byte < BYTES
     scales += group * DIM
     offsets += group * DIM
-    codes = _encode_channels(new, new_d, tail, scales, offsets, column, at, seen, length, byte, there, KIND, DIM)
-    if KIND == "int4":
-        upper = _encode_channels(new, new_d, tail, scales, offsets, column, at, seen, length, byte + BYTES, there, KIND, DIM)
-        codes |= upper << 4
+    codes = tl.zeros([number.shape[0], BLOCK], tl.int32)
+    for half in tl.range(2 if KIND == "int4" else 1):  # a loop, as each copy of its code would be 10 KiB
+        channel = byte + half * BYTES
+        found = _encode_channels(new, new_d, tail, scales, offsets, column, at, seen, length, channel, there, KIND, DIM)
+        codes |= found << (half * 4)
     target = data + (group * TOKENS + number)[:, None] * BYTES + byte[None, :]
     tl.store(target, codes.to(tl.uint8), mask=inside[:, None] & there[None, :])
 

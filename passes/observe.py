@@ -27,15 +27,16 @@ STATISTICS = ("sink", "recent", "entropy", "rate", "echo", "induction")
 class Look:
     """What is looked for: the mass on the first ``sink`` and the last ``recent`` keys, and on pages of ``page`` keys.
 
-    A text that repeats itself every ``period`` tokens shows *echo*, the mass on earlier copies of a token, and *induction*,
-    that on the tokens which followed them (RazorAttention, arXiv:2407.15891); 0 is a text that does not. ``rate`` is the number
-    of first queries whose mass on the first key makes the sink rate (arXiv:2410.10781).
+    A text that from token ``start`` on repeats itself every ``period`` tokens shows *echo*, the mass on earlier copies of a
+    token, and *induction*, that on the tokens which followed them (RazorAttention, arXiv:2407.15891); a period of 0 is a text
+    that does not. ``rate`` is the number of first queries whose mass on the first key makes the sink rate (arXiv:2410.10781).
     """
 
     sink: int = 4
     recent: int = 64
     page: int = 64
     period: int = 0
+    start: int = 0
     rate: int = 64
 
 
@@ -129,12 +130,11 @@ def _add(q: Tensor, k: Tensor, totals: Tensor, pages: Tensor, first: int, watch:
     of_rows = {"sink": i >= look.sink + look.recent, "recent": i >= look.sink + look.recent}
     if look.period:
         older = behind >= look.period - 1
-        followed = older & (j > 0)  # the first token follows no copy
         where |= {
-            "echo": older & (behind % look.period == 0),
-            "induction": followed & (behind % look.period == look.period - 1),
+            "echo": older & (j >= look.start) & (behind % look.period == 0),
+            "induction": older & (j > look.start) & (behind % look.period == look.period - 1),
         }
-        of_rows |= {"echo": i >= look.period, "induction": i >= look.period}
+        of_rows |= dict.fromkeys(("echo", "induction"), i >= look.start + look.period)
     every = torch.ones_like(i)
     for name, keys in where.items():
         _note(totals, name, (weights * keys).sum(2), of_rows[name])

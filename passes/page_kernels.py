@@ -138,7 +138,8 @@ def select_pages(
     texts_b = 0 if texts is None else texts.stride(0)
     encoding = group_sizes(*forms, k.shape[3], v.shape[3])
     splits, sizes = _scoring(q, keys, digest, scores, page_size, page, score, group, every, encoding["PARTS"])
-    fused = pages <= FUSED_PAGES
+    older = pages - 1  # among which a pick chooses
+    fused = older <= FUSED_PAGES
     _select_pages[(splits + encoding["PARTS"], batch * heads)](
         *(q, k, v, *state, classes, columns, anchor, changed, texts),
         *(q.stride(0), q.stride(1), q.stride(3), k.stride(0), k.stride(1), k.stride(3), v.stride(0), v.stride(1), v.stride(3)),
@@ -148,7 +149,7 @@ def select_pages(
         **encoding,
         DIM_V=values.shape[3],
         PICK=fused,
-        PICK_BLOCK=max(triton.next_power_of_2(pages), 512),
+        PICK_BLOCK=max(triton.next_power_of_2(older), 512),
         PICK_LEAST=512,
         PICK_WIDTH=triton.next_power_of_2(width),
         ALIGNED=aligned(classes),

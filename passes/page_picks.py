@@ -47,11 +47,12 @@ def pick_into(
     batch, heads, pages = classes.shape
     width = table.shape[3]
     # Most of the time goes into sums over all threads, and few warps are quick at that: 6 us of 2048 pages, 10 of 8192.
-    warps = 4 if pages <= 4096 else 8 if pages <= 16384 else 16
+    most = pages if columns is None else pages - 1
+    warps = 4 if most <= 4096 else 8 if most <= 16384 else 16
     _pick_pages[(batch * heads,)](
         *(scores, classes, columns, anchor, changed, counts, table),
         *(classes.stride(0), classes.stride(1), heads, pages, budget, width),
-        BLOCK=max(triton.next_power_of_2(pages), warps * 128),
+        BLOCK=max(triton.next_power_of_2(most), warps * 128),
         LEAST=warps * 128,
         PAGE_SIZE=page_size,
         WIDTH=triton.next_power_of_2(width),

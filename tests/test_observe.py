@@ -46,7 +46,7 @@ def mean(numbers: list[float]) -> float:
     return sum(numbers) / len(numbers) if numbers else math.nan
 
 
-def by_loops(rows: list[list[float]], period: int, sink: int, recent: int) -> dict[str, list[float]]:
+def by_loops(rows: list[list[float]], period: int, sink: int, recent: int, start: int) -> dict[str, list[float]]:
     """What each row of weights of one head and text adds to each statistic."""
     found: dict[str, list[float]] = {name: [] for name in STATISTICS}
     for i, row in enumerate(rows):
@@ -56,17 +56,19 @@ def by_loops(rows: list[list[float]], period: int, sink: int, recent: int) -> di
         found["entropy"].append(-sum(w * math.log(w) for w in row if w > 0))
         if i < RATE:
             found["rate"].append(row[0])
-        if period and i >= period:
-            copies = range(i - period, -1, -period)
+        if period and i - period >= start:
+            copies = range(i - period, start - 1, -period)
             found["echo"].append(sum(row[j] for j in copies))
             found["induction"].append(sum(row[j + 1] for j in copies))
     return found
 
 
-def assert_seen(seen: Observations, weights: list[Tensor], *, period: int, sink: int = SINK, recent: int = RECENT) -> None:
+def assert_seen(
+    seen: Observations, weights: list[Tensor], *, period: int, sink: int = SINK, recent: int = RECENT, start: int = 0
+) -> None:
     for layer, of_layer in enumerate(weights):
         for head in range(of_layer.shape[1]):
-            texts = [by_loops(text[head].double().tolist(), period, sink, recent) for text in of_layer]
+            texts = [by_loops(text[head].double().tolist(), period, sink, recent, start) for text in of_layer]
             for name in STATISTICS:
                 wanted = mean([number for text in texts for number in text[name]])
                 assert getattr(seen, name)[layer][head] == pytest.approx(wanted, abs=2e-5, nan_ok=True), (name, layer, head)
@@ -84,6 +86,13 @@ def test_statistics_are_those_of_loops_over_the_weights(decoder: Decoder, batch:
     assert_seen(seen, weights, period=PERIOD)
     spread = torch.tensor(seen.echo)
     assert float(spread.max() - spread.min()) > 1e-3, "all heads do the same: the test shows nothing"
+
+
+def test_what_comes_before_the_first_repetition_is_no_copy() -> None:
+    model, start = named("llama"), 3
+    ids = torch.cat([random_tokens(start, seed=9), repeated()], dim=1)
+    seen = observe(model, ids, period=PERIOD, start=start, sink=SINK, recent=RECENT, inner="eager")
+    assert_seen(seen, weights_of(model, ids), period=PERIOD, start=start)
 
 
 def test_pages_cover_a_text_of_any_length() -> None:
@@ -181,7 +190,7 @@ def test_a_profile_of_echoes_is_made_of_the_observations() -> None:
     ids = torch.randint(VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(4)).repeat(1, 3)
     ids = torch.cat([torch.full((2, 1), model.config.bos_token_id), ids], dim=1)
     torch._dynamo.reset()
-    seen = observe(model, ids, period=9, inner="eager")
+    seen = observe(model, ids, period=9, start=1, inner="eager")
     echo, induction = torch.tensor(seen.echo), torch.tensor(seen.induction)
     wanted = torch.maximum(echo, induction).unflatten(1, (2, 2)).amax(2)
     assert torch.equal(torch.tensor(profile.scores), wanted)
@@ -209,8 +218,13 @@ def test_texts_that_repeat_nothing_are_refused(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("period", [-1, 1])
 def test_a_period_of_one_token_is_refused(period: int) -> None:
     """Every token would follow its own copy."""
-    with pytest.raises(ValueError, match=f"observe needs period >= 2, or 0 for a text that does not repeat, got {period}"):
+    with pytest.raises(ValueError, match=f"a text that does not repeat, and start >= 0, got {period} and 0"):
         observe(llama(), random_tokens(8), period=period, inner="eager")
+
+
+def test_a_text_repeats_itself_from_one_of_its_tokens_on() -> None:
+    with pytest.raises(ValueError, match=r"observe needs period >= 2, .* and start >= 0, got 4 and -1"):
+        observe(llama(), random_tokens(8), period=4, start=-1, inner="eager")
 
 
 # -- what stays, and what is refused --------------------------------------------------------------------------------

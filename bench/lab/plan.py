@@ -17,6 +17,7 @@ from sparse_compile.profile import Profile
 NEEDLES = ("single", "multi", "multi_key", "multi_query", "turns")
 OTHERS = tuple(name for name in TASKS if name not in NEEDLES)
 TRAINED, SHORTER = 2048, 1024  # needles at the length the model was trained for, all other tasks at half of it
+BARS = 500  # items of a seed where bars of two points are held, which 170 leave open
 DEPTHS, LENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0), (512, 1024, 2048)
 
 
@@ -54,6 +55,7 @@ class Plan:
 
 def heads(plan: Plan) -> Iterator[Job]:
     """Full attention; a quarter of the heads by gates, echo and chance; and the model without its best heads, or others."""
+    plan = replace(plan, size=replace(plan.size, items=max(plan.size.items, BARS)))
     yield from plan.same(FULL)
     yield plan.needles(FULL_FLOAT32)
     yield from plan.same(methods.quarter("gates", plan.gates))

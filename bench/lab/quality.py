@@ -24,7 +24,7 @@ from bench.lab.rows import Row, Table
 from bench.timing import RESULTS
 from sparse_compile.profile import Profile
 
-SHARPER = "gates-penalty-0.5.json", "echo-period-256.json"
+PUBLISHED = "gates-published-penalty.json"
 WORKERS = 12  # of a GPU; every step is launched by Python, so that one process leaves a GPU idle
 FILES = {"depths": "quality-depth", "fluency": "quality-perplexity"}  # of groups; all others: quality
 
@@ -47,8 +47,8 @@ def quality(
         workers = min(WORKERS * max(1, torch.cuda.device_count()), max(1, (os.cpu_count() or 1) - 2))
     failed = _run(jobs, out, workers)
     told = findings.found(out, plan.gates, plan.echo, needles=NEEDLES, length=TRAINED)
-    if all((folder / name).exists() for name in SHARPER):
-        told = chain(told, findings.sharper(*(Profile.load(folder / name) for name in SHARPER)))
+    if (folder / PUBLISHED).exists():
+        told = chain(told, findings.published(Profile.load(folder / PUBLISHED), plan.echo))
     findings.write(out, told)
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(jobs)} jobs failed:\n" + "\n".join(failed))

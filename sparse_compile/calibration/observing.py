@@ -54,6 +54,7 @@ def observe(
     tokens: Tensor,
     *,
     period: int = 0,
+    start: int = 0,
     sink: int = 4,
     recent: int = 64,
     inner: str = "inductor",
@@ -61,23 +62,25 @@ def observe(
 ) -> Observations:
     """Watch every head of ``model`` read ``tokens`` ``[B, N]``, once.
 
-    ``period`` says that the text repeats itself every so many tokens; without, there is no ``echo`` and no ``induction``.
-    Memory grows with N, not with its square.
+    ``period`` says that the text repeats itself every so many tokens, from token ``start`` on; without, there is no ``echo``
+    and no ``induction``. Memory grows with N, not with its square.
 
         >>> seen = observe(model, torch.randint(64, (1, 32)).repeat(1, 2), period=32, recent=8, inner="eager")
         >>> len(seen.echo), len(seen.echo[0])
         (2, 4)
 
     Raises ``ValueError`` for a model without config, with layers whose attention was not understood, or with attention that
-    reads more than queries, keys and positions, and for a period of 1.
+    reads more than queries, keys and positions, and for a period of 1 or a negative start.
     """
     from sparse_compile.passes.observe import Look, watch_attention
 
-    if period < 0 or period == 1:
-        raise ValueError(f"observe needs period >= 2, or 0 for a text that does not repeat, got {period}")
+    if period < 0 or period == 1 or start < 0:
+        raise ValueError(
+            f"observe needs period >= 2, or 0 for a text that does not repeat, and start >= 0, got {period} and {start}"
+        )
     config = signature(sizes_of(model))
     device = next(model.parameters()).device
-    sums = _Sums(config["layers"], Look(sink, recent, period=period), device)
+    sums = _Sums(config["layers"], Look(sink, recent, period=period, start=start), device)
     backend = with_passes(partial(watch_attention, look=sums.look, sums=sums), inner=inner)
     with frozen(model), torch.no_grad():
         compiled_hidden(model, hidden, backend)(tokens.to(device))
@@ -114,9 +117,10 @@ def echo_profile(
         raise ValueError(f"echo_profile needs period >= 2 and repeats >= 2, got {period} and {repeats}")
     rng = torch.Generator().manual_seed(seed)
     tokens = torch.randint(config.vocab_size, (batch, period), generator=rng).repeat(1, repeats)
-    if isinstance(getattr(config, "bos_token_id", None), int):
+    begins = isinstance(getattr(config, "bos_token_id", None), int)
+    if begins:  # and is no copy of anything
         tokens = torch.cat([torch.full((batch, 1), config.bos_token_id), tokens], dim=1)
-    seen = observe(model, tokens, period=period, inner=inner, hidden=hidden)
+    seen = observe(model, tokens, period=period, start=int(begins), inner=inner, hidden=hidden)
     found = signature(config)
     echo, induction = (seen.by_kv_head(name, found["kv_heads"]) for name in ("echo", "induction"))
     scores = [[max(pair) for pair in zip(*rows, strict=True)] for rows in zip(echo, induction, strict=True)]
