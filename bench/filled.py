@@ -150,7 +150,14 @@ def fill_static(cache: Any, tokens: int) -> None:
 
 
 def weights(model: Any) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
+    """Bytes of the parameters; of tensors that torchao made small, of what they are made of."""
+    return sum(_bytes(parameter.data) for parameter in model.parameters())
+
+
+def _bytes(tensor: Any) -> int:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return int(tensor.nbytes)
+    return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
 def forget() -> None:

@@ -15,12 +15,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sparse_compile.passes.formats import LEVELS, Codes, Format
-from sparse_compile.passes.page_picks import starts_early
+from sparse_compile.passes.launching import starts_early, where_it_lies
 
 # Numbers of a group of keys that a program encodes: with more it would need registers that scoring pages is short of.
 TILE_SIZE = 1024
 
 
+@where_it_lies
 def launch_append(
     key_tail: Tensor,
     value_tail: Tensor,

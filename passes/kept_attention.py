@@ -16,7 +16,7 @@ from torch import Tensor
 from sparse_compile.passes.kept_codes import PARTS
 from sparse_compile.passes.kept_splits import attend_split, merge_splits
 from sparse_compile.passes.kernels import MOST_KV_HEADS
-from sparse_compile.passes.page_picks import starts_early
+from sparse_compile.passes.launching import starts_early, where_it_lies
 
 
 class Kept(NamedTuple):
@@ -66,6 +66,7 @@ class Launch(NamedTuple):
     registers: int | None = None
 
 
+@where_it_lies
 def attend_kept(
     q: Tensor,
     keys: Kept | None,

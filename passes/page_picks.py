@@ -12,9 +12,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from sparse_compile.passes.launching import starts_early, where_it_lies
+
 MOST_PAGES = 32768  # a program picks from registers, and counts in fields of 16 bits
 
 
+@where_it_lies
 def pick_pages(
     scores: Tensor, classes: Tensor, columns: Tensor | None = None, *, batch: int, budget: int, width: int, page_size: int = 1
 ) -> tuple[Tensor, Tensor]:
@@ -62,11 +65,6 @@ def pick_into(
         num_warps=warps,
         launch_pdl=starts_early(scores.device),
     )
-
-
-def starts_early(device: torch.device) -> bool:
-    """Whether a launch may begin while the one before it ends; its programs wait before they read anything (``gdc_wait``)."""
-    return bool(torch.cuda.get_device_properties(device).major >= 9)
 
 
 def aligned(classes: Tensor) -> bool:

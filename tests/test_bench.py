@@ -7,9 +7,12 @@ import math
 from pathlib import Path
 
 import pytest
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from bench import timing
 from bench.__main__ import BENCHES
+from bench.filled import weights
+from bench.model import TINY, build
 from bench.report import README, plot, with_table
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -58,3 +61,11 @@ def test_quantiles_are_in_order_and_the_bounds_are_of_this_machine() -> None:
     assert 0 < found.p20 <= found.p50 <= found.p80
     assert timing.bandwidth() > 1e8
     assert math.isfinite(timing.matmul_rate())
+
+
+def test_small_weights_count_as_what_they_take() -> None:
+    model = build(TINY)
+    plain = weights(model)
+    quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False))
+    embedding = model.get_input_embeddings().weight.nbytes  # stays as it is
+    assert weights(model) - embedding < 0.3 * (plain - embedding)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import sparse_compile as sc
 from models import DECODERS, left_padding, tokens
-from on_gpu import ON_GPU
+from on_gpu import ON_GPU, logits_of_chunks
 from one_graph import assert_steps_are_one_graph
 from sparse_compile.masks import Mask, causal, page_topk, per_head, sink, sliding_window
 
@@ -83,3 +83,20 @@ def test_padded_rows_are_decoded_for_each_step() -> None:
 @pytest.mark.parametrize("kv", ["int8", "int4"])
 def test_steps_are_one_graph_without_syncs(kv: str) -> None:
     assert_steps_are_one_graph(decoder().bfloat16(), CHOSEN, prompt=700, steps=200, page_size=64, kv=kv)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("inner", ["inductor", "eager"])
+@pytest.mark.parametrize("policy", ["dense", "chosen pages by KV head"])
+def test_a_model_may_lie_on_another_device_than_the_current_one(policy: str, inner: str) -> None:
+    ids = tokens(length=300)
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        torch._dynamo.reset()
+        model = decoder().to(device)
+        sizes: dict[str, Any] = {"max_length": 320, "max_batch": 2, "page_size": 32, "dtype": torch.float32, "device": device}
+        cache = sc.SparseCache(model.config, POLICIES[policy], **sizes, kv="int8")
+        model = sc.compile(model, POLICIES[policy], inner=inner)
+        found.append(logits_of_chunks(model, cache, ids.to(device), [280, *[1] * 20]).cpu())
+    assert torch.cuda.current_device() == 0
+    assert float((found[0] - found[1]).abs().max()) < 1e-4

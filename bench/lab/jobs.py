@@ -197,14 +197,18 @@ def done(jobs: Sequence[Job], workers: int, failed: list[str]) -> Iterator[tuple
 
 def run(at: int, job: Job, device: str) -> tuple[int, list[Any]]:
     """A job in a process of many."""
-    rows = job(device)
-    torch.cuda.empty_cache()
+    try:
+        rows = job(device)
+    except Exception as error:  # noqa: BLE001  # of any kind, and not all of them can be sent to another process
+        raise RuntimeError("".join(traceback.format_exception(error))) from None
+    finally:
+        torch.cuda.empty_cache()
     return at, rows
 
 
 def _telling(job: Job, failed: list[str], ended: queue.Queue[Any]) -> Callable[[BaseException], None]:
     def tell(error: BaseException) -> None:
-        failed.append(f"{job.method.name}: {''.join(traceback.format_exception(error))}")
+        failed.append(f"{job.method.name}: {error}")
         print(f"failed: {job.method.name}: {error}", flush=True)
         ended.put(None)
 
