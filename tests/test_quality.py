@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from bench.lab import findings, methods, plots, quality
 from bench.lab.budgets import PAGE, SINK, dense_bytes, heads_within, held_bytes, read_bytes
 from bench.lab.demo import run_demo
 from bench.lab.jobs import Asking, Cell, Size, done, made
-from bench.lab.methods import BUDGETS, FULL_FLOAT32, Method
+from bench.lab.methods import BUDGETS, FULL, Method
 from bench.lab.model import build, config
 from bench.lab.plan import GROUPS, NEEDLES, OTHERS, Plan
 from bench.lab.rows import Table, wilson
@@ -24,6 +25,7 @@ from sparse_compile import SparseCache
 from sparse_compile.passes.storage import Ring
 from sparse_compile.profile import Profile
 
+EXACT = replace(FULL, dtype=torch.float32)
 SHAPE = config(layers=2, hidden=64)
 SIX_LAYERS = config()
 GATES = methods.random_profile(Profile([[0.0] * 4] * 6), 0)
@@ -40,7 +42,7 @@ def test_decoding_over_a_cache_scores_as_one_forward_does() -> None:
     model = build(0, SHAPE).eval()
     with torch.no_grad():
         guesses = model(input_ids=items.tokens()).logits.argmax(-1)
-    session = Session(build(0, SHAPE).eval(), FULL_FLOAT32, rows=2, length=160)
+    session = Session(build(0, SHAPE).eval(), EXACT, rows=2, length=160)
     begin = items.context.shape[1]
     with torch.no_grad():
         ours = torch.cat([session._guesses(rows, begin) for rows in items.tokens().split(2)])
@@ -51,7 +53,7 @@ def test_decoding_over_a_cache_scores_as_one_forward_does() -> None:
 
 def test_what_is_right_is_counted_turn_by_turn() -> None:
     items = made(Cell("multi", 128), Size(None, items=3, seeds=1))
-    session = Session(build(0, SHAPE).eval(), FULL_FLOAT32, rows=3, length=128)
+    session = Session(build(0, SHAPE).eval(), EXACT, rows=3, length=128)
     tokens, begin = items.tokens(), items.context.shape[1]
     wrong = tokens[:, begin:].clone()
     wrong[1, 6 + 2] = 0  # the first value of the second turn of the second item
@@ -66,7 +68,7 @@ def test_losses_are_those_of_one_forward() -> None:
     with torch.no_grad():
         logits = model(input_ids=tokens).logits[:, 31:-1]
     wanted = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 32:], reduction="none")
-    session = Session(build(0, SHAPE).eval(), FULL_FLOAT32, rows=2, length=48)
+    session = Session(build(0, SHAPE).eval(), EXACT, rows=2, length=48)
     assert torch.allclose(session.losses(tokens, 32), wanted, atol=1e-4)
 
 
@@ -93,7 +95,7 @@ def test_a_selection_holds_everything_and_reads_its_budget_and_the_digests() -> 
 
 
 def test_bytes_are_shares_of_sixteen_bits() -> None:
-    assert held_bytes(cache_of(FULL_FLOAT32, 512)) / dense_bytes(cache_of(FULL_FLOAT32, 512)) == pytest.approx(2, rel=0.01)
+    assert held_bytes(cache_of(EXACT, 512)) / dense_bytes(cache_of(EXACT, 512)) == pytest.approx(2, rel=0.01)
     shares = [
         held_bytes(cache) / dense_bytes(cache)
         for cache in (cache_of(methods.in_fewer_bits(k, k), 2048) for k in ("int8", "int4"))
@@ -151,7 +153,7 @@ def test_the_plan_asks_every_method_of_every_task() -> None:
 def test_what_fails_is_told_and_the_rest_goes_on() -> None:
     """In processes of their own: a job that fails, and one that does not."""
     size, failed = Size(None, items=1, seeds=1, rows=1), list[str]()
-    jobs = [Asking(FULL_FLOAT32, (Cell(task, 96),), 96, size) for task in ("no such task", "single")]
+    jobs = [Asking(EXACT, (Cell(task, 96),), 96, size) for task in ("no such task", "single")]
     assert [at for at, _ in done(jobs, 1, failed)] == [1]
     assert len(failed) == 1 and "no such task" in failed[0]
 

@@ -39,7 +39,6 @@ class Method:
 
 
 FULL = Method("full", Policy(causal), budget=1)
-FULL_FLOAT32 = Method("full, float32", Policy(causal), dtype=torch.float32)
 
 
 def streaming(recent: int) -> Mask:

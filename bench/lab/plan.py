@@ -9,7 +9,7 @@ from itertools import chain
 
 from bench.lab import methods
 from bench.lab.jobs import Asking, Cell, Job, Reading, Size
-from bench.lab.methods import BUDGETS, FULL, FULL_FLOAT32, RANDOM_SEEDS, Method
+from bench.lab.methods import BUDGETS, FULL, RANDOM_SEEDS, Method
 from bench.lab.tasks import TASKS
 from sparse_compile import KVFormat
 from sparse_compile.profile import Profile
@@ -57,7 +57,6 @@ def heads(plan: Plan) -> Iterator[Job]:
     """Full attention; a quarter of the heads by gates, echo and chance; and the model without its best heads, or others."""
     plan = replace(plan, size=replace(plan.size, items=max(plan.size.items, BARS)))
     yield from plan.same(FULL)
-    yield plan.needles(FULL_FLOAT32)
     yield from plan.same(methods.quarter("gates", plan.gates))
     for method in (methods.quarter("gates", plan.gates).relaxed(), methods.quarter("echo", plan.echo)):
         yield plan.needles(method)

@@ -52,7 +52,7 @@ def _bytes(rows: Rows) -> Any:
 
 
 def _is_drawn(row: dict[str, str]) -> bool:
-    return not row["method"].startswith("without") and not row["method"].endswith("float32")
+    return not row["method"].startswith("without")
 
 
 def _line(row: dict[str, str]) -> tuple[str, str]:
