@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 from bench import timing
@@ -48,22 +49,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("name", choices=[*BENCHES, "quality", "report"])
     parser.add_argument("--smoke", action="store_true", help="everything tiny, on any machine, in seconds")
-    parser.add_argument("--out", type=Path, default=timing.RESULTS, help="where the CSV goes")
+    parser.add_argument(
+        "--out", type=Path, help="where the CSV goes (default: bench/results, or a temporary folder of --smoke)"
+    )
     arguments = parser.parse_args()
+    out = arguments.out or (Path(tempfile.mkdtemp()) if arguments.smoke else timing.RESULTS)
     if arguments.name == "report":
-        report(arguments.out)
-        plots.plot(arguments.out)
+        report(out)
+        plots.plot(out)
         return
     timing.printed.clear()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: what was measured so far is written"))
     if arguments.name == "quality":
-        smoke(arguments.out) if arguments.smoke else quality(arguments.out)
+        smoke(out) if arguments.smoke else quality(out)
         return
     try:
         BENCHES[arguments.name](smoke=arguments.smoke)
     finally:
         print(timing.table(timing.printed))
-        timing.write(timing.printed, arguments.out / f"{arguments.name}.csv")
+        timing.write(timing.printed, out / f"{arguments.name}.csv")
+        print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -199,6 +199,7 @@ def _call(graph: Graph, function: Callable[[Any, Any], Any], a: Any, b: Any) -> 
 def attach(gm: GraphModule, name: str, tensor: Tensor) -> None:
     """Give the graph a tensor that is no input of the model, under a name that is free or holds this very tensor."""
     if hasattr(gm, name):
+        assert getattr(gm, name) is tensor, f"the graph has another tensor called {name}"
         return
     if isinstance(tensor, nn.Parameter):
         gm.register_parameter(name, tensor)

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--text", type=Path, help="where passkeys are hidden, if there is a tokenizer (default: our license)")
     found.add_argument("--resume", type=Path, help="a file to go on from, if it exists, and to write every 100 steps")
     found.add_argument("--seed", type=int, default=42)
-    found.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    found.add_argument("--device", choices=("cpu", "cuda"), help="where it runs (default: on the GPU, if there is one)")
     return parser
 
 

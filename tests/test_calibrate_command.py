@@ -18,7 +18,7 @@ from sparse_compile.calibration.command import passkeys
 from sparse_compile.profile import Profile, signature
 from word_tokenizer import word_tokenizer
 
-SIZES = ["--longest", "200", "--sink", "4", "--recent", "16"]
+SIZES = ["--longest", "200", "--sink", "4", "--recent", "16", "--device", "cpu"]
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -44,7 +44,7 @@ def error_of(arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_echo_writes_the_profile_of_the_saved_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = folder.parent / "echo.json"
-    assert main(["calibrate", str(folder), "--method", "echo", "--out", str(out), "--seed", "3"]) == 0
+    assert main(["calibrate", str(folder), "--method", "echo", "--out", str(out), "--seed", "3", "--device", "cpu"]) == 0
     captured = capsys.readouterr()
     assert f"{out}: scores of 2 layers x 2 KV heads by echo" in captured.err
     assert "random" not in captured.err
@@ -71,7 +71,9 @@ def test_a_bare_config_has_random_weights_and_says_so(file: str, tmp_path: Path,
     llama().config.save_pretrained(tmp_path)
     source, out = tmp_path / file, tmp_path / "profile.json"
     assert main(["calibrate", str(source), "--method", "echo", "--out", str(out)]) == 0
-    assert f"{source} has no weights: they are random, and so is what heads need" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"{source} has no weights: they are random, and so is what heads need" in told
+    assert ("for those beside it, name the folder" in told) == bool(file)
     assert Profile.load(out).model == signature(llama().config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -144,7 +145,7 @@ def test_passkeys_stand_everywhere_and_in_any_order() -> None:
 @pytest.mark.parametrize("changes", [{"shortest": 40}, {"longest": 60}, {"count": 9}, {"size": 30}])
 def test_too_little_room_is_refused(changes: dict[str, int]) -> None:
     sizes: dict[str, Any] = {"longest": 100, "shortest": 80, "count": 4, "size": 4} | changes
-    with pytest.raises(ValueError, match=r"need room for \d passkeys told and asked, \d+ tokens, and more: give a longer"):
+    with pytest.raises(ValueError, match=r"need room for \d passkeys told and asked, \d+ tokens, and more: give longer texts"):
         Passkeys.of_tokens(64, **sizes)
 
 
@@ -176,3 +177,12 @@ def test_passkeys_fit_texts_with_as_many_as_have_room() -> None:
         assert_told_then_asked(fitted, *fitted(0))
     with pytest.raises(ValueError, match="need room for 1 passkeys"):
         data.fit(50, 60)
+
+
+def test_a_digest_tells_texts_apart_that_begin_alike() -> None:
+    made: dict[str, Any] = {"longest": 192, "shortest": 96, "count": 2, "size": 4}
+    data = Passkeys.of_tokens(64, **made)
+    assert data.digest == Passkeys.of_tokens(64, **made).digest
+    others = [replace(data, longest=193), replace(data, seed=7), replace(data, words=data.words[:-1])]
+    others.append(replace(data, haystack=data.haystack[:-1]))
+    assert len({data.digest, *(other.digest for other in others)}) == 5

@@ -29,18 +29,19 @@ def run_calibrate(
     text: Path | None = None,
     resume: Path | None = None,
     seed: int = 42,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> Profile:
     """Calibrate the causal language model of ``source`` and write its profile to ``out``.
 
     ``source`` is a folder that ``save_pretrained`` wrote, or a ``config.json`` or its folder, whose weights are then random.
-    Passkeys are words in ``text`` if the folder has a tokenizer, else random tokens. Raises ``ValueError`` and ``OSError`` for
-    what is neither, and ``ImportError`` without transformers.
+    ``device`` of None is the GPU if there is one. Passkeys are words in ``text`` if the folder has a tokenizer, else random
+    tokens. Raises ``ValueError`` and ``OSError`` for what is neither, and ``ImportError`` without transformers.
     """
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out {out} is in a folder that is not there: create it")
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: name a file in it")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a GPU, and torch finds none: leave --device out")
     given: dict[str, Any] = {"steps": steps, "longest": longest, "sink": sink, "recent": recent, "text": text, "resume": resume}
@@ -76,7 +77,8 @@ def load(source: Path, device: str) -> tuple[Any, Any]:
     if has_weights:
         model = factory.from_pretrained(folder)
     else:
-        print(f"{source} has no weights: they are random, and so is what heads need", file=sys.stderr)
+        beside = "" if source.is_dir() else "; for those beside it, name the folder"
+        print(f"{source} has no weights: they are random, and so is what heads need{beside}", file=sys.stderr)
         torch.manual_seed(0)
         model = factory.from_config(AutoConfig.from_pretrained(source))
     has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))

@@ -53,7 +53,7 @@ class Passkeys:
         if not self.told < self.shortest <= self.longest:
             raise ValueError(
                 f"texts of {self.shortest} to {self.longest} tokens need room for {len(self.asking)} passkeys told and asked, "
-                f"{self.told} tokens, and more: give a longer shortest, fewer passkeys or shorter ones"
+                f"{self.told} tokens, and more: give longer texts, fewer passkeys or shorter ones"
             )
 
     @property
@@ -112,8 +112,10 @@ class Passkeys:
 
     @property
     def digest(self) -> str:
-        """What tells these texts from others: a digest of the first."""
-        return hashlib.sha256(repr(self(0)[0].tolist()).encode()).hexdigest()[:16]
+        """What tells these texts from others: a digest of all that they are made of."""
+        parts = [part.tolist() for part in (self.haystack, self.opening, *self.words, *self.announcing, *self.asking)]
+        made = (parts, len(self.asking), self.size, self.shortest, self.longest, self.seed)
+        return hashlib.sha256(repr(made).encode()).hexdigest()[:16]
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """The text of a step, int64 ``[1, N]``, and what is asked, bool ``[1, N]``."""
