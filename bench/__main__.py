@@ -53,15 +53,16 @@ def main() -> None:
         "--out", type=Path, help="where the CSV goes (default: bench/results, or a temporary folder of --smoke)"
     )
     arguments = parser.parse_args()
-    out = arguments.out or (Path(tempfile.mkdtemp()) if arguments.smoke else timing.RESULTS)
     if arguments.name == "report":
-        report(out)
-        plots.plot(out)
+        report(arguments.out or timing.RESULTS)
+        plots.plot(arguments.out or timing.RESULTS)
         return
+    out = arguments.out or (Path(tempfile.mkdtemp()) if arguments.smoke else timing.RESULTS)
     timing.printed.clear()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: what was measured so far is written"))
     if arguments.name == "quality":
         smoke(out) if arguments.smoke else quality(out)
+        print(f"written to {out}")
         return
     try:
         BENCHES[arguments.name](smoke=arguments.smoke)

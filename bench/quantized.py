@@ -32,7 +32,7 @@ def run_quantized_attention(*, smoke: bool = False) -> list[Row]:
     for mask, formats in cases:
         shape, length = (SMALL, 2048) if smoke else (LLAMA3, 131072)
         for kv in formats:
-            # Measured again beside each format: the first time of a process is 2 % less than all later ones.
+            # Beside each format anew: where page selection was the first of a process, it took 2 % less than ever after.
             plain, first = _attention(shape, length, mask, None)
             _, made = _attention(shape, length, mask, kv)
             rows += [first(), made(plain)]
@@ -106,6 +106,7 @@ def run_quantized_model(*, smoke: bool = False) -> list[Row]:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     case = _encoded(TINY_HALF, "int4", (1024,)) if smoke else _encoded(GQA, COMPACT, (1_000_000, 6_000_000))
+    case = replace(case, name=f"{case.name}, weights in int8")
     bandwidth()  # while the memory is free
     model = build(case.config)
     quantize_(model, Int8WeightOnlyConfig())
@@ -113,7 +114,7 @@ def run_quantized_model(*, smoke: bool = False) -> list[Row]:
     rows = []
     for length in case.contexts:
         size = case.cache(case.mask, length, "meta").nbytes / length
-        rows.append(sparse.row(model, length, note=f"weights in int8; {size:,.0f} bytes a token, all included"))
+        rows.append(sparse.row(model, length, note=f"{size:,.0f} bytes a token, all included"))
     return rows
 
 

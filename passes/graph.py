@@ -31,10 +31,13 @@ IN_PLACE_OPERATORS = frozenset("setitem iadd isub imul itruediv ifloordiv imod i
 def op_name(node: Any) -> str:
     """The operation of a node by its plain name (``add``, ``getitem``, ``softmax``), the same for functions and methods.
 
-    Operators are named as methods are: torch 2.11 records ``a == b`` as ``__eq__``, 2.13 as ``eq``.
+    Operators are named as methods are: torch 2.11 records ``a == b`` as ``__eq__``, 2.13 as ``eq``. Attributes are named as
+    what they are: 2.13 records ``k.mT`` as ``getattr(k, "mT")``, 2.15 as an op.
     """
     if not isinstance(node, Node) or node.op not in ("call_method", "call_function"):
         return ""
+    if node.target is getattr:
+        return str(node.args[1])
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.split("::")[-1]
     name = node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
@@ -197,9 +200,8 @@ def _call(graph: Graph, function: Callable[[Any, Any], Any], a: Any, b: Any) -> 
 
 
 def attach(gm: GraphModule, name: str, tensor: Tensor) -> None:
-    """Give the graph a tensor that is no input of the model, under a name that is free or holds this very tensor."""
+    """Give the graph a tensor that is no input of the model, under a name that is free or holds an equal one."""
     if hasattr(gm, name):
-        assert getattr(gm, name) is tensor, f"the graph has another tensor called {name}"
         return
     if isinstance(tensor, nn.Parameter):
         gm.register_parameter(name, tensor)

@@ -16,7 +16,7 @@ PRODUCTS = {"matmul", "bmm", "einsum"}
 # What models do to attention weights besides casting them; it is followed to say what was left, and why.
 CHANGES = set("mul __mul__ imul div truediv add iadd sub masked_fill nan_to_num clamp view reshape flatten getitem".split())
 CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "contiguous"}
-TRANSPOSES = {"transpose", "swapaxes", "permute", "getattr"}  # k.mT is getattr(k, "mT")
+TRANSPOSES = {"transpose", "swapaxes", "permute", "mT"}
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _split_sink(node: Node) -> tuple[Node, Node] | None:
 
 def _is_maximum(node: Any, of: Node) -> bool:
     """Whether ``node`` is the maximum of ``of`` along its last axis, which a softmax does not notice."""
-    if op_name(node) in ("getitem", "getattr"):
+    if op_name(node) == "values" or (op_name(node) == "getitem" and node.args[1] == 0):
         node = node.args[0]
     return op_name(node) in ("max", "amax") and node.args[0] is of and argument(node, 1, "dim") in (-1, 3)
 
@@ -261,8 +261,6 @@ def _number(value: Any) -> float | None:
 def _untransposed(node: Any) -> Node | None:
     """The keys of ``k.transpose(-1, -2)``."""
     if not isinstance(node, Node) or op_name(node) not in TRANSPOSES or not isinstance(node.args[0], Node):
-        return None
-    if op_name(node) == "getattr" and node.args[1] != "mT":
         return None
     if op_name(node) in ("transpose", "swapaxes"):
         axes = {hint_of(a) % 4 for a in node.args[1:3]} if len(node.args) >= 3 else set()

@@ -330,3 +330,15 @@ def test_a_policy_for_a_later_layer_is_no_error_in_the_graph_before_a_break() ->
         (2, "exact"),
         (3, "sparse"),
     ]
+
+
+def test_layers_may_have_tensors_of_their_own_that_are_equal() -> None:
+    """A graph holds such tensors by their content: a policy for a GPU whose tensors lie on the CPU is copied layer by layer."""
+    texts = (torch.arange(24) >= 9).int()[None]
+    policy = sc.Policy(causal & document(texts), layers={1: causal & document(texts.clone())})
+    plain, ids = next(d for d in DECODERS if d.name == "llama").build(), tokens(length=24)
+    model = sc.compile(next(d for d in DECODERS if d.name == "llama").build(), policy, inner="eager")
+    with torch.no_grad():
+        got = model(ids, use_cache=False).logits
+        parts = [plain(ids[:, part], position_ids=torch.arange(24)[None, part]).logits for part in (slice(9), slice(9, 24))]
+    torch.testing.assert_close(got, torch.cat(parts, dim=1))

@@ -73,8 +73,14 @@ def test_a_bare_config_has_random_weights_and_says_so(file: str, tmp_path: Path,
     assert main(["calibrate", str(source), "--method", "echo", "--out", str(out)]) == 0
     told = capsys.readouterr().err
     assert f"{source} has no weights: they are random, and so is what heads need" in told
-    assert ("for those beside it, name the folder" in told) == bool(file)
+    assert "beside it" not in told
     assert Profile.load(out).model == signature(llama().config)
+
+
+def test_weights_beside_a_config_are_not_read_and_it_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder.parent / "profile.json"
+    assert main(["calibrate", str(folder / "config.json"), "--method", "echo", "--out", str(out)]) == 0
+    assert "they are random, and so is what heads need; for those beside it, name the folder" in capsys.readouterr().err
 
 
 def test_a_tokenizer_beside_the_model_hides_words_in_a_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

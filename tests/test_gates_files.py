@@ -11,11 +11,7 @@ import torch
 from torch import Tensor
 
 from cache_oracle import llama
-from gated_models import (
-    SETTINGS,
-    last,
-    trained_toy,
-)
+from gated_models import SETTINGS, last, trained_toy
 from models import VOCABULARY
 from sparse_compile.calibration import Passkeys, gates, train_gates
 
@@ -28,7 +24,7 @@ def test_the_same_run_twice_gives_the_same_gates_bit_for_bit() -> None:
     torch.manual_seed(99)
     assert trained_toy(data, steps=6) == first
     other = Passkeys.of_tokens(VOCABULARY, longest=60, shortest=40, count=1, size=3, seed=8)
-    assert trained_toy(other, steps=6) != first
+    assert trained_toy(other, steps=6).scores != first.scores
 
 
 class Interrupted(Exception):

@@ -123,16 +123,17 @@ def test_pages_are_picked_as_by_plain_pytorch(pages: int) -> None:
                 assert torch.equal(mine.squeeze(2), plain)
 
 
-@pytest.mark.parametrize("newest", [0, 1, 512, 2048, 8192])
-def test_the_newest_page_is_listed_without_being_searched(newest: int) -> None:
+@pytest.mark.parametrize("later", [0, 63])
+@pytest.mark.parametrize("newest", [0, 1, 512, 2048, 4096, 8192])
+def test_the_newest_page_is_listed_without_being_searched(newest: int, later: int) -> None:
     from sparse_compile.passes.page_picks import pick_pages
 
     torch.manual_seed(newest)
-    pages, at = newest + 64, torch.tensor(newest * 64 + 5, device="cuda")
+    pages, at = newest + 1 + later, torch.tensor(newest * 64 + 5, device="cuda")
     scores = torch.randn(2, 3, pages, device="cuda").mul(4).round()
     known = torch.randint(0, 3, (1, 3, pages), device="cuda", dtype=torch.int8)
     known[..., newest], known[..., newest + 1 :] = 2, 0
-    for budget, width in ((1, 1), (3, 64), (64, 64), (pages, pages)):
+    for budget, width in ((1, 1), (3, min(64, pages)), (64, min(64, pages)), (pages, pages)):
         got = pick_pages(scores, known, at, batch=2, budget=budget, width=width, page_size=64)
         for mine, plain in zip(got, choose(scores, known, budget, width), strict=True):
             assert torch.equal(mine.squeeze(2), plain)

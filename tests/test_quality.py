@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
+import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import torch
 from bench.lab import findings, methods, plots, quality
 from bench.lab.budgets import PAGE, SINK, dense_bytes, heads_within, held_bytes, read_bytes
 from bench.lab.demo import run_demo
-from bench.lab.jobs import Asking, Cell, Size, done, made
+from bench.lab.jobs import Asking, Cell, Size, done, made, run
 from bench.lab.methods import BUDGETS, FULL, Method
 from bench.lab.model import build, config
 from bench.lab.plan import GROUPS, NEEDLES, OTHERS, Plan
@@ -156,6 +158,20 @@ def test_what_fails_is_told_and_the_rest_goes_on() -> None:
     jobs = [Asking(EXACT, (Cell(task, 96),), 96, size) for task in ("no such task", "single")]
     assert [at for at, _ in done(jobs, 1, failed)] == [1]
     assert len(failed) == 1 and "no such task" in failed[0]
+
+
+def test_any_error_of_a_job_can_be_told_by_another_process() -> None:
+    class Error(Exception):
+        def __init__(self, reason: object) -> None:
+            super().__init__(reason)
+            self.reason = lambda: reason  # which no pickle holds
+
+    def job(device: str) -> list[Any]:
+        raise Error("out of order")
+
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*raise Error.*out of order") as told:
+        run(0, cast(Asking, job), "cpu")
+    assert "out of order" in str(pickle.loads(pickle.dumps(told.value)))
 
 
 def test_a_smoke_run_writes_rows_that_plots_and_findings_read(tmp_path: Path) -> None:

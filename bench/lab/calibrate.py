@@ -23,8 +23,8 @@ from sparse_compile.profile import Profile
 
 SEED = 1 << 34  # that no training, scoring or bench has
 ECHO_SEEDS = 6
-# Ten times the published penalty, at which 16 of the 24 gates stay above a half: every head that says anything of the last
-# hidden states keeps its gate open, whether answers need it or not.
+# Ten times the published penalty. Under that one 16 of the 24 gates stay above a half: every head that says anything of the
+# last hidden states keeps its gate open, whether answers need it or not.
 SHARP = 10 * PENALTY
 
 

@@ -79,7 +79,8 @@ def published(gates: Profile, echo: Profile) -> Iterator[Finding]:
     """The same of gates that were trained under the published penalty, most of which stay open."""
     opened = _opened(gates)
     what = f"heads with gates above 0.5 ({len(opened)}, at penalty {gates.numbers.get('penalty')}) among as many by echo, %"
-    yield _told(what, _shared(opened, echo))
+    if opened:
+        yield _told(what, _shared(opened, echo))
 
 
 def _opened(gates: Profile) -> set[tuple[int, int]]:
@@ -112,8 +113,8 @@ def _has_budget(row: dict[str, str]) -> bool:
 def write(out: Path, findings: Iterator[Finding]) -> None:
     """Write ``quality-heads.csv`` anew, and print it."""
     path = out / "quality-heads.csv"
-    path.unlink(missing_ok=True)
     rows = list(findings)
+    path.unlink(missing_ok=True)
     Table(path, Finding).add(rows)
     for row in rows:
         print(f"{row.what}: {row.value:.4g} {row.bar and f'({row.bar}: {row.holds})'} {row.note}".rstrip())

@@ -199,10 +199,9 @@ def run(at: int, job: Job, device: str) -> tuple[int, list[Any]]:
     """A job in a process of many."""
     try:
         rows = job(device)
+        torch.cuda.empty_cache()
     except Exception as error:  # noqa: BLE001  # of any kind, and not all of them can be sent to another process
         raise RuntimeError("".join(traceback.format_exception(error))) from None
-    finally:
-        torch.cuda.empty_cache()
     return at, rows
 
 

@@ -72,12 +72,12 @@ def load(source: Path, device: str) -> tuple[Any, Any]:
     if not source.exists():
         raise ValueError(f"calibrate needs a model folder or a config.json, and there is none at {source}")
     folder: Any = source if source.is_dir() else source.parent
-    has_weights = source.is_dir() and any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
+    has_weights = any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
     factory: Any = AutoModelForCausalLM
-    if has_weights:
+    if has_weights and source.is_dir():
         model = factory.from_pretrained(folder)
     else:
-        beside = "" if source.is_dir() else "; for those beside it, name the folder"
+        beside = "; for those beside it, name the folder" if has_weights else ""
         print(f"{source} has no weights: they are random, and so is what heads need{beside}", file=sys.stderr)
         torch.manual_seed(0)
         model = factory.from_config(AutoConfig.from_pretrained(source))

@@ -99,7 +99,7 @@ def train_gates(
                 bar.set_postfix(loss=f"{last:.4g}", gate=f"{float(mean.detach()):.3f}")
             if (step + 1) % SAVED == 0 or step + 1 == steps:
                 state.save(step + 1, last)
-    numbers = settings | {"loss": last, "data": run["data"]}
+    numbers = settings | {"loss": last} | ({"data": run["data"]} if run["data"] else {})
     return Profile(torch.stack(list(gates)).tolist(), method="gates", model=found, numbers=numbers)
 
 
