@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.filled import GIB, peak, reset_peak, weights
 from bench.model import LLAMA3_8B, TINY, build
 from bench.timing import CUDA, Row, Timing, measured
 from sparse_compile.calibration import Passkeys, train_gates
@@ -26,26 +27,25 @@ def run_gates(*, smoke: bool = False) -> list[Row]:
 
     def batches(step: int) -> tuple[Tensor, Tensor]:
         times.append(_now())
-        if CUDA and step == WARM_UP:
-            torch.cuda.reset_peak_memory_stats()
+        if step == WARM_UP:
+            reset_peak()
         return data(step)
 
     model = build(config)
-    held = sum(weight.nbytes for weight in model.parameters()) / 2**30
+    held = weights(model) / GIB
     train_gates(model, batches, steps=steps, progress=False, inner="inductor" if CUDA else "eager")
     times.append(_now())
     taken = [1e3 * (end - begin) for begin, end in zip(times[WARM_UP:], times[WARM_UP + 1 :], strict=False)]
-    peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0.0
-    return [gates_row(taken, peak, held, length, "tiny" if smoke else "Llama-3-8B")]
+    return [gates_row(taken, peak() / GIB, held, length, "tiny" if smoke else "Llama-3-8B")]
 
 
-def gates_row(taken: list[float], peak: float, held: float, length: int, shape: str) -> Row:
+def gates_row(taken: list[float], most: float, held: float, length: int, shape: str) -> Row:
     """A row of steps that took so many milliseconds, with the peak of memory and the weights in GiB."""
     low, *_, high = statistics.quantiles(taken, n=5, method="inclusive")
     middle = statistics.median(taken)
     hours = PUBLISHED * middle / 3.6e6
     return measured(
-        Timing(low, middle, high, peak),
+        Timing(low, middle, high, most),
         bench="gates",
         what="a step of training gates, batch 1",
         shape=shape,

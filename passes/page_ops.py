@@ -86,8 +86,7 @@ def select_pages(
     ``q`` is ``[B, Hq, 1, D]``; ``k`` and ``v`` go to slot ``columns % slots`` of ``keys`` and ``values``
     ``[max_batch, H, slots, D]``, and the page is described anew; where these are tails, the codes of ``append_codes`` follow
     the table. Every ``every`` steps from ``anchor`` on all earlier pages are scored; its own page and those to come rank above
-    every score until the next time. Pages are chosen when they were scored, and when ``changed`` says that their ``classes``
-    did.
+    every score until the next time. Pages are chosen when they were scored, and when ``changed`` says so of ``classes``.
     """
     how: dict[str, Any] = {"page_size": page_size, "page": page, "score": score, "group": group, "every": every}
     codes, forms = None, (Format.from_text(key_form), Format.from_text(value_form))

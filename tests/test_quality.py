@@ -160,8 +160,8 @@ def test_what_fails_is_told_and_the_rest_goes_on() -> None:
     assert len(failed) == 1 and "no such task" in failed[0]
 
 
-def test_any_error_of_a_job_can_be_told_by_another_process() -> None:
-    class Error(Exception):
+def test_errors_of_torch_can_be_told_by_another_process() -> None:
+    class Error(RuntimeError):
         def __init__(self, reason: object) -> None:
             super().__init__(reason)
             self.reason = lambda: reason  # which no pickle holds

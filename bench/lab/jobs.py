@@ -200,14 +200,14 @@ def run(at: int, job: Job, device: str) -> tuple[int, list[Any]]:
     try:
         rows = job(device)
         torch.cuda.empty_cache()
-    except Exception as error:  # noqa: BLE001  # of any kind, and not all of them can be sent to another process
+    except RuntimeError as error:  # of torch: what its compiler raises cannot be sent to another process
         raise RuntimeError("".join(traceback.format_exception(error))) from None
     return at, rows
 
 
 def _telling(job: Job, failed: list[str], ended: queue.Queue[Any]) -> Callable[[BaseException], None]:
     def tell(error: BaseException) -> None:
-        failed.append(f"{job.method.name}: {error}")
+        failed.append(f"{job.method.name}: {''.join(traceback.format_exception(error))}")
         print(f"failed: {job.method.name}: {error}", flush=True)
         ended.put(None)
 
