@@ -61,9 +61,15 @@ def _bypasses() -> int:
 @cache
 def _sources() -> str:
     """A digest of the sources that decide what a rewritten graph does."""
+    return source_digest(Path(masks.__file__).parent, Path(__file__).parent)
+
+
+def source_digest(*packages: Path) -> str:
+    """A digest of every source file of the packages, in all their sub-folders: of its place and of its content."""
     digest = hashlib.sha256()
-    for package in (Path(masks.__file__).parent, Path(__file__).parent):
-        for file in sorted(package.glob("*.py")):
+    for package in packages:
+        for file in sorted(package.rglob("*.py")):
+            digest.update(f"{file.relative_to(package).as_posix()}:{file.stat().st_size}:".encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

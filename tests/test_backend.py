@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -283,6 +284,23 @@ def test_caches_know_a_graph_by_our_sources(monkeypatch: pytest.MonkeyPatch) -> 
     inner_compilers.compile_inner(gm, [torch.zeros(1)], inner="inductor", mode=None, config=None)
     assert seen[0].startswith("sparse_compile-")
     assert settings.cache_key_tag == "", "and nothing stays behind"
+
+
+def test_the_digest_of_sources_reads_every_sub_folder(tmp_path: Path) -> None:
+    """A graph that Inductor cached is used again only while no source file changed, wherever it lies."""
+    deep = tmp_path / "lower" / "kernels"
+    deep.mkdir(parents=True)
+    (tmp_path / "pipeline.py").write_text("a = 1\n")
+    (deep / "paged.py").write_text("b = 1\n")
+    seen = [inner_compilers.source_digest(tmp_path)]
+    (deep / "paged.py").write_text("b = 2\n")
+    seen.append(inner_compilers.source_digest(tmp_path))
+    (deep / "paged.py").rename(tmp_path / "paged.py")
+    seen.append(inner_compilers.source_digest(tmp_path))
+    (tmp_path / "lower" / "new.py").write_text("")
+    seen.append(inner_compilers.source_digest(tmp_path))
+    assert len(set(seen)) == len(seen)
+    assert inner_compilers.source_digest(tmp_path) == seen[-1]
 
 
 class Layers(nn.Module):
