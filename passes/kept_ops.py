@@ -15,7 +15,7 @@ from sparse_compile.passes.call import AttentionCall, Kept
 from sparse_compile.passes.formats import Codes, Format
 from sparse_compile.passes.graph import emit, hint_of
 from sparse_compile.passes.kernels import MOST_KV_HEADS
-from sparse_compile.passes.options import BLOCK
+from sparse_compile.passes.tables import BLOCK
 
 
 @torch.library.custom_op("sparse_compile::attend_kept", mutates_args=())

@@ -15,7 +15,8 @@ from sparse_compile.masks.scores import SinkLogits
 from sparse_compile.masks.selectors import has_selector, offered
 from sparse_compile.passes.call import AttentionCall
 from sparse_compile.passes.graph import expr_of, hint_of, is_one, value_of
-from sparse_compile.passes.options import BLOCK, FLASH_TILES
+from sparse_compile.passes.options import FLASH_TILES
+from sparse_compile.passes.tables import BLOCK
 
 SMALLEST_HEAD = 16  # of the Triton kernels
 SMALLEST_PAGE = 16  # keys of a block of theirs

@@ -18,17 +18,8 @@ from sparse_compile.masks.unknown import without_symbols
 from sparse_compile.passes.call import AttentionCall, Scored
 from sparse_compile.passes.graph import hint_of, value_of
 from sparse_compile.passes.kernels import FLEX, Kernel, Target, is_decode_step
-from sparse_compile.passes.options import (
-    BLOCK,
-    FLASH_TILES,
-    Phase,
-    Tiles,
-    kernel_options,
-    splits_for,
-    tiles_for,
-    tiles_for_pages,
-)
-from sparse_compile.passes.tables import KV_START, Q_START
+from sparse_compile.passes.options import FLASH_TILES, Phase, Tiles, kernel_options, splits_for, tiles_for, tiles_for_pages
+from sparse_compile.passes.tables import BLOCK, KV_START, Q_START
 
 
 @dataclass(frozen=True)

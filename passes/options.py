@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 
 Phase = Literal["prefill", "decode"]
-BLOCK = 128  # queries and keys of a table block, unless a kernel needs another
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from sparse_compile.passes.kernels import Target
 from sparse_compile.passes.kv import CacheUse, find_cache, keep
 from sparse_compile.passes.lift import lift_call
 from sparse_compile.passes.lower import lower_call
-from sparse_compile.passes.options import BLOCK
 from sparse_compile.passes.parts import Part, parts_of
 from sparse_compile.passes.spelled_out import read_spelled_out
+from sparse_compile.passes.tables import BLOCK
 from sparse_compile.passes.unfuse import unfuse_modules
 
 Assign = Callable[[AttentionCall], Mask | None]

@@ -134,3 +134,6 @@ def _(tables: list[Tensor], columns: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     count = tables[0].new_empty(batch, heads, columns)
     table = tables[1].new_empty(batch, heads, columns, rows)
     return count, table, count.clone(), table.clone()
+
+
+BLOCK = 128  # queries and keys of a table block, unless a kernel needs another

@@ -323,8 +323,8 @@ def test_a_kv_head_lists_what_any_of_its_query_heads_sees(heads: int) -> None:
 def test_half_precision_tiles_are_always_pinned(capability: Any, head_dim: int, phase: Any) -> None:
     tiles = options.tiles_for(capability, phase, head_dim, torch.bfloat16)
     assert isinstance(tiles, Tiles)
-    assert options.BLOCK % tiles.block_n == 0
-    assert options.BLOCK % tiles.block_m == 0
+    assert tables.BLOCK % tiles.block_n == 0
+    assert tables.BLOCK % tiles.block_m == 0
 
 
 @pytest.mark.parametrize(
