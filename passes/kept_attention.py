@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_compile.passes.kept_codes import PARTS
 from sparse_compile.passes.kept_splits import attend_split, merge_splits
-from sparse_compile.passes.kernels import MOST_KV_HEADS
+from sparse_compile.passes.kernel_limits import MOST_KV_HEADS
 from sparse_compile.passes.launching import starts_early, where_it_lies
 
 

@@ -14,7 +14,7 @@ from sparse_compile.masks.past import visible_past
 from sparse_compile.passes.call import AttentionCall, Kept
 from sparse_compile.passes.formats import Codes, Format
 from sparse_compile.passes.graph import emit, hint_of
-from sparse_compile.passes.kernels import MOST_KV_HEADS
+from sparse_compile.passes.kernel_limits import MOST_KV_HEADS
 from sparse_compile.passes.tables import BLOCK
 
 

@@ -15,15 +15,17 @@ from sparse_compile.masks.scores import SinkLogits
 from sparse_compile.masks.selectors import has_selector, offered
 from sparse_compile.passes.call import AttentionCall
 from sparse_compile.passes.graph import expr_of, hint_of, is_one, value_of
+from sparse_compile.passes.kernel_limits import (
+    LARGEST_HEAD,
+    MOST_GROUPS,
+    MOST_KV_HEADS,
+    SMALLEST_GROUP,
+    SMALLEST_HEAD,
+    SMALLEST_PAGE,
+)
 from sparse_compile.passes.options import FLASH_TILES
 from sparse_compile.passes.tables import BLOCK
 
-SMALLEST_HEAD = 16  # of the Triton kernels
-SMALLEST_PAGE = 16  # keys of a block of theirs
-SMALLEST_GROUP = 8  # tokens that share a scale
-MOST_GROUPS = 32  # of channels that do, in a head
-MOST_KV_HEADS = 63  # that a launch tells apart, by the bits of an int64
-LARGEST_HEAD = 256  # of the flash kernels, SDPA's and FLASH
 HALF = (torch.bfloat16, torch.float16)
 # FLASH takes some 0.3 ms of Python to launch: single calls on an H200 take 1.17 ms against SDPA's 0.97 at 8K, and 3.50 against
 # 3.54 at 16K.
