@@ -20,7 +20,6 @@ from sparse_compile.masks import Captured, Mask, causal, full, per_head
 from sparse_compile.masks.placed import placed, relaxed
 from sparse_compile.masks.scores import sink_scores
 from sparse_compile.masks.selectors import choosing_together
-from sparse_compile.passes.cache_ops import Update
 from sparse_compile.passes.cached import CacheInGraph
 from sparse_compile.passes.call import AttentionCall, Kept, RingRead, Scored
 from sparse_compile.passes.code_ops import append_codes, read_codes
@@ -32,6 +31,7 @@ from sparse_compile.passes.page_ops import describe_pages, score_pages_by_keys
 from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.storage import Pages, Ring, Storage
 from sparse_compile.passes.tables import Q_START
+from sparse_compile.passes.update_node import Update
 from sparse_compile.passes.words import Source
 
 
