@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor
 from torch.fx import Node
 
 from sparse_compile.masks import Mask, ScoreMod
 from sparse_compile.passes.formats import Codes, Format
-from sparse_compile.passes.graph import Order, argument, expr_of, hint_of, layer_index, module_path, op_name, shape_of, value_of
+from sparse_compile.passes.graph import hint_of, layer_index, module_path, shape_of, value_of
 from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.storage import Choice, Selecting
 
@@ -145,96 +143,3 @@ class AttentionCall:
     def kv_heads(self) -> int:
         """The number of key heads."""
         return hint_of(self.size("k", 1))
-
-
-def read_sdpa(node: Node, order: Order) -> AttentionCall | Left:
-    """Read ``scaled_dot_product_attention`` in any of its argument forms."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    defaults = (None, None, None, None, 0.0, False, None, False)
-    q, k, v, attn_mask, dropout, causal, scale, gqa = (
-        argument(node, at, name, default) for at, (name, default) in enumerate(zip(names, defaults, strict=True))
-    )
-    if not isinstance(dropout, int | float):
-        return Left(node, "dropout_p is decided at run time")
-    if dropout > 0:
-        return Left(node, f"dropout_p={dropout}: FlexAttention has no dropout")
-    if not isinstance(causal, bool) or not isinstance(gqa, bool):
-        return Left(node, "is_causal or enable_gqa is decided at run time")
-    if not (scale is None or isinstance(scale, int | float)):
-        return Left(node, "scale is decided at run time")
-    return build_call(node, q, k, v, scale=scale, attn_mask=attn_mask, is_causal=causal, order=order)
-
-
-def build_call(
-    node: Node, q: Node, k: Node, v: Node, *, scale: float | None, order: Order, **read: Any
-) -> AttentionCall | Left:
-    """An ``AttentionCall`` over un-repeated keys and values, or the reason why the shapes do not allow one."""
-    for name, operand in (("query", q), ("key", k), ("value", v)):
-        value = value_of(operand)
-        if not isinstance(value, Tensor):
-            return Left(node, f"the {name} has no recorded shape")
-        if value.dim() != 4:
-            return Left(node, f"the {name} has {value.dim()} axes, not [batch, heads, length, head_dim]")
-        if not value.dtype.is_floating_point:
-            return Left(node, f"the {name} has dtype {value.dtype}")
-    k, v = peel_repeats(k, v, node, order)
-    shapes = [shape_of(x) for x in (q, k, v)]
-    (batch, heads, _, dim), (k_batch, k_heads, k_len, _), (v_batch, v_heads, v_len, _) = (s or () for s in shapes)
-    # Sizes are compared by the traced example: symbols of equal sizes may differ, and attention itself demands equality.
-    if not hint_of(batch) == hint_of(k_batch) == hint_of(v_batch):
-        return Left(node, f"query, key and value have batch sizes {batch}, {k_batch} and {v_batch}")
-    if not (isinstance(heads, int) and isinstance(k_heads, int) and k_heads == v_heads and heads % k_heads == 0):
-        return Left(node, f"{heads} query heads over {k_heads} key heads and {v_heads} value heads")
-    if hint_of(k_len) != hint_of(v_len):
-        return Left(node, f"{k_len} keys and {v_len} values")
-    scale = float(scale) if scale is not None else 1 / math.sqrt(hint_of(dim))
-    return AttentionCall(node, q, k, v, scale, **read)
-
-
-def peel_repeats(k: Node, v: Node, call: Node, order: Order) -> tuple[Node, Node]:
-    """The keys and values before each head was repeated for its query group, if both were, and equally often."""
-    bare_k, bare_v = unrepeated(k, call, order), unrepeated(v, call, order)
-    if bare_k is None or bare_v is None or (shape_of(bare_k) or ())[1] != (shape_of(bare_v) or ())[1]:
-        return k, v
-    return bare_k, bare_v
-
-
-def unrepeated(node: Node, call: Node, order: Order) -> Node | None:
-    """``x`` where ``node`` is ``repeat_kv(x)``: ``repeat_interleave`` over heads, or expand and reshape; None if it is not.
-
-    ``x`` must not be written to between its repetition and the call.
-    """
-    while op_name(node) in ("contiguous", "clone") and isinstance(node.args[0], Node):
-        node = node.args[0]
-    source = None
-    if op_name(node) == "repeat_interleave":
-        repeats, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
-        source = node.args[0] if isinstance(repeats, int) and dim in (1, -3) else None
-    elif op_name(node) in ("reshape", "view", "flatten"):
-        source = _expanded_groups(node)
-    if not isinstance(source, Node) or len(shape_of(source) or ()) != 4:
-        return None
-    return None if order.written(source, since=node, until=call) else source
-
-
-def _expanded_groups(node: Node) -> Node | None:
-    """``x`` of ``x[:, :, None].expand(B, Hkv, n, S, D).reshape(B, Hkv * n, S, D)``."""
-    wide = node.args[0]
-    if not isinstance(wide, Node) or op_name(wide) not in ("expand", "broadcast_to"):
-        return None
-    narrow = wide.args[0]
-    if not isinstance(narrow, Node) or op_name(narrow) not in ("getitem", "unsqueeze", "view", "reshape"):
-        return None
-    source = narrow.args[0]
-    if not isinstance(source, Node):
-        return None
-    shapes = [shape_of(n) for n in (source, narrow, wide, node)]
-    if any(s is None for s in shapes) or [len(s or ()) for s in shapes] != [4, 5, 5, 4]:
-        return None
-    b, h, s, d = shapes[0] or ()
-    repeats = (shapes[2] or ())[2]
-    expected = ([b, h, 1, s, d], [b, h, repeats, s, d], [b, h * repeats, s, d])
-    for shape, wanted in zip(shapes[1:], expected, strict=True):
-        if [expr_of(x) for x in shape or ()] != [expr_of(x) for x in wanted]:
-            return None
-    return source

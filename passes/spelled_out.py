@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sparse_compile.passes.call import AttentionCall, Left, build_call
+from sparse_compile.passes.call import AttentionCall, Left
 from sparse_compile.passes.graph import Order, argument, hint_of, op_name, shape_of, value_of
+from sparse_compile.passes.sdpa import build_call
 
 PRODUCTS = {"matmul", "bmm", "einsum"}
 # What models do to attention weights besides casting them; it is followed to say what was left, and why.
