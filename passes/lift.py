@@ -19,7 +19,7 @@ from sparse_compile.passes.call import AttentionCall, Left
 from sparse_compile.passes.graph import Order, expr_of, shape_of, value_of
 from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.pullback import Pullback
-from sparse_compile.passes.spelled_out import Add, Hide, Scale, Tanh
+from sparse_compile.passes.score_steps import Add, Hide, Scale, Tanh
 from sparse_compile.passes.tables import KV_START, Q_START
 from sparse_compile.passes.values import (
     AXES,

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from sparse_compile.passes.call import AttentionCall, Left
 from sparse_compile.passes.graph import Order, argument, hint_of, op_name, shape_of, value_of
+from sparse_compile.passes.score_steps import Add, Hide, Scale, Step, Tanh
 from sparse_compile.passes.sdpa import build_call
 
 PRODUCTS = {"matmul", "bmm", "einsum"}
@@ -18,36 +19,6 @@ PRODUCTS = {"matmul", "bmm", "einsum"}
 CHANGES = set("mul __mul__ imul div truediv add iadd sub masked_fill nan_to_num clamp view reshape flatten getitem".split())
 CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "contiguous"}
 TRANSPOSES = {"transpose", "swapaxes", "permute", "mT"}
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Scores times a number."""
-
-    factor: float
-
-
-@dataclass(frozen=True)
-class Tanh:
-    """The hyperbolic tangent of the scores."""
-
-
-@dataclass(frozen=True)
-class Add:
-    """Scores plus a tensor of the graph."""
-
-    node: Node
-
-
-@dataclass(frozen=True)
-class Hide:
-    """Scores replaced by a very negative number where a bool tensor is true (or, with ``unless``, where it is false)."""
-
-    node: Node
-    unless: bool = False
-
-
-Step = Scale | Tanh | Add | Hide
 
 
 @dataclass

@@ -1,0 +1,37 @@
+"""What a model does to attention scores before the softmax."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Scores times a number."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Tanh:
+    """The hyperbolic tangent of the scores."""
+
+
+@dataclass(frozen=True)
+class Add:
+    """Scores plus a tensor of the graph."""
+
+    node: Node
+
+
+@dataclass(frozen=True)
+class Hide:
+    """Scores replaced by a very negative number where a bool tensor is true (or, with ``unless``, where it is false)."""
+
+    node: Node
+    unless: bool = False
+
+
+Step = Scale | Tanh | Add | Hide
