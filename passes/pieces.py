@@ -22,6 +22,7 @@ from sparse_compile.masks.scores import sink_scores
 from sparse_compile.masks.selectors import choosing_together
 from sparse_compile.passes.cached import CacheInGraph
 from sparse_compile.passes.call import AttentionCall, Kept, RingRead, Scored
+from sparse_compile.passes.captured_source import Source
 from sparse_compile.passes.code_ops import append_codes, read_codes
 from sparse_compile.passes.formats import Codes, Format
 from sparse_compile.passes.graph import emit, inline, value_of
@@ -32,7 +33,6 @@ from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.storage import Pages, Ring, Storage
 from sparse_compile.passes.tables import Q_START
 from sparse_compile.passes.update_node import Update
-from sparse_compile.passes.words import Source
 
 
 class Pieces:

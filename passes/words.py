@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import sympy
 import torch
-from torch.fx import Node
 
 from sparse_compile.masks import (
     Captured,
@@ -24,6 +22,7 @@ from sparse_compile.masks import (
     sink,
     sliding_window,
 )
+from sparse_compile.passes.captured_source import Source
 from sparse_compile.passes.graph import expr_of, value_of
 from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.pullback import Pullback
@@ -49,29 +48,6 @@ from sparse_compile.passes.values import (
 
 class NotLiftable(Exception):
     """A part of a mask has no words in the language."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A tensor that a lifted mask reads: ``node[drop].permute(order)[add]``, axes dropped, put in order, size 1 added."""
-
-    node: Node
-    drop: tuple[Any, ...]
-    order: tuple[int, ...]
-    add: tuple[Any, ...]
-
-    def read(self, tensor: Any) -> Any:
-        """The tensor as the mask reads it."""
-        if any(k != slice(None) for k in self.drop):
-            tensor = tensor[self.drop]
-        if self.order != tuple(range(len(self.order))):
-            tensor = tensor.permute(self.order)
-        return tensor[self.add] if any(k != slice(None) for k in self.add) else tensor
-
-    @property
-    def shape(self) -> tuple[Any, ...]:
-        """The shape of what is read."""
-        return tuple(self.read(value_of(self.node)).shape)
 
 
 class Words:
