@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import sympy
 from torch.fx import Node
 
-from sparse_compile.masks import Mask, ScoreMod
+from sparse_compile.masks import Mask, ScoreMod, causal, full
 from sparse_compile.passes.formats import Codes, Format
-from sparse_compile.passes.graph import hint_of, layer_index, module_path, shape_of, value_of
+from sparse_compile.passes.graph import expr_of, hint_of, is_one, layer_index, module_path, shape_of, value_of
 from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.storage import Choice, Selecting
 
@@ -143,3 +144,27 @@ class AttentionCall:
     def kv_heads(self) -> int:
         """The number of key heads."""
         return hint_of(self.size("k", 1))
+
+
+def plain_form(call: AttentionCall, mask: Mask) -> str | None:
+    """``causal`` or ``full`` where that is all ``mask`` says in this call, so that SDPA needs no mask tensor; else None."""
+    at = call.positions
+    assert at is not None
+    if call.score_mod is not None:
+        return None
+    if mask == full:
+        return "full"
+    if mask != causal or at.q_shift is not None:
+        return None
+    q_len, kv_len = expr_of(call.size("q", 2)), expr_of(call.size("k", 2))
+    first, end = at.q_start - at.kv_start, sympy.expand(at.q_start + q_len - at.kv_start - kv_len)
+    if end != 0:
+        return None
+    if q_len == 1:  # the last position sees every key
+        return "full"
+    return "causal" if sympy.expand(first) == 0 else None
+
+
+def is_decode_step(call: AttentionCall) -> bool:
+    """Whether the call has one query in every run."""
+    return is_one(call.size("q", 2))

@@ -14,10 +14,11 @@ from sparse_compile.passes.block_ops import select_blocks
 from sparse_compile.passes.call import AttentionCall, Left, Scored
 from sparse_compile.passes.formats import Format
 from sparse_compile.passes.graph import emit_int, expr_of, value_of
-from sparse_compile.passes.kernels import FLEX, Kernel
+from sparse_compile.passes.kernels import FLEX
 from sparse_compile.passes.layout import Layout
 from sparse_compile.passes.page_ops import select_pages
 from sparse_compile.passes.page_tables import page_classes, pick_pages
+from sparse_compile.passes.target import Kernel
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
-import sympy
 import torch
 
 from sparse_compile.masks import Mask, causal, full
 from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.scores import SinkLogits
 from sparse_compile.masks.selectors import has_selector, offered
-from sparse_compile.passes.call import AttentionCall
-from sparse_compile.passes.graph import expr_of, hint_of, is_one, value_of
+from sparse_compile.passes.call import AttentionCall, is_decode_step, plain_form
+from sparse_compile.passes.graph import hint_of, value_of
 from sparse_compile.passes.kernel_limits import (
     LARGEST_HEAD,
     MOST_GROUPS,
@@ -25,43 +23,13 @@ from sparse_compile.passes.kernel_limits import (
 )
 from sparse_compile.passes.options import FLASH_TILES
 from sparse_compile.passes.tables import BLOCK
+from sparse_compile.passes.target import Kernel, Target
 
 HALF = (torch.bfloat16, torch.float16)
 # FLASH takes some 0.3 ms of Python to launch: single calls on an H200 take 1.17 ms against SDPA's 0.97 at 8K, and 3.50 against
 # 3.54 at 16K.
 FLASH_FROM = 12288
 FLEX = ("flash", "triton", "cpp")  # the kernels that FlexAttention generates
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """``name`` is ``flash``, ``triton``, ``cpp``, ``pages``, ``sdpa`` or ``reference``; ``why`` says what forbade a faster one.
-
-    ``pages`` is a kernel of ours, for decode steps over a cache: rings, and chosen or encoded pages under a causal mask.
-    ``flash``, ``triton`` and ``cpp`` are FlexAttention's, by the language they are generated in. ``sdpa`` is
-    ``scaled_dot_product_attention`` without a mask tensor, on CPU also with a single row of one; ``reference`` has a dense one.
-    """
-
-    name: str
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the graph is compiled for: the inner compiler, the kernel asked for, whether gradients flow, and the device.
-
-    ``device`` is a device type; None takes that of each call. ``capability`` is that of the GPU, None if there is none here.
-    """
-
-    inner: str = "inductor"
-    kernel: str = "auto"
-    gradients: bool = False
-    device: str | None = None
-    capability: tuple[int, int] | None = None
-
-    def device_of(self, call: AttentionCall) -> str:
-        """The device type that ``call`` is planned for."""
-        return self.device or str(call.device.type)
 
 
 def choose_kernel(call: AttentionCall, mask: Mask, target: Target) -> Kernel:
@@ -84,30 +52,6 @@ def choose_kernel(call: AttentionCall, mask: Mask, target: Target) -> Kernel:
         if not _forbids(name, call, mask, target):
             return Kernel(name)
     return Kernel("reference", _forbids(_flex_name(call, target), call, mask, target))
-
-
-def plain_form(call: AttentionCall, mask: Mask) -> str | None:
-    """``causal`` or ``full`` where that is all ``mask`` says in this call, so that SDPA needs no mask tensor; else None."""
-    at = call.positions
-    assert at is not None
-    if call.score_mod is not None:
-        return None
-    if mask == full:
-        return "full"
-    if mask != causal or at.q_shift is not None:
-        return None
-    q_len, kv_len = expr_of(call.size("q", 2)), expr_of(call.size("k", 2))
-    first, end = at.q_start - at.kv_start, sympy.expand(at.q_start + q_len - at.kv_start - kv_len)
-    if end != 0:
-        return None
-    if q_len == 1:  # the last position sees every key
-        return "full"
-    return "causal" if sympy.expand(first) == 0 else None
-
-
-def is_decode_step(call: AttentionCall) -> bool:
-    """Whether the call has one query in every run."""
-    return is_one(call.size("q", 2))
 
 
 def _order(call: AttentionCall, mask: Mask, target: Target) -> tuple[str, ...]:

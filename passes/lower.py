@@ -19,19 +19,20 @@ from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.selectors import has_selector, offered
 from sparse_compile.masks.serial import to_json
 from sparse_compile.passes.attention import FlexAttention, Spec
-from sparse_compile.passes.call import AttentionCall, Left
+from sparse_compile.passes.call import AttentionCall, Left, plain_form
 from sparse_compile.passes.captured_source import Source
 from sparse_compile.passes.choices import Choices
 from sparse_compile.passes.graph import Order, attach, emit_int, expr_of, fake_mode_of, hint_of, inline, op_name, value_of
 from sparse_compile.passes.heads import join_heads, pick_heads
 from sparse_compile.passes.kept_ops import attend_kept, pages_of, ring_of
-from sparse_compile.passes.kernels import FLEX, Target, plain_form
+from sparse_compile.passes.kernels import FLEX
 from sparse_compile.passes.layout import layout_of
 from sparse_compile.passes.opaque import attention_op, to_text
 from sparse_compile.passes.parts import Part
 from sparse_compile.passes.realise import realise
 from sparse_compile.passes.reference import DenseMask, ListedPairs, ReferenceAttention
 from sparse_compile.passes.tables import KV_START, Q_START, block_tables_op, given
+from sparse_compile.passes.target import Target
 
 KEPT_TABLE_BYTES = 16 << 20
 

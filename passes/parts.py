@@ -8,8 +8,9 @@ from sparse_compile.masks import Mask, per_head
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.given import Explicit
 from sparse_compile.masks.heads import PerHead
-from sparse_compile.passes.call import AttentionCall
-from sparse_compile.passes.kernels import Kernel, Target, choose_kernel, is_decode_step
+from sparse_compile.passes.call import AttentionCall, is_decode_step
+from sparse_compile.passes.kernels import choose_kernel
+from sparse_compile.passes.target import Kernel, Target
 
 MOST_GROUPS = 4  # of one call: each is a kernel of its own to compile and launch
 

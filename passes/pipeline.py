@@ -19,7 +19,6 @@ from sparse_compile.passes.cache_ops import SparseCacheError
 from sparse_compile.passes.call import AttentionCall, Left, Phase, Refused
 from sparse_compile.passes.graph import Order, erase_dead, expr_of, hint_of, is_one, op_name
 from sparse_compile.passes.kept_ops import in_one_launch
-from sparse_compile.passes.kernels import Target
 from sparse_compile.passes.kv import CacheUse, find_cache, keep
 from sparse_compile.passes.lift import lift_call
 from sparse_compile.passes.lower import lower_call
@@ -27,6 +26,7 @@ from sparse_compile.passes.parts import Part, parts_of
 from sparse_compile.passes.sdpa import read_sdpa
 from sparse_compile.passes.spelled_out import read_spelled_out
 from sparse_compile.passes.tables import BLOCK
+from sparse_compile.passes.target import Target
 from sparse_compile.passes.unfuse import unfuse_modules
 
 Assign = Callable[[AttentionCall], Mask | None]

@@ -153,9 +153,10 @@ class Backend:
         return other
 
     def _rewrite(self, gm: GraphModule, inputs: Sequence[Any]) -> Rewrite:
-        from sparse_compile.passes.kernels import Target, capability
+        from sparse_compile.passes.kernels import capability
         from sparse_compile.passes.kv import reads_cache
         from sparse_compile.passes.pipeline import Rewrite, run_passes
+        from sparse_compile.passes.target import Target
 
         gradients = torch.is_grad_enabled() and (self._trains or any(isinstance(x, Tensor) and x.requires_grad for x in inputs))
         gradients = gradients and not reads_cache(gm)
