@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,28 +20,12 @@ from sparse_compile.passes.call import AttentionCall, Left
 from sparse_compile.passes.graph import expr_of, hint_of, memory_of, op_name, value_of
 from sparse_compile.passes.pieces import Pieces
 from sparse_compile.passes.positions import Positions
+from sparse_compile.passes.rewrite import CacheUse
 from sparse_compile.passes.storage import LayerPlan, Pages, Storage, misfit, needed_past
 from sparse_compile.passes.tables import Q_START
 from sparse_compile.passes.update_node import Update
 
 Phase = Callable[[AttentionCall], str]
-
-
-@dataclass(frozen=True)
-class CacheUse:
-    """What one run of a graph does to a cache, for its books on the host.
-
-    ``argument`` is the number of the graph input that counts the columns; ``batch`` and ``tokens`` are the sizes of the new
-    keys: a number, or the input and axis they can be read from (no axis: the input is the number). An ``empty`` cache is
-    what the graph was traced for.
-    """
-
-    argument: int
-    batch: int | tuple[int, int | None]
-    tokens: int | tuple[int, int | None]
-    layers: tuple[int, ...]
-    last: bool
-    empty: bool
 
 
 def find_cache(call: AttentionCall | Left) -> AttentionCall | Left:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparse_compile.masks import Mask, ScoreMod
 from sparse_compile.passes.call import AttentionCall, Refused
 from sparse_compile.passes.graph import attach, expr_of, hint_of
-from sparse_compile.passes.pipeline import Rewrite, phase_of
+from sparse_compile.passes.rewrite import Rewrite, phase_of
 from sparse_compile.passes.tables import given
 
 BLOCK_BYTES = 64 << 20  # of float32 weights

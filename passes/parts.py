@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from sparse_compile.masks import Mask, per_head
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.given import Explicit
 from sparse_compile.masks.heads import PerHead
 from sparse_compile.passes.call import AttentionCall, is_decode_step
 from sparse_compile.passes.kernels import choose_kernel
+from sparse_compile.passes.rewrite import Part
 from sparse_compile.passes.target import Kernel, Target
 
 MOST_GROUPS = 4  # of one call: each is a kernel of its own to compile and launch
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some heads of a call, what they see, and their kernel. ``heads`` and ``kv_heads`` are None for all of them."""
-
-    mask: Mask
-    kernel: Kernel
-    heads: tuple[int, ...] | None = None
-    kv_heads: tuple[int, ...] | None = None
 
 
 def parts_of(call: AttentionCall, target: Target) -> list[Part]:

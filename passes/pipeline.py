@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import reduce
 
-import sympy
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
@@ -16,40 +15,19 @@ from sparse_compile.masks.budget import check_budget, check_pages
 from sparse_compile.masks.selectors import has_selector, selector_of
 from sparse_compile.passes.ancestry import is_self_attention
 from sparse_compile.passes.cache_ops import SparseCacheError
-from sparse_compile.passes.call import AttentionCall, Left, Phase, Refused
-from sparse_compile.passes.graph import Order, erase_dead, expr_of, hint_of, is_one, op_name
+from sparse_compile.passes.call import AttentionCall, Left, Refused
+from sparse_compile.passes.graph import Order, erase_dead, hint_of, op_name
 from sparse_compile.passes.kept_ops import in_one_launch
-from sparse_compile.passes.kv import CacheUse, find_cache, keep
+from sparse_compile.passes.kv import find_cache, keep
 from sparse_compile.passes.lift import lift_call
 from sparse_compile.passes.lower import lower_call
-from sparse_compile.passes.parts import Part, parts_of
+from sparse_compile.passes.parts import parts_of
+from sparse_compile.passes.rewrite import Part, Pass, Rewrite, phase_of
 from sparse_compile.passes.sdpa import read_sdpa
 from sparse_compile.passes.spelled_out import read_spelled_out
 from sparse_compile.passes.tables import BLOCK
 from sparse_compile.passes.target import Target
 from sparse_compile.passes.unfuse import unfuse_modules
-
-Assign = Callable[[AttentionCall], Mask | None]
-
-
-@dataclass
-class Rewrite:
-    """A graph on its way through the passes: its attention calls in order, and what became of them."""
-
-    gm: GraphModule
-    assign: Assign
-    target: Target = field(default_factory=Target)
-    dry: bool = False  # choose kernels for the report, and run the dense reference
-    calls: list[AttentionCall] = field(default_factory=list)
-    left: list[Left] = field(default_factory=list)
-    parts: dict[Node, list[Part]] = field(default_factory=dict)
-    replaced: list[Node] = field(default_factory=list)
-    cache_uses: list[CacheUse] = field(default_factory=list)
-
-    def keep(self, results: list[AttentionCall | Left]) -> None:
-        """Sort what a pass made of the calls into calls and calls that stay."""
-        self.calls = [r for r in results if isinstance(r, AttentionCall)]
-        self.left += [r for r in results if isinstance(r, Left)]
 
 
 def unfuse(rewrite: Rewrite) -> int:
@@ -195,7 +173,6 @@ def remove_dead_code(rewrite: Rewrite) -> int:
     return erased
 
 
-Pass = Callable[[Rewrite], int]
 UNDERSTAND: tuple[Pass, ...] = (unfuse, read_attention, lift_masks, assign_policy)
 REPLACE: tuple[Pass, ...] = (keep_in_cache, lower_attention, remove_dead_code)
 
@@ -214,15 +191,3 @@ def run_passes(rewrite: Rewrite, between: Sequence[Pass] = ()) -> Rewrite:
     for run in (*UNDERSTAND, *between, *REPLACE):
         run(rewrite)
     return rewrite
-
-
-def phase_of(call: AttentionCall) -> Phase:
-    """Prefill or decode for causal self-attention, other for everything else."""
-    if not call.is_self_attention:
-        return "other"
-    q_len = call.size("q", 2)
-    if call.cache is not None:
-        return "decode" if is_one(q_len) else "prefill"
-    if isinstance(q_len, int) and q_len == 1 and expr_of(call.size("k", 2)) != sympy.Integer(1):
-        return "decode"
-    return "prefill" if call.mask is not None and call.mask.implies(causal) else "other"

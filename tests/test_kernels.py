@@ -19,7 +19,7 @@ from models import DECODERS, tokens
 from sparse_compile.masks import Mask, causal, chunked, document, full, per_head, prefix, sink, sliding_window
 from sparse_compile.passes import inner, kernels, layout, lower, options, parts, tables
 from sparse_compile.passes.options import Tiles
-from sparse_compile.passes.pipeline import Rewrite
+from sparse_compile.passes.rewrite import Rewrite
 
 STREAMING = causal & (sink(4) | sliding_window(64))
 
