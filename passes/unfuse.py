@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from sparse_compile.passes.graph import argument, inline, op_name, shape_of, value_of
+from sparse_compile.passes.rewrite import Rewrite
 
 ATTENTION = (
     "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p "
@@ -155,3 +156,8 @@ def _encoder_layer(gm: GraphModule, node: Node) -> int:
     node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
     return 1
+
+
+def unfuse(rewrite: Rewrite) -> int:
+    """Write out the fused modules of ``torch.nn`` around their attention, so that the next pass can read it."""
+    return unfuse_modules(rewrite.gm)

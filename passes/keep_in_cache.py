@@ -1,0 +1,30 @@
+"""Cut calls over a SparseCache into one for each way in which heads are stored."""
+
+from __future__ import annotations
+
+from sparse_compile.masks.selectors import has_selector
+from sparse_compile.passes.cache_ops import SparseCacheError
+from sparse_compile.passes.call import Refused
+from sparse_compile.passes.kv import keep
+from sparse_compile.passes.rewrite import Rewrite, phase_of
+
+
+def keep_in_cache(rewrite: Rewrite) -> int:
+    """Cut calls over a ``SparseCache`` into one for each way its heads are kept, and write the new tokens there.
+
+    Raises ``Refused`` if the cache is used by anything but attention that was read, or does not fit the model.
+    """
+    try:
+        rewrite.calls, rewrite.cache_uses = keep(rewrite.gm, rewrite.calls, rewrite.left, phase_of)
+    except (SparseCacheError, ValueError) as error:
+        raise Refused(error) from error
+    for call in rewrite.calls:
+        if not call.pieces and call.policy is not None and has_selector(call.policy) and phase_of(call) == "decode":
+            raise Refused(
+                SparseCacheError(
+                    f"decode steps choose among the pages of a SparseCache, and {call.module or call.node.name} under "
+                    f"{call.policy} has none: pass past_key_values=SparseCache(config, policy, max_length=...), or give decode "
+                    "steps another mask with Policy(decode=...)"
+                )
+            )
+    return sum(len(call.pieces) for call in rewrite.calls)

@@ -1,0 +1,38 @@
+"""Replace every attention call by the kernel that runs it."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from sparse_compile.passes.call import AttentionCall, Left
+from sparse_compile.passes.kept_ops import in_one_launch
+from sparse_compile.passes.lower import lower_call
+from sparse_compile.passes.parts import parts_of
+from sparse_compile.passes.rewrite import Part, Rewrite
+from sparse_compile.passes.target import Target
+
+
+def lower_attention(rewrite: Rewrite) -> int:
+    """Replace every call by a module that runs it, with tables shared between calls of equal mask and shape."""
+    shared: dict[object, Node] = {}
+    lowered: list[AttentionCall] = []
+    for call in rewrite.calls:
+        done: list[Part] = []
+        outs: list[Node] = []
+        for piece in call.pieces or (call,):
+            parts = parts_of(piece, rewrite.target)
+            run = parts_of(piece, Target(inner="eager")) if rewrite.dry else parts
+            result = lower_call(rewrite.gm, piece, run, rewrite.target, shared)
+            if isinstance(result, Left):
+                rewrite.left.append(result)
+                break
+            done += parts
+            outs.append(result)
+            rewrite.replaced.append(piece.node)
+        else:
+            rewrite.parts[call.node] = done
+            in_one_launch(call, outs)
+            rewrite.replaced.append(call.node)
+            lowered.append(call)
+    rewrite.calls = lowered
+    return len(lowered)

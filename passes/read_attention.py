@@ -1,0 +1,57 @@
+"""Find the attention calls of a graph and read each one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.fx import GraphModule
+
+from sparse_compile.passes.call import AttentionCall, Left
+from sparse_compile.passes.graph import Order, op_name
+from sparse_compile.passes.rewrite import Rewrite
+from sparse_compile.passes.sdpa import read_sdpa
+from sparse_compile.passes.spelled_out import read_spelled_out
+
+
+def read_attention(rewrite: Rewrite) -> int:
+    """Find every attention call and read it into an ``AttentionCall``."""
+    results = _calls(rewrite.gm)
+    for user, body in _bodies(rewrite.gm):
+        results += [
+            Left(call.node, f"inside {user}: the passes do not rewrite the bodies of such ops") for call in _calls(body)
+        ]
+    rewrite.keep(results)
+    return 0
+
+
+def _calls(gm: GraphModule) -> list[AttentionCall | Left]:
+    order = Order(gm.graph)
+    results: list[AttentionCall | Left] = []
+    for node in gm.graph.nodes:
+        name = op_name(node)
+        if name == "scaled_dot_product_attention":
+            results.append(read_sdpa(node, order))
+        elif name in OPAQUE:
+            results.append(Left(node, OPAQUE[name]))
+        elif (found := read_spelled_out(node, order)) is not None:
+            results.append(found)
+    return results
+
+
+def _bodies(gm: GraphModule) -> Iterator[tuple[str, GraphModule]]:
+    """The graphs that higher-order ops such as activation checkpointing and ``torch.cond`` run, with the name of the op."""
+    for node in gm.graph.nodes:
+        body = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(body, GraphModule):
+            yield op_name(next(iter(node.users), None)), body
+            yield from _bodies(body)
+
+
+OPAQUE = {
+    "multi_head_attention_forward": "nn.MultiheadAttention is asked for its attention weights, or is unbatched or extended",
+    "_native_multi_head_attention": "the fused inference path of nn.MultiheadAttention hides its attention",
+    "_transformer_encoder_layer_fwd": "the fused inference path of nn.TransformerEncoderLayer gets nested tensors",
+    "flex_attention": "FlexAttention written by the model",
+    "_scaled_dot_product_flash_attention": "attention already lowered to a kernel: the pass came too late",
+    "_scaled_dot_product_efficient_attention": "attention already lowered to a kernel: the pass came too late",
+}
