@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from sparse_compile.masks import causal, page_topk, sink, sliding_window
 from sparse_compile.passes import cache_ops, code_ops, page_tables, tables
 from sparse_compile.passes.formats import Codes, Format
+from sparse_compile.passes.ring import _ring_step
 from sparse_compile.passes.small_steps import run_compiled
 
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ def test_positions_and_tables() -> None:
         for a, b in (
             *both(page_tables._page_classes, chosen, 1, column, [], 64, 32, True),
             *both(tables._block_tables, causal & STATIC, cut, column, [], CPU),
-            *both(cache_ops._ring_step, ring, ring + 1, 4, torch.full((2, 1), at), torch.tensor([[at], [-1]])),
+            *both(_ring_step, ring, ring + 1, 4, torch.full((2, 1), at), torch.tensor([[at], [-1]])),
             *both(cache_ops._cache_tokens, 2, 1, column, torch.tensor([at, 3, 7]), None, []),
         ):
             assert_equal(a, b)
