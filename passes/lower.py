@@ -24,10 +24,11 @@ from sparse_compile.passes.captured_source import Source
 from sparse_compile.passes.choices import Choices
 from sparse_compile.passes.graph import Order, attach, emit_int, expr_of, fake_mode_of, hint_of, inline, op_name, value_of
 from sparse_compile.passes.heads import join_heads, pick_heads
-from sparse_compile.passes.kept_ops import attend_kept, pages_of, ring_of
+from sparse_compile.passes.kept_ops import pages_of, ring_of
 from sparse_compile.passes.kernels import FLEX
 from sparse_compile.passes.layout import layout_of
 from sparse_compile.passes.opaque import attention_op, to_text
+from sparse_compile.passes.paged_decode_op import attend_kept
 from sparse_compile.passes.realise import realise
 from sparse_compile.passes.reference import DenseMask, ListedPairs, ReferenceAttention
 from sparse_compile.passes.rewrite import Part
