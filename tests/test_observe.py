@@ -15,8 +15,8 @@ from cache_oracle import llama, random_tokens
 from models import DECODERS, VOCABULARY, Decoder, tokens
 from sparse_compile.calibration import Observations, echo_profile, observe
 from sparse_compile.calibration.hidden import last_hidden
-from sparse_compile.passes import observe as passes
-from sparse_compile.passes.observe import STATISTICS
+from sparse_compile.passes import attention_stats
+from sparse_compile.passes.attention_stats import STATISTICS
 
 PERIOD, LENGTH, SINK, RECENT, PAGE, RATE = 7, 26, 2, 5, 64, 64
 NAMES = ("llama", "llama mha", "qwen3", "mistral", "gemma3_text", "gemma2 eager", "gpt2", "opt")
@@ -115,7 +115,7 @@ def test_inductor_sees_the_same() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 5, 25])
 def test_the_size_of_blocks_does_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = named("gemma2 eager"), repeated(2)
-    monkeypatch.setattr(passes, "BLOCK_BYTES", 4 * 4 * LENGTH * rows)
+    monkeypatch.setattr(attention_stats, "BLOCK_BYTES", 4 * 4 * LENGTH * rows)
     seen = observe(model, ids, period=PERIOD, sink=SINK, recent=RECENT, inner="eager")
     assert_seen(seen, weights_of(model, ids), period=PERIOD)
 
@@ -136,15 +136,15 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("length", [512, 2048])
 def test_no_matrix_of_all_weights_is_held(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    largest, add, blocks = Largest(), passes._add, []
+    largest, add, blocks = Largest(), attention_stats._add, []
 
     def watched(*args: Any) -> None:
         blocks.append(args[4])
         with largest:
             add(*args)
 
-    monkeypatch.setattr(passes, "BLOCK_BYTES", 4 << 16)
-    monkeypatch.setattr(passes, "_add", watched)
+    monkeypatch.setattr(attention_stats, "BLOCK_BYTES", 4 << 16)
+    monkeypatch.setattr(attention_stats, "_add", watched)
     observe(llama(max_position_embeddings=length), random_tokens(length), period=64, inner="eager")
     assert largest.elements == 1 << 16, "of float32: the block that was asked for, and heads * length ** 2 is more"
     assert len(blocks) == 2 * (4 * length**2 >> 16)

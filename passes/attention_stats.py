@@ -1,0 +1,104 @@
+"""Statistics of attention weights, summed up while a compiled graph runs."""
+
+from __future__ import annotations
+
+import base64
+import pickle
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_compile.masks import Mask, ScoreMod
+
+BLOCK_BYTES = 64 << 20  # of float32 weights
+
+
+STATISTICS = ("sink", "recent", "entropy", "rate", "echo", "induction")
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is looked for: the mass on the first ``sink`` and the last ``recent`` keys, and on pages of ``page`` keys.
+
+    A text that from token ``start`` on repeats itself every ``period`` tokens shows *echo*, the mass on earlier copies of a
+    token, and *induction*, that on the tokens which followed them (RazorAttention, arXiv:2407.15891); a period of 0 is a text
+    that does not. ``rate`` is the number of first queries whose mass on the first key makes the sink rate (arXiv:2410.10781).
+    """
+
+    sink: int = 4
+    recent: int = 64
+    page: int = 64
+    period: int = 0
+    start: int = 0
+    rate: int = 64
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A call to watch: what it sees, and how scores become weights."""
+
+    look: Look
+    mask: Mask
+    score_mod: ScoreMod | None
+    scale: float
+
+
+@torch.library.custom_op("sparse_compile::add_weights", mutates_args=("totals", "pages"))
+def add_weights(q: Tensor, k: Tensor, totals: Tensor, pages: Tensor, watch: str) -> None:
+    """Add what heads do with ``q`` ``[B, Hq, N, D]`` and ``k`` ``[B, Hkv, N, D]`` to ``totals`` and ``pages``."""
+    what: Watch = pickle.loads(base64.b64decode(watch))
+    batch, heads, length, _ = q.shape
+    rows = max(1, BLOCK_BYTES // (4 * heads * length))
+    for row in range(batch):
+        for first in range(0, length, rows):
+            _add(q[row, :, first : first + rows], k[row], totals, pages, first, what)
+
+
+@add_weights.register_fake
+def _(q: Tensor, k: Tensor, totals: Tensor, pages: Tensor, watch: str) -> None:
+    return None
+
+
+def _add(q: Tensor, k: Tensor, totals: Tensor, pages: Tensor, first: int, watch: Watch) -> None:
+    """Queries ``[Hq, rows, D]`` from ``first`` on, over keys ``[Hkv, N, D]``."""
+    look, (heads, rows, _) = watch.look, q.shape
+    last = first + rows  # causal: no key beyond
+    i = torch.arange(first, last, device=q.device).view(1, -1, 1)
+    j = torch.arange(last, device=q.device).view(1, 1, -1)
+    h = torch.arange(heads, device=q.device).view(-1, 1, 1)
+    b = torch.zeros_like(h)
+    group = q.reshape(k.shape[0], -1, q.shape[2]).float()  # [Hkv, G * rows, D]
+    scores = (group @ k[:, :last].float().transpose(1, 2)).view(heads, rows, last) * watch.scale
+    if watch.score_mod is not None:
+        scores = watch.score_mod(scores, b, h, i, j)
+    scores = scores.masked_fill(~watch.mask.for_heads(heads)(b, h, i, j), -torch.inf)
+    lse = scores.logsumexp(dim=2, keepdim=True)
+    weights = (scores - lse).exp()
+    behind = i - j
+    where = {"sink": j < look.sink, "recent": behind < look.recent}
+    of_rows = {"sink": i >= look.sink + look.recent, "recent": i >= look.sink + look.recent}
+    if look.period:
+        older = behind >= look.period - 1
+        where |= {
+            "echo": older & (j >= look.start) & (behind % look.period == 0),
+            "induction": older & (j > look.start) & (behind % look.period == look.period - 1),
+        }
+        of_rows |= dict.fromkeys(("echo", "induction"), i >= look.start + look.period)
+    every = torch.ones_like(i)
+    for name, keys in where.items():
+        _note(totals, name, (weights * keys).sum(2), of_rows[name])
+    # Where a weight is 0 its logarithm counts for nothing.
+    _note(totals, "entropy", -(weights * (scores - lse).masked_fill(weights == 0, 0)).sum(2), every)
+    _note(totals, "rate", weights[:, :, 0], i < look.rate)
+    padded = torch.nn.functional.pad(weights.sum(1), (0, pages.shape[1] * look.page - last))
+    pages[:, :, 0] += padded.view(heads, -1, look.page).sum(2)
+    pages[:, :, 1] += rows
+
+
+def _note(totals: Tensor, name: str, numbers: Tensor, rows: Tensor) -> None:
+    """Add ``numbers`` ``[Hq, rows]`` of those ``rows`` ``[1, rows, 1]`` that count."""
+    at = STATISTICS.index(name)
+    counted = rows.view(1, -1)
+    totals[:, at, 0] += (numbers * counted).sum(1)
+    totals[:, at, 1] += counted.sum()
