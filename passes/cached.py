@@ -15,7 +15,8 @@ from torch.fx import Node
 from sparse_compile.masks.serial import to_json
 from sparse_compile.passes.cache_ops import cache_tokens, page_positions
 from sparse_compile.passes.call import AttentionCall
-from sparse_compile.passes.graph import Order, emit, emit_int, expr_of, inline, is_one, value_of
+from sparse_compile.passes.fx_emit import emit, emit_int, inline
+from sparse_compile.passes.graph import Order, expr_of, is_one, value_of
 from sparse_compile.passes.ring import ring_chunk, ring_step
 from sparse_compile.passes.rope_positions import stream_advance, stream_positions
 from sparse_compile.passes.storage import LayerPlan

@@ -13,7 +13,8 @@ from sparse_compile.masks.serial import to_json
 from sparse_compile.passes.block_ops import select_blocks
 from sparse_compile.passes.call import AttentionCall, Left, Scored
 from sparse_compile.passes.formats import Format
-from sparse_compile.passes.graph import emit_int, expr_of, value_of
+from sparse_compile.passes.fx_emit import emit_int
+from sparse_compile.passes.graph import expr_of, value_of
 from sparse_compile.passes.kernels import FLEX
 from sparse_compile.passes.layout import Layout
 from sparse_compile.passes.page_ops import select_pages

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from sparse_compile.masks import Mask
 from sparse_compile.passes.call import AttentionCall, Refused
-from sparse_compile.passes.graph import attach
+from sparse_compile.passes.fx_emit import attach
 from sparse_compile.passes.rewrite import Rewrite, phase_of
 
 

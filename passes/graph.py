@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 import re
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, nn
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Graph, GraphModule, Node, Proxy
-from torch.fx.node import map_aggregate
-from torch.fx.proxy import GraphAppendingTracer
+from torch import Tensor
+from torch.fx import Graph, Node
 
 # Operations whose result may share memory with their first argument.
 ALIASING = frozenset(
@@ -164,124 +158,3 @@ def module_path(node: Node) -> str:
 def layer_index(path: str) -> int | None:
     """The layer a module path names: its first number."""
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
-
-
-def emit_int(graph: Graph, expr: sympy.Expr, point: Node) -> int | Node | None:
-    """Something that holds the integer ``expr`` before ``point``: an int, a node, or None if it cannot be had there.
-
-    New nodes go where the graph currently inserts.
-    """
-    expr = sympy.expand(expr)
-    if expr.is_Integer:
-        return int(expr)
-    for node in graph.nodes:
-        if node is point:
-            break
-        if isinstance(value := value_of(node), torch.SymInt) and value.node.expr == expr:
-            found: Node = node
-            return found
-    if not isinstance(expr, sympy.Add | sympy.Mul):
-        return None
-    combine: Callable[[Any, Any], Any] = operator.add if isinstance(expr, sympy.Add) else operator.mul
-    terms = [emit_int(graph, term, point) for term in expr.args]
-    if any(term is None for term in terms):
-        return None
-    total: Any = terms[0]
-    for term in terms[1:]:
-        total = combine(total, term) if isinstance(total, int) and isinstance(term, int) else _call(graph, combine, total, term)
-    result: int | Node = total
-    return result
-
-
-def _call(graph: Graph, function: Callable[[Any, Any], Any], a: Any, b: Any) -> Node:
-    node = graph.call_function(function, (a, b))
-    node.meta["example_value"] = function(value_of(a), value_of(b))
-    return node
-
-
-def attach(gm: GraphModule, name: str, tensor: Tensor) -> None:
-    """Give the graph a tensor that is no input of the model, under a name that is free or holds an equal one."""
-    if hasattr(gm, name):
-        return
-    if isinstance(tensor, nn.Parameter):
-        gm.register_parameter(name, tensor)
-    else:
-        gm.register_buffer(name, tensor)
-    # AOTAutograd asks for the source of every tensor it lifts; without one it refuses the graph.
-    sources = getattr(gm, "_param_name_to_source", None)
-    if sources is not None:
-        sources[name] = ConstantSource(name)
-
-
-def inline(node: Node, function: Callable[..., Any], *args: Any) -> Any:
-    """Write out ``function(*args)`` as nodes before ``node``, with example values, and return the node of its result.
-
-    Arguments that are nodes stand for their tensors; ``function`` calls torch operations and tensor methods only.
-    """
-    graph = node.graph
-    tracer = GraphAppendingTracer(graph)
-    before = set(graph.nodes)
-    with graph.inserting_before(node):
-        proxies: Any = map_aggregate(args, _proxy(tracer))
-        result = function(*proxies)
-    _describe([new for new in graph.nodes if new not in before], node)
-    return result.node if isinstance(result, Proxy) else result
-
-
-def emit(point: Node, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-    """One node ``function(*args, **kwargs)`` before ``point``, with its example value."""
-    with point.graph.inserting_before(point):
-        new = point.graph.call_function(function, args, kwargs)
-    _describe([new], point)
-    return new
-
-
-def _describe(nodes: list[Node], like: Node) -> None:
-    """Give new nodes example values, and the module of ``like``."""
-    for new in nodes:
-        new.meta["nn_module_stack"] = like.meta.get("nn_module_stack")
-        with fake_mode_of(like.graph):
-            new.meta["example_value"] = _run(new)
-
-
-def fake_mode_of(graph: Graph) -> AbstractContextManager[Any]:
-    """The mode that example values belong to, which Dynamo traced in; the mode that is active by now is another one."""
-    return next((v.fake_mode for n in graph.nodes if isinstance(v := value_of(n), FakeTensor)), nullcontext())
-
-
-def _proxy(tracer: GraphAppendingTracer) -> Any:
-    return lambda arg: Proxy(arg, tracer) if isinstance(arg, Node) else arg
-
-
-def _run(node: Node) -> Any:
-    args: Any = map_aggregate(node.args, value_of)
-    kwargs: Any = map_aggregate(node.kwargs, value_of)
-    if node.op == "call_method":
-        receiver, *rest = args
-        return getattr(receiver, str(node.target))(*rest, **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
-
-
-def erase_dead(gm: GraphModule, candidates: Iterable[Node]) -> int:
-    """Erase those of ``candidates`` that nobody uses any more, and what only they used; returns how many.
-
-    ``eliminate_dead_code`` would also remove in-place calls such as ``length.add_(1)``, whose results nobody uses.
-    """
-    erased = 0
-    queue = list(dict.fromkeys(candidates))
-    gone: set[Node] = set()
-    while queue:
-        node = queue.pop()
-        if (
-            node in gone
-            or node.users
-            or node.op not in ("call_function", "call_method", "get_attr", "call_module")
-            or is_in_place(node)
-        ):
-            continue
-        queue += node.all_input_nodes
-        gm.graph.erase_node(node)
-        gone.add(node)
-        erased += 1
-    return erased

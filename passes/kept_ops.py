@@ -12,7 +12,8 @@ from sparse_compile.masks import Mask, causal, sink, sliding_window
 from sparse_compile.masks.past import visible_past
 from sparse_compile.passes.call import AttentionCall, Kept
 from sparse_compile.passes.formats import Codes, Format
-from sparse_compile.passes.graph import emit, hint_of
+from sparse_compile.passes.fx_emit import emit
+from sparse_compile.passes.graph import hint_of
 from sparse_compile.passes.kernel_limits import MOST_KV_HEADS
 from sparse_compile.passes.paged_decode_op import attend_kept
 from sparse_compile.passes.tables import BLOCK

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sparse_compile.passes.attention_stats import Look, Watch, add_weights
 from sparse_compile.passes.call import AttentionCall, Refused
-from sparse_compile.passes.graph import attach, expr_of, hint_of
+from sparse_compile.passes.fx_emit import attach
+from sparse_compile.passes.graph import expr_of, hint_of
 from sparse_compile.passes.rewrite import Rewrite, phase_of
 from sparse_compile.passes.tables import given
 

@@ -25,7 +25,8 @@ from sparse_compile.passes.call import AttentionCall, Kept, RingRead, Scored
 from sparse_compile.passes.captured_source import Source
 from sparse_compile.passes.code_ops import append_codes, read_codes
 from sparse_compile.passes.formats import Codes, Format
-from sparse_compile.passes.graph import emit, inline, value_of
+from sparse_compile.passes.fx_emit import emit, inline
+from sparse_compile.passes.graph import value_of
 from sparse_compile.passes.heads import join_heads, pick_heads
 from sparse_compile.passes.kept_ops import whole_window
 from sparse_compile.passes.page_ops import describe_pages, score_pages_by_keys

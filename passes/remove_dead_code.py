@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparse_compile.passes.graph import erase_dead
+from sparse_compile.passes.fx_emit import erase_dead
 from sparse_compile.passes.rewrite import Rewrite
 
 

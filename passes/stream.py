@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sparse_compile.passes.graph import emit, inline, value_of
+from sparse_compile.passes.fx_emit import emit, inline
+from sparse_compile.passes.graph import value_of
 from sparse_compile.passes.rope_positions import sink_places
 from sparse_compile.passes.storage import Ring
 from sparse_compile.passes.turn import turn

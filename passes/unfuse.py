@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from sparse_compile.passes.graph import argument, inline, op_name, shape_of, value_of
+from sparse_compile.passes.fx_emit import inline
+from sparse_compile.passes.graph import argument, op_name, shape_of, value_of
 from sparse_compile.passes.rewrite import Rewrite
 
 ATTENTION = (
