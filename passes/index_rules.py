@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
 from torch.fx import Node
 
 from sparse_compile.passes.graph import argument, expr_of, is_one, result_shape, shape_of, value_of
-from sparse_compile.passes.values import Index, Number, Rule, Value
-
-if TYPE_CHECKING:
-    from sparse_compile.passes.pullback import Pullback
+from sparse_compile.passes.values import Elements, Index, Number, Rule, Value
 
 
-def _arange(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _arange(pull: Elements, node: Node, index: Index) -> Value | None:
     bounds = list(node.args)
     start, step = sympy.Integer(0), sympy.Integer(1)
     if "end" in node.kwargs:
@@ -29,7 +26,7 @@ def _arange(pull: Pullback, node: Node, index: Index) -> Value | None:
     return Number(sympy.expand(start + step * index[0]))
 
 
-def _getitem(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _getitem(pull: Elements, node: Node, index: Index) -> Value | None:
     base, key = node.args[0], node.args[1]
     shape = shape_of(base) if isinstance(base, Node) else None
     if shape is None:
@@ -78,7 +75,7 @@ def _slice_start(key: slice, size: Any) -> sympy.Expr | None:
 
 
 def _gather(
-    pull: Pullback, base: Any, keys: list[Any], tensors: list[Node], index: Index, result: tuple[Any, ...]
+    pull: Elements, base: Any, keys: list[Any], tensors: list[Node], index: Index, result: tuple[Any, ...]
 ) -> Value | None:
     """``base[t0, t1]``: advanced indexing of every axis by tensors that broadcast to the result."""
     if len(tensors) != len(keys) or len(keys) != len(shape_of(base) or ()):
@@ -91,17 +88,17 @@ def _gather(
     return pull.element(base, tuple(exprs))
 
 
-def _unsqueeze(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _unsqueeze(pull: Elements, node: Node, index: Index) -> Value | None:
     at = argument(node, 1, "dim")
     at = at + len(index) if at < 0 else at
     return pull.element(node.args[0], index[:at] + index[at + 1 :])
 
 
-def _expand(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _expand(pull: Elements, node: Node, index: Index) -> Value | None:
     return pull.operand(node.args[0], index, result_shape(node))
 
 
-def _repeat(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _repeat(pull: Elements, node: Node, index: Index) -> Value | None:
     """A repetition along axes of size 1, and along new ones."""
     assert isinstance(node.args[0], Node)
     counts = list(node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:])
@@ -114,7 +111,7 @@ def _repeat(pull: Pullback, node: Node, index: Index) -> Value | None:
     )
 
 
-def _reshape(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _reshape(pull: Elements, node: Node, index: Index) -> Value | None:
     """A reshape that only adds or drops axes of size 1."""
     assert isinstance(node.args[0], Node)
     old, new = shape_of(node.args[0]), shape_of(node)
@@ -128,14 +125,14 @@ def _reshape(pull: Pullback, node: Node, index: Index) -> Value | None:
     return pull.element(node.args[0], tuple(sympy.Integer(0) if is_one(s) else next(rest) for s in old))
 
 
-def _transpose(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _transpose(pull: Elements, node: Node, index: Index) -> Value | None:
     a, b = argument(node, 1, "dim0"), argument(node, 2, "dim1")
     swapped = list(index)
     swapped[a], swapped[b] = swapped[b], swapped[a]
     return pull.element(node.args[0], tuple(swapped))
 
 
-def _permute(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _permute(pull: Elements, node: Node, index: Index) -> Value | None:
     order = node.args[1:] if isinstance(node.args[1], int) else argument(node, 1, "dims")
     back: list[Any] = [None] * len(index)
     for new, old in enumerate(order):
@@ -143,7 +140,7 @@ def _permute(pull: Pullback, node: Node, index: Index) -> Value | None:
     return pull.element(node.args[0], tuple(back))
 
 
-def _same(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _same(pull: Elements, node: Node, index: Index) -> Value | None:
     return pull.element(node.args[0], index)
 
 

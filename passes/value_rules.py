@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
@@ -15,6 +15,7 @@ from sparse_compile.passes.values import (
     All,
     Choice,
     Element,
+    Elements,
     Index,
     Negation,
     Number,
@@ -31,15 +32,12 @@ from sparse_compile.passes.values import (
     relation,
 )
 
-if TYPE_CHECKING:
-    from sparse_compile.passes.pullback import Pullback
-
 COMPARISONS = {"le", "lt", "ge", "gt", "eq", "ne"}
 CASTS = {"to", "type", "type_as", "bool", "int", "long", "float", "half", "bfloat16"}
 CONSTANTS = {"ones": 1, "zeros": 0, "new_ones": 1, "new_zeros": 0, "ones_like": 1, "zeros_like": 0}
 
 
-def _cast(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _cast(pull: Elements, node: Node, index: Index) -> Value | None:
     source = node.args[0]
     old, new = value_of(source), value_of(node)
     if not isinstance(old, Tensor) or not isinstance(new, Tensor):
@@ -59,7 +57,7 @@ def _cast(pull: Pullback, node: Node, index: Index) -> Value | None:
     return None
 
 
-def _compare(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _compare(pull: Elements, node: Node, index: Index) -> Value | None:
     a, b = (pull.operand(arg, index, result_shape(node)) for arg in node.args[:2])
     return _comparison(op_name(node), a, b)
 
@@ -73,8 +71,8 @@ def _comparison(kind: str, a: Value, b: Value) -> Value | None:
     return None
 
 
-def _logic(join: Callable[[list[Value]], Value]) -> Callable[[Pullback, Node, Index], Value | None]:
-    def rule(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _logic(join: Callable[[list[Value]], Value]) -> Callable[[Elements, Node, Index], Value | None]:
+    def rule(pull: Elements, node: Node, index: Index) -> Value | None:
         if value_of(node).dtype != torch.bool:
             return None
         return join([pull.operand(arg, index, result_shape(node)) for arg in node.args[:2]])
@@ -82,14 +80,14 @@ def _logic(join: Callable[[list[Value]], Value]) -> Callable[[Pullback, Node, In
     return rule
 
 
-def _not(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _not(pull: Elements, node: Node, index: Index) -> Value | None:
     if value_of(node).dtype != torch.bool:
         return None
     inner = pull.element(node.args[0], index)
     return negation(relation("ne", inner.expr, sympy.Integer(0)) if isinstance(inner, Number) else inner)
 
 
-def _arithmetic(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _arithmetic(pull: Elements, node: Node, index: Index) -> Value | None:
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) < 2:
         return None
     a, b = (pull.operand(arg, index, result_shape(node)) for arg in node.args[:2])
@@ -128,24 +126,24 @@ def _arithmetic_of_numbers(kind: str, a: sympy.Expr, b: sympy.Expr) -> Value | N
     return Number(sympy.expand(results[kind]())) if kind in results else None
 
 
-def _negative(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _negative(pull: Elements, node: Node, index: Index) -> Value | None:
     inner = pull.element(node.args[0], index)
     return Number(-inner.expr) if isinstance(inner, Number) else None
 
 
-def _absolute(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _absolute(pull: Elements, node: Node, index: Index) -> Value | None:
     inner = pull.element(node.args[0], index)
     return Number(sympy.Abs(inner.expr)) if isinstance(inner, Number) else None
 
 
-def _where(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _where(pull: Elements, node: Node, index: Index) -> Value | None:
     if len(node.args) != 3:
         return None
     condition, yes, no = (pull.operand(arg, index, result_shape(node)) for arg in node.args)
     return _choose(condition, yes, no)
 
 
-def _masked_fill(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _masked_fill(pull: Elements, node: Node, index: Index) -> Value | None:
     kept, condition, fill = (pull.operand(arg, index, result_shape(node)) for arg in node.args)
     return _choose(condition, fill, kept)
 
@@ -169,7 +167,7 @@ def _given(condition: Value, value: Value) -> Value:
     return value
 
 
-def _fill(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _fill(pull: Elements, node: Node, index: Index) -> Value | None:
     name = op_name(node)
     if name in CONSTANTS:
         fill: Any = CONSTANTS[name]
@@ -182,7 +180,7 @@ def _fill(pull: Pullback, node: Node, index: Index) -> Value | None:
     return Truth(bool(fill)) if value_of(node).dtype == torch.bool else constant(fill)
 
 
-def _triangle(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _triangle(pull: Elements, node: Node, index: Index) -> Value | None:
     diagonal = pull.integer(argument(node, 1, "diagonal", 0))
     if diagonal is None or len(index) < 2:
         return None
@@ -195,7 +193,7 @@ def _triangle(pull: Pullback, node: Node, index: Index) -> Value | None:
     return _choose(inside, kept, Number(sympy.Integer(0)))
 
 
-def _diff(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _diff(pull: Elements, node: Node, index: Index) -> Value | None:
     """Differences of neighbours, where they are the same everywhere: of positions that count up, always 1."""
     prepend, dim = argument(node, 3, "prepend"), argument(node, 2, "dim", -1)
     if argument(node, 1, "n", 1) != 1 or argument(node, 4, "append") is not None:
@@ -220,7 +218,7 @@ def _diff(pull: Pullback, node: Node, index: Index) -> Value | None:
     return Number(step)
 
 
-def _cumsum(pull: Pullback, node: Node, index: Index) -> Value | None:
+def _cumsum(pull: Elements, node: Node, index: Index) -> Value | None:
     """Running sums of what is the same everywhere."""
     inner = pull.element(node.args[0], index)
     if isinstance(inner, Truth):

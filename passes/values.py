@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import sympy
 import torch
 from torch.fx import Node
-
-if TYPE_CHECKING:
-    from sparse_compile.passes.pullback import Pullback
 
 # The axes of attention scores. Every value below is a function of these four integers.
 BATCH, HEAD, QUERY, KEY = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("b", "h", "i", "j"))
@@ -89,8 +86,6 @@ Value = Number | Truth | Relation | All | Some | Negation | Choice | Sum | Eleme
 
 
 Index = tuple[sympy.Expr, ...]
-# What an operation says about one element of its result, or None if it says nothing that is understood.
-Rule = Callable[["Pullback", Node, Index], Value | None]
 
 
 class Atoms:
@@ -111,6 +106,20 @@ class Atoms:
         """The node a term reads, or None if the term is no atom."""
         name = str(term.func) if term.args else str(term)
         return self.nodes.get(name)
+
+
+class Elements(Protocol):
+    """What a rule may ask about the tensors of a graph; see ``Pullback``."""
+
+    def element(self, node: Any, index: Index) -> Value: ...
+
+    def operand(self, node: Any, index: Index, result: tuple[Any, ...]) -> Value: ...
+
+    def integer(self, node: Any) -> sympy.Expr | None: ...
+
+
+# What an operation says about one element of its result, or None if it says nothing that is understood.
+Rule = Callable[[Elements, Node, Index], Value | None]
 
 
 def conjunction(parts: list[Value]) -> Value:
