@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import reduce
 
-import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-
 from sparse_compile.masks import Mask, full
 from sparse_compile.masks.budget import check_budget, check_pages
 from sparse_compile.masks.selectors import has_selector, selector_of
@@ -15,6 +12,7 @@ from sparse_compile.passes.call import AttentionCall, Left
 from sparse_compile.passes.graph import hint_of
 from sparse_compile.passes.rewrite import Rewrite, phase_of
 from sparse_compile.passes.tables import BLOCK
+from sparse_compile.passes.torch_private import real_tensors
 
 
 def assign_policy(rewrite: Rewrite) -> int:
@@ -46,5 +44,5 @@ def _check_selectors(call: AttentionCall, mask: Mask) -> None:
         selector = selector_of(whole)
         if selector is not None:
             check_pages(selector, BLOCK, prefill=True)
-            with unset_fake_temporarily(), torch.device("cpu"):
+            with real_tensors():
                 check_budget(selector, whole, hint_of(call.size("k", 2)))

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_hop
 from torch.nn.attention.flex_attention import BlockMask
 
 from sparse_compile.masks import Mask, ScoreMod
 from sparse_compile.passes.lookups import Lookups
 from sparse_compile.passes.reference import bind_scores, given_scores, split_sink
 from sparse_compile.passes.tables import bind, given, transpose_tables
+from sparse_compile.passes.torch_private import flex_attention_op
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _flex(
         "OUTPUT_LOGSUMEXP": needs_lse or gradients,
         "OUTPUT_MAX": False,
     }
-    out, lse, _ = flex_attention_hop(
+    out, lse, _ = flex_attention_op()(
         q, k, v, score_mod or _identity, block_mask.as_tuple(), scale, settings | options, score_captures, mask_captures
     )
     # The raw op gives the log-sum-exp to the base 2.

@@ -22,6 +22,7 @@ from sparse_compile.passes.rope_positions import stream_advance, stream_position
 from sparse_compile.passes.storage import LayerPlan
 from sparse_compile.passes.stream import Stream
 from sparse_compile.passes.tables import given
+from sparse_compile.passes.torch_private import overload
 from sparse_compile.passes.update_node import Update
 
 
@@ -60,7 +61,7 @@ class CacheInGraph:
         return None
 
     def _op(self, op: Any, *args: Any) -> Node:
-        return emit(self.point, op._opoverload, *args)
+        return emit(self.point, overload(op), *args)
 
     def _outputs(self, made: Node, count: int) -> tuple[Node, ...]:
         return tuple(emit(self.point, operator.getitem, made, n) for n in range(count))

@@ -20,6 +20,7 @@ from sparse_compile.passes.layout import Layout
 from sparse_compile.passes.page_ops import select_pages
 from sparse_compile.passes.page_tables import page_classes, pick_pages
 from sparse_compile.passes.target import Kernel
+from sparse_compile.passes.torch_private import overload
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Choices:
         if None in where:
             return Left(self.call.node, f"its positions ({at}) cannot be had where its blocks are chosen")
         what = (to_json(tables.mask), tables.heads, *where, at.q_shift, read, width, tables.split)
-        return self.graph.call_function(select_blocks._opoverload, (q, k, *what))
+        return self.graph.call_function(overload(select_blocks), (q, k, *what))
 
     def pages(self, scored: Scored, q: Node, read: list[Node]) -> list[Node]:
         """A decode step: positions of the first query and key, counts and pages, and empty lists of full ones if asked for."""
@@ -61,7 +62,7 @@ class Choices:
         else:
             limits = (self._batch(), selecting.budget, tables.width, selecting.page_size)
             state = (choice.scores, classes, self._columns(), list(selecting.rows))
-            picked = self.graph.call_function(pick_pages._opoverload, (*state, *limits))
+            picked = self.graph.call_function(overload(pick_pages), (*state, *limits))
             chosen = [self.item(picked, n) for n in range(2)]
         if tables.group == 1 and self.kernel.name in FLEX and self.call.heads != self.call.kv_heads:
             group = self.call.heads // self.call.kv_heads
@@ -80,7 +81,7 @@ class Choices:
         text = to_json(tables.mask)
         key = ("classes", text, tables.heads, columns, sizes, str(self.call.sources))
         if key not in self.shared or not self.is_fresh(self.shared[key]):
-            self.shared[key] = self.graph.call_function(page_classes._opoverload, (text, tables.heads, columns, read, *sizes))
+            self.shared[key] = self.graph.call_function(overload(page_classes), (text, tables.heads, columns, read, *sizes))
         return self.shared[key]
 
     def _append(self, scored: Scored, q: Node, classes: Node, changed: Node) -> Node:
@@ -91,7 +92,7 @@ class Choices:
         state = (keys, values, choice.digest, choice.scores, choice.counts, choice.table, *codes)
         how = (selecting.page_size, selector.page, selector.score, selector.group, selector.every, selecting.budget)
         told = (q, k, v, classes, columns, anchor, changed, texts, *how, *forms)
-        return self.graph.call_function(select_pages._opoverload, (*state, *told))
+        return self.graph.call_function(overload(select_pages), (*state, *told))
 
     def _codes(self) -> tuple[tuple[Node | None, ...], tuple[str, str]]:
         """What the choice encodes in place of ``append_codes``: where our kernel attends, nothing reads codes before that.

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, nn
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import GraphAppendingTracer
 
 from sparse_compile.passes.graph import is_in_place, value_of
+from sparse_compile.passes.torch_private import mode_of, name_source
 
 
 def emit_int(graph: Graph, expr: sympy.Expr, point: Node) -> int | Node | None:
@@ -60,10 +59,7 @@ def attach(gm: GraphModule, name: str, tensor: Tensor) -> None:
         gm.register_parameter(name, tensor)
     else:
         gm.register_buffer(name, tensor)
-    # AOTAutograd asks for the source of every tensor it lifts; without one it refuses the graph.
-    sources = getattr(gm, "_param_name_to_source", None)
-    if sources is not None:
-        sources[name] = ConstantSource(name)
+    name_source(gm, name)
 
 
 def inline(node: Node, function: Callable[..., Any], *args: Any) -> Any:
@@ -99,7 +95,7 @@ def _describe(nodes: list[Node], like: Node) -> None:
 
 def fake_mode_of(graph: Graph) -> AbstractContextManager[Any]:
     """The mode that example values belong to, which Dynamo traced in; the mode that is active by now is another one."""
-    return next((v.fake_mode for n in graph.nodes if isinstance(v := value_of(n), FakeTensor)), nullcontext())
+    return mode_of(value_of(node) for node in graph.nodes)
 
 
 def _proxy(tracer: GraphAppendingTracer) -> Any:

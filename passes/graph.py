@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from sparse_compile.passes.torch_private import op_schema
+
 # Operations whose result may share memory with their first argument.
 ALIASING = frozenset(
     (
@@ -32,8 +34,8 @@ def op_name(node: Any) -> str:
         return ""
     if node.target is getattr:
         return str(node.args[1])
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.split("::")[-1]
+    if (schema := op_schema(node.target)) is not None:
+        return str(schema.name.split("::")[-1])
     name = node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
     return name[2:-2] if name.startswith("__") and name.endswith("__") else name
 
@@ -83,8 +85,8 @@ def is_in_place(node: Node) -> bool:
         return True
     if node.op not in ("call_method", "call_function"):
         return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.target._schema.is_mutable)
+    if (schema := op_schema(node.target)) is not None:
+        return bool(schema.is_mutable)
     name = op_name(node)
     if getattr(node.target, "__module__", "") == "_operator" or name != str(getattr(node.target, "__name__", node.target)):
         return name in IN_PLACE_OPERATORS  # operator.and_ and operator.or_ end in an underscore and write nothing

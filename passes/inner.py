@@ -12,13 +12,12 @@ import torch
 from torch.fx import GraphModule
 
 from sparse_compile import masks
+from sparse_compile.passes.torch_private import cache_bypasses, has_inductor_option, inductor_modes, inner_backend
 
 
 def check_mode(mode: str | None) -> None:
     """Raise ``ValueError`` unless ``mode`` is one that ``torch.compile`` knows."""
-    import torch._inductor
-
-    known = ("default", *torch._inductor.list_mode_options())
+    known = ("default", *inductor_modes())
     if mode is not None and mode not in known:
         raise ValueError(f"mode needs to be one of {', '.join(dict.fromkeys(known))}, got {mode!r}")
 
@@ -30,12 +29,12 @@ def compile_inner(
 
     Returns the compiled function, and a note if another process could not reuse what was compiled.
     """
-    before = _bypasses()
+    before = cache_bypasses()
     # Inductor's caches know a graph by the names of its ops, not by what our op and modules do: name our sources as well.
     settings: Any = torch.compiler.config
     with settings.patch(cache_key_tag=f"{settings.cache_key_tag}sparse_compile-{_sources()}"):
         compiled = _compile(gm, inputs, inner, mode, config)
-    if inner == "inductor" and _bypasses() > before:
+    if inner == "inductor" and cache_bypasses() > before:
         return compiled, "a graph could not be cached by Inductor: a second process compiles it again"
     return compiled, ""
 
@@ -45,17 +44,8 @@ def for_steps() -> dict[str, Any]:
 
     Kernels that do not depend on each other become one: 105 fewer in a step of Llama-3-8B with pages and rings.
     """
-    import torch._inductor.config as known
-
     wanted = {"combo_kernels": True, "combo_kernel_per_subkernel_blocks": True}
-    return {name: value for name, value in wanted.items() if hasattr(known, name)}
-
-
-def _bypasses() -> int:
-    """How many graphs Inductor's caches could not take so far."""
-    from torch._dynamo.utils import counters
-
-    return counters["aot_autograd"]["autograd_cache_bypass"] + counters["inductor"]["fxgraph_cache_bypass"]
+    return {name: value for name, value in wanted.items() if has_inductor_option(name)}
 
 
 @cache
@@ -88,18 +78,15 @@ def import_tensorrt() -> None:
 def _compile(
     gm: GraphModule, inputs: Sequence[Any], inner: str, mode: str | None, config: dict[str, Any] | None
 ) -> Callable[..., Any]:
-    import torch._inductor
-    from torch._dynamo.backends.registry import lookup_backend
-
     if inner == "tensorrt":
         import_tensorrt()
-    compiler: Callable[..., Callable[..., Any]] = lookup_backend("torch_tensorrt" if inner == "tensorrt" else inner)
+    compiler = inner_backend("torch_tensorrt" if inner == "tensorrt" else inner)
     if inner == "tensorrt":
         return compiler(gm, inputs, options=config or {})
     if inner != "inductor":
         return compiler(gm, inputs)
     # torch.compile hands `mode` to the backend as a keyword; unless it becomes a config, CUDA graphs never turn on.
-    patches = dict(torch._inductor.list_mode_options(mode)) if mode not in (None, "default") else {}
+    patches = dict(inductor_modes()[mode]) if mode is not None and mode != "default" else {}
     if all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor)):
         # A pointwise op on the output of the C++ template fails with "Unsupported for epilogue_nodes".
         patches["epilogue_fusion"] = False

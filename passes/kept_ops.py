@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
 from sparse_compile.masks import Mask, causal, sink, sliding_window
@@ -17,6 +15,7 @@ from sparse_compile.passes.graph import hint_of
 from sparse_compile.passes.kernel_limits import MOST_KV_HEADS
 from sparse_compile.passes.paged_decode_op import attend_kept
 from sparse_compile.passes.tables import BLOCK
+from sparse_compile.passes.torch_private import overload, real_tensors
 
 NO_PAGES: tuple[Any, ...] = (*[None] * 9, 1, 1, "/")
 NO_RING: tuple[Any, ...] = (*[None] * 4, 0, 0, [])
@@ -24,7 +23,7 @@ NO_RING: tuple[Any, ...] = (*[None] * 4, 0, 0, [])
 
 def whole_window(mask: Mask, length: int) -> tuple[int, int] | None:
     """Sink and window, if they are all that ``mask`` says beside causality."""
-    with unset_fake_temporarily(), torch.device("cpu"):
+    with real_tensors():
         past = visible_past(mask, length)
     if past is None or past.recent < 1:
         return None
@@ -52,7 +51,7 @@ def ring_of(call: AttentionCall, k: Node, v: Node) -> tuple[Any, ...]:
 
 def in_one_launch(call: AttentionCall, outs: list[Node]) -> None:
     """Where pages and a ring of a call are read by our kernel, let one launch read both and write the heads in their order."""
-    ours = all(out.target is attend_kept._opoverload for out in outs)
+    ours = all(out.target is overload(attend_kept) for out in outs)
     rings = [piece.ring is not None for piece in call.pieces]
     if call.joined is None or not ours or sorted(rings) != [False, True] or call.kv_heads > MOST_KV_HEADS:
         return
@@ -61,4 +60,4 @@ def in_one_launch(call: AttentionCall, outs: list[Node]) -> None:
     assert read is not None
     at = 1 + len(NO_PAGES)  # after the query
     args = (call.q, *pages.args[1:at], *ring.args[at : at + len(NO_RING) - 1], list(read.heads), call.scale)
-    call.joined.replace_all_uses_with(emit(call.joined, attend_kept._opoverload, *args))
+    call.joined.replace_all_uses_with(emit(call.joined, overload(attend_kept), *args))

@@ -24,6 +24,7 @@ from sparse_compile.passes.kernel_limits import (
 from sparse_compile.passes.options import FLASH_TILES
 from sparse_compile.passes.tables import BLOCK
 from sparse_compile.passes.target import Kernel, Target
+from sparse_compile.passes.torch_private import cpu_has_avx2
 
 HALF = (torch.bfloat16, torch.float16)
 # FLASH takes some 0.3 ms of Python to launch: single calls on an H200 take 1.17 ms against SDPA's 0.97 at 8K, and 3.50 against
@@ -181,7 +182,7 @@ def _not_cpp(call: AttentionCall, mask: Mask, target: Target) -> str:
         return "FlexAttention has no gradients on CPU"
     if call.score_mod is not None and isinstance(call.score_mod.parts()[-1], SinkLogits):
         return "FlexAttention returns no log-sum-exp on CPU, which learned sinks need"
-    if not torch.cpu._is_avx2_supported():
+    if not cpu_has_avx2():
         return "FlexAttention needs AVX2 on CPU"
     dtype = value_of(call.q).dtype
     if dtype not in (torch.float32, *HALF):

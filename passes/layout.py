@@ -7,7 +7,6 @@ from functools import lru_cache, reduce
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from sparse_compile.masks import Mask, full, per_head
 from sparse_compile.masks.blocks import live_width, query_blocks
@@ -21,6 +20,7 @@ from sparse_compile.passes.kernels import FLEX
 from sparse_compile.passes.options import FLASH_TILES, Phase, Tiles, kernel_options, splits_for, tiles_for, tiles_for_pages
 from sparse_compile.passes.tables import BLOCK, KV_START, Q_START
 from sparse_compile.passes.target import Kernel, Target
+from sparse_compile.passes.torch_private import real_tensors
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def per_kv_head(mask: Mask, heads: int, kv_heads: int) -> Mask:
 @lru_cache(maxsize=256)
 def table_width(mask: Mask, q_len: int, kv_len: int, q_start: int, block: tuple[int, int]) -> int:
     """The most key blocks that a query block of a static shape visits; masks that read tensors of the graph count as full."""
-    with unset_fake_temporarily(), torch.device("cpu"):
+    with real_tensors():
         lo, hi = query_blocks(q_len, block[0], "cpu")
         return live_width(without_symbols(mask), lo + q_start, hi + q_start, kv_len, block[1])
 
@@ -183,6 +183,6 @@ def table_width(mask: Mask, q_len: int, kv_len: int, q_start: int, block: tuple[
 @lru_cache(maxsize=256)
 def step_width(mask: Mask, kv_len: int, block: int) -> int:
     """The most key blocks that a single query visits, wherever among ``kv_len`` keys it stands."""
-    with unset_fake_temporarily(), torch.device("cpu"):
+    with real_tensors():
         at = torch.arange(kv_len)
         return live_width(without_symbols(mask), at, at, kv_len, block)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_compile.passes.torch_private import look_up_unchecked
+
 
 class Lookups:
     """The tensors that a kernel captures, and how its mods read them.
@@ -47,7 +49,7 @@ class _Flat:
     def __getitem__(self, index: tuple[Tensor, ...]) -> Any:
         at: Any = sum(x * self._strides[axis] for axis, x in enumerate(index))
         # A plain index would check and wrap around the size.
-        return torch.ops.aten._unsafe_masked_index(self._flat, torch.ones_like(at, dtype=torch.bool), [at], 0)
+        return look_up_unchecked(self._flat, at)
 
 
 @torch.library.custom_op("sparse_compile::flatten", mutates_args=())

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -35,6 +34,7 @@ from sparse_compile.passes.reference import DenseMask, ListedPairs, ReferenceAtt
 from sparse_compile.passes.rewrite import Part
 from sparse_compile.passes.tables import KV_START, Q_START, block_tables_op, given
 from sparse_compile.passes.target import Target
+from sparse_compile.passes.torch_private import overload, real_tensors
 
 KEPT_TABLE_BYTES = 16 << 20
 
@@ -177,7 +177,7 @@ class _Lowering:
             width = self._blocks(numbers[1]) if tables.width is None else tables.width
             read = [captures[name] for name in given(tables.mask)]
             where = (*numbers, at.q_shift, read, *tables.block, width, tables.split, call.device)
-            prepared = self.graph.call_function(block_tables_op._opoverload, (to_json(tables.mask), tables.heads, *where))
+            prepared = self.graph.call_function(overload(block_tables_op), (to_json(tables.mask), tables.heads, *where))
         self.shared[key] = prepared
         return prepared
 
@@ -224,7 +224,7 @@ class _Lowering:
         count = 6 if tables.split else 4
         if hasattr(self.gm, f"{name}_0"):
             return [self.graph.get_attr(f"{name}_{k}") for k in range(count)]
-        with unset_fake_temporarily():
+        with real_tensors():
             made = block_tables_op(to_json(tables.mask), *shape, torch.device(call.device))
         return [self._constant(f"{name}_{k}", table) for k, table in enumerate(made)]
 
@@ -241,7 +241,7 @@ class _Lowering:
         if self.kernel.name == "pages":
             assert isinstance(prepared, list)
             read = ring_of(call, k, v) if call.ring is not None else pages_of(call, k, v, prepared[2:])
-            return self.graph.call_function(attend_kept._opoverload, (q, *read))
+            return self.graph.call_function(overload(attend_kept), (q, *read))
         if self.kernel.name not in FLEX:
             name = self._submodule("attention", ReferenceAttention(call.scale, call.score_mod))
             return self.graph.call_module(name, (q, k, v, prepared, *scores))
@@ -259,7 +259,7 @@ class _Lowering:
         )
         if self.target.inner != "inductor":
             operands = (q, k, v, prepared, tuple(captures), tuple(scores), to_text(spec))
-            return self.graph.call_function(attention_op._opoverload, operands)
+            return self.graph.call_function(overload(attention_op), operands)
         name = self._submodule("attention", FlexAttention(spec))
         return self.graph.call_module(name, (q, k, v, prepared, tuple(captures), *scores))
 
@@ -273,7 +273,7 @@ class _Lowering:
         its_own = node.op == "placeholder" or op_name(node) == "cat"
         if self.call.device.type != "cpu" or (its_own and node not in others):
             return node
-        return self.graph.call_function(realise._opoverload, (node,))
+        return self.graph.call_function(overload(realise), (node,))
 
     def _capture(self, name: Captured) -> Node:
         if name.name in self.constants:
@@ -297,7 +297,7 @@ class _Lowering:
         node: Node = inline(self.point, lambda x: source.read(x).clone() if copies else source.read(x), source.node)
         if dense or (node.op == "placeholder" and not self._is_early()):
             return node
-        return self.graph.call_function(realise._opoverload, (node,))
+        return self.graph.call_function(overload(realise), (node,))
 
     def _constant(self, name: str, tensor: Tensor) -> Node:
         """A tensor that a policy brings along, as a buffer of the graph."""

@@ -17,6 +17,7 @@ from sparse_compile.passes.fx_emit import attach
 from sparse_compile.passes.graph import expr_of, hint_of
 from sparse_compile.passes.rewrite import Rewrite, phase_of
 from sparse_compile.passes.tables import given
+from sparse_compile.passes.torch_private import overload
 
 
 def watch_attention(rewrite: Rewrite, *, look: Look, sums: Callable[[int, int, int], tuple[Tensor, Tensor]]) -> int:
@@ -42,7 +43,7 @@ def watch_attention(rewrite: Rewrite, *, look: Look, sums: Callable[[int, int, i
             attach(rewrite.gm, names[-1], tensor)
         with rewrite.gm.graph.inserting_before(call.node):
             totals, pages = (rewrite.gm.graph.get_attr(name) for name in names)
-            rewrite.gm.graph.call_function(add_weights._opoverload, (call.q, call.k, totals, pages, text))
+            rewrite.gm.graph.call_function(overload(add_weights), (call.q, call.k, totals, pages, text))
         seen += 1
     return seen
 

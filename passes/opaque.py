@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.passes.attention import FlexAttention, Spec
+from sparse_compile.passes.torch_private import allow_in_graph
 
 
 @torch.library.custom_op("sparse_compile::attention", mutates_args=())
@@ -53,7 +54,7 @@ def kernel_of(text: str) -> Callable[..., Tensor]:
     return torch.compile(own, fullgraph=True)
 
 
-@torch._dynamo.allow_in_graph  # type: ignore[untyped-decorator]  # the higher-order op may be called where AOTAutograd traces, and not where Dynamo does
+@allow_in_graph
 def _attend(text: str, *operands: Any) -> Tensor:
     out: Tensor = module_of(text)(*operands)
     return out

@@ -33,6 +33,7 @@ from sparse_compile.passes.page_ops import describe_pages, score_pages_by_keys
 from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.storage import Pages, Ring, Storage
 from sparse_compile.passes.tables import Q_START
+from sparse_compile.passes.torch_private import overload
 from sparse_compile.passes.update_node import Update
 
 
@@ -172,12 +173,12 @@ class Pieces:
         state = (*self.update.buffers[2 * number : 2 * number + 2], *keys, *values, digest)
         written = [form.to_text() for form in forms]
         told = (*new, cache.columns, texts, *written, *described, self.plan.debug)
-        return Kept(keys, values, forms, emit(self.point, append_codes._opoverload, *state, *told))
+        return Kept(keys, values, forms, emit(self.point, overload(append_codes), *state, *told))
 
     def _decode(self, codes: Codes[Node], form: Format, new: Node) -> Node:
         """The numbers in the rows in use; a chunk sees itself as it is. A kernel that reads codes leaves this without users."""
         exact = not self.cache.one
-        return emit(self.point, read_codes._opoverload, *codes, new, self.cache.columns, form.to_text(), exact)
+        return emit(self.point, overload(read_codes), *codes, new, self.cache.columns, form.to_text(), exact)
 
     def _paged_mask(self, policy: Mask) -> Mask:
         """Text and columns are one unless there is padding; then the policy looks the text up."""
@@ -208,11 +209,11 @@ class Pieces:
         texts = cache.new_page_texts() if cache.padded else None
         if choice.digest is not None and not cache.one and storage.forms is None:
             new = (choice.digest, keys, cache.columns, texts, cache.row_count(), cache.token_count())
-            emit(self.point, describe_pages._opoverload, *new, selector.page, selector.score)
+            emit(self.point, overload(describe_pages), *new, selector.page, selector.score)
         elif choice.digest is None and cache.one:
             how = (selecting.page_size, selector.page, selector.group, selector.every)
             state = (choice.scores, q, keys, cache.columns, cache.anchor, texts)
-            emit(self.point, score_pages_by_keys._opoverload, *state, *how)
+            emit(self.point, overload(score_pages_by_keys), *state, *how)
 
     # -- rings ------------------------------------------------------------------------------------------------------
 

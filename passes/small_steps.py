@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from sparse_compile.passes.torch_private import fake_tensors, flatten, inductor_compile, unflatten
 
 T = TypeVar("T")
 _compiled: dict[Any, Callable[..., Any]] = {}
@@ -28,12 +28,12 @@ def in_few_kernels(function: Callable[..., T], *args: Any) -> T:
 
     For the body of an op, which no compiler sees.
     """
-    flat, spec = tree_flatten(args)
+    flat, spec = flatten(args)
     on_cuda = any(isinstance(x, Tensor) and x.is_cuda and not x.is_floating_point() for x in flat)
     return run_compiled(function, flat, spec) if on_cuda else function(*args)
 
 
-def run_compiled(function: Callable[..., T], flat: list[Any], spec: TreeSpec) -> T:
+def run_compiled(function: Callable[..., T], flat: list[Any], spec: Any) -> T:
     """``function`` of the arguments that were flattened, compiled for these numbers and shapes.
 
     At least one tensor has integers. Nothing is compiled while a CUDA graph is captured.
@@ -43,33 +43,30 @@ def run_compiled(function: Callable[..., T], flat: list[Any], spec: TreeSpec) ->
     key = _key(function, flat, spec)
     if key not in _compiled:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return function(*tree_unflatten(flat, spec))
+            return function(*unflatten(flat, spec))
         rest = [None if isinstance(x, Tensor) else x for x in flat]
 
         def of_tensors(*tensors: Tensor) -> T:
             whole = list(rest)
             for place, x in zip(places, tensors, strict=True):
                 whole[place] = x
-            return function(*tree_unflatten(whole, spec))
+            return function(*unflatten(whole, spec))
 
         _compiled[key] = _compile(of_tensors, tensors)
     result: T = _compiled[key](*tensors)
     return result
 
 
-def _key(function: Callable[..., Any], flat: list[Any], spec: TreeSpec) -> Any:
+def _key(function: Callable[..., Any], flat: list[Any], spec: Any) -> Any:
     return function, str(spec), tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in flat)
 
 
 def _compile(function: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[..., Any]:
-    from torch import _inductor
-
     # Nothing may be left on the device: where a CUDA graph is about to be recorded, memory is that of the graph.
-    with torch.no_grad(), FakeTensorMode() as mode:
+    with torch.no_grad(), fake_tensors() as mode:
         examples = [mode.from_tensor(x) for x in tensors]
         traced = _counting_at_run_time(make_fx(function)(*examples))
-    compiled: Callable[..., Any] = _inductor.compile(traced, list[Any](examples), options=OPTIONS)
-    return compiled
+    return inductor_compile(traced, examples, OPTIONS)
 
 
 def _counting_at_run_time(gm: GraphModule) -> GraphModule:

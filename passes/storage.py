@@ -10,7 +10,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from sparse_compile.masks import Mask
 from sparse_compile.masks.pages import digest_width
@@ -18,6 +17,7 @@ from sparse_compile.masks.past import Past, visible_past
 from sparse_compile.masks.selectors import PageTopK
 from sparse_compile.masks.serial import decode, encode
 from sparse_compile.passes.formats import Codes, Format
+from sparse_compile.passes.torch_private import real_tensors
 
 T = TypeVar("T")
 MODES = ("strict", "chunk_relaxed")
@@ -129,7 +129,7 @@ class LayerPlan:
     @lru_cache(maxsize=4096)
     def from_text(text: str) -> LayerPlan:
         """Read ``to_text`` back, with real tensors also while a graph is traced."""
-        with unset_fake_temporarily(), torch.device("cpu"):
+        with real_tensors():
             return LayerPlan._from_text(text)
 
     @staticmethod

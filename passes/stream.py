@@ -19,6 +19,7 @@ from sparse_compile.passes.fx_emit import emit, inline
 from sparse_compile.passes.graph import value_of
 from sparse_compile.passes.rope_positions import sink_places
 from sparse_compile.passes.storage import Ring
+from sparse_compile.passes.torch_private import overload
 from sparse_compile.passes.turn import turn
 
 
@@ -62,7 +63,7 @@ class Stream:
         if one:
             first: Node = inline(point, lambda keys: keys[:, :, : ring.sink], keys)
         else:
-            place = emit(point, sink_places._opoverload, texts, ring.sink)
+            place = emit(point, overload(sink_places), texts, ring.sink)
             dim = value_of(keys).shape[3]
             first = inline(point, lambda keys, at: keys.gather(2, at[:, None, :, None].expand(-1, heads, -1, dim)), keys, place)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from sparse_compile.masks import Mask
+from sparse_compile.passes import torch_private
 from sparse_compile.policy import Policy, as_policy
 from sparse_compile.report import Report
 
@@ -188,7 +189,7 @@ class Backend:
         from sparse_compile.sites import describe
 
         report = self.report
-        compile_id = torch._guards.CompileContext.current_compile_id()
+        compile_id = torch_private.compile_id()
         frame, attempt = (compile_id.frame_id, compile_id.frame_compile_id or 0) if compile_id is not None else (None, 0)
         earlier = sum(seen == frame and other != attempt for seen, other in self._graphs)
         if compile_id is None or (frame, attempt) not in self._graphs:
@@ -203,7 +204,7 @@ class Backend:
         if rewrite.left and self.strict:
             reasons = "; ".join(f"{call.node.name}: {call.reason}" for call in rewrite.left)
             raise SparseCompileError(f"strict=True, and {len(rewrite.left)} attention calls stay as they are: {reasons}")
-        limit = torch._dynamo.config.recompile_limit
+        limit = torch_private.recompile_limit()
         if attempt + 1 >= limit:
             message = (
                 f"this code was compiled {attempt + 1} times, which is torch._dynamo.config.recompile_limit={limit}: "
@@ -284,9 +285,7 @@ def compile(
         # generate() compiles decode steps with Inductor on its own for static caches, around and instead of us.
         generation.disable_compile = True
     model.compile(backend=chosen, mode=mode, dynamic=dynamic, **_isolate(chosen))
-    run = model._compiled_call_impl
-    assert run is not None
-    model._compiled_call_impl = _watched(run, chosen)
+    torch_private.set_compiled_call(model, _watched(torch_private.compiled_call(model), chosen))
     object.__setattr__(model, "sparse_compile_report", chosen.report)
     return model
 
@@ -341,7 +340,7 @@ def explain(
     """
     chosen = planner(policy, model, device)
     # Each explanation is a backend of its own; before torch 2.13 they would use up the recompiles of the model's code.
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16):
+    with torch.no_grad(), torch_private.without_recompile_limit():
         _watched(torch.compile(model, backend=chosen, **_isolate(chosen)), chosen)(*args, **kwargs)
     return chosen.report
 

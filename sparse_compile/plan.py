@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_compile.dynamo import planner
+from sparse_compile.passes.torch_private import fake_tensors
 from sparse_compile.policy import Policy
 from sparse_compile.report import Report
 
@@ -27,7 +27,7 @@ def explain_config(config: Path, policy: Policy | None, batch: int, tokens: int,
     if not config.exists():
         raise ValueError(f"explain needs a config.json or a directory that holds one, and there is none at {config}")
     settings = AutoConfig.from_pretrained(config)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # shapes alone decide what the passes do
+    with fake_tensors(allow_real_inputs=True), torch.no_grad():  # shapes alone decide what the passes do
         factory: Any = AutoModelForCausalLM
         model: torch.nn.Module = factory.from_config(settings).eval()
         prompt = torch.zeros(batch, tokens, dtype=torch.int64)

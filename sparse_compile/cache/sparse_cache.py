@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.cache_utils import Cache
 
 from sparse_compile.cache.books import Books
@@ -20,6 +19,7 @@ from sparse_compile.cache.selection import Selection
 from sparse_compile.masks import Mask
 from sparse_compile.passes.cache_ops import SparseCacheError
 from sparse_compile.passes.storage import Pages, Ring
+from sparse_compile.passes.torch_private import mark_static, real_tensors
 from sparse_compile.policy import Policy, as_policy
 
 
@@ -89,7 +89,7 @@ class SparseCache(Cache):
         sizes = {"max_length": max_length, "page_size": page_size, "rollback": rollback}
         formats = formats_of(kv, len(self.geometry.masks), self.geometry.kv_heads)
         check_formats(formats, device)
-        with unset_fake_temporarily(), torch.device("cpu"):  # masks are asked, also where nothing else is computed
+        with real_tensors():  # masks are asked, also where nothing else is computed
             plans = plan_layers(self.geometry, self.policy, **sizes, mode=mode, formats=formats, debug=debug)
         frequencies: list[Tensor | None] = [None] * len(plans)
         if cache_positions:
@@ -119,8 +119,7 @@ class SparseCache(Cache):
         super().__init__(layers=layers)
         self.positions.columns.sparse_cache_books = self.books  # type: ignore[attr-defined]  # how the backend finds the books
         for tensor in self._tensors():
-            torch._dynamo.mark_static_address(tensor)
-            torch._dynamo.mark_static(tensor)  # or a second cache of another size would make the sizes of both dynamic
+            mark_static(tensor)  # or a second cache of another size would make the sizes of both dynamic
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
