@@ -5,8 +5,14 @@ from __future__ import annotations
 from sparse_compile.masks.selectors import has_selector
 from sparse_compile.passes.cache_ops import SparseCacheError
 from sparse_compile.passes.call import Refused
-from sparse_compile.passes.kv import keep
+from sparse_compile.passes.kv import find_cache, keep
 from sparse_compile.passes.rewrite import Rewrite, phase_of
+
+
+def find_caches(rewrite: Rewrite) -> int:
+    """Find the calls whose keys and values come from a ``SparseCache``."""
+    rewrite.keep([find_cache(call) for call in rewrite.calls])
+    return sum(call.cache is not None for call in rewrite.calls)
 
 
 def keep_in_cache(rewrite: Rewrite) -> int:

@@ -6,8 +6,6 @@ from typing import Any
 
 from torch.fx import Node
 
-from sparse_compile.masks import Mask, causal, sink, sliding_window
-from sparse_compile.masks.past import visible_past
 from sparse_compile.passes.call import AttentionCall, Kept
 from sparse_compile.passes.formats import Codes, Format
 from sparse_compile.passes.fx_emit import emit
@@ -15,20 +13,10 @@ from sparse_compile.passes.graph import hint_of
 from sparse_compile.passes.kernel_limits import MOST_KV_HEADS
 from sparse_compile.passes.paged_decode_op import attend_kept
 from sparse_compile.passes.tables import BLOCK
-from sparse_compile.passes.torch_private import overload, real_tensors
+from sparse_compile.passes.torch_private import overload
 
 NO_PAGES: tuple[Any, ...] = (*[None] * 9, 1, 1, "/")
 NO_RING: tuple[Any, ...] = (*[None] * 4, 0, 0, [])
-
-
-def whole_window(mask: Mask, length: int) -> tuple[int, int] | None:
-    """Sink and window, if they are all that ``mask`` says beside causality."""
-    with real_tensors():
-        past = visible_past(mask, length)
-    if past is None or past.recent < 1:
-        return None
-    plain = causal & (sink(past.sink) | sliding_window(past.recent)) if past.sink else causal & sliding_window(past.recent)
-    return (past.sink, past.recent) if mask.implies(plain) and plain.implies(mask) else None
 
 
 def pages_of(call: AttentionCall, k: Node, v: Node, lists: list[Node]) -> tuple[Any, ...]:

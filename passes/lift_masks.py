@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sparse_compile.masks import causal
-from sparse_compile.passes.ancestry import is_self_attention
 from sparse_compile.passes.call import AttentionCall, Left
 from sparse_compile.passes.graph import Order
-from sparse_compile.passes.kv import find_cache
 from sparse_compile.passes.lift import lift_call
 from sparse_compile.passes.rewrite import Rewrite
 
@@ -16,8 +14,7 @@ from sparse_compile.passes.rewrite import Rewrite
 def lift_masks(rewrite: Rewrite) -> int:
     """Recover the mask, the score mod and the positions of every call."""
     order = Order(rewrite.gm.graph)
-    calls = [replace(call, is_self_attention=is_self_attention(call)) for call in rewrite.calls]
-    rewrite.keep([find_cache(_settled(lift_call(call, order))) for call in calls])
+    rewrite.keep([_settled(lift_call(call, order)) for call in rewrite.calls])
     return 0
 
 

@@ -62,3 +62,21 @@ def flatten(x: Tensor) -> tuple[Tensor, Tensor]:
 @flatten.register_fake
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.numel()), x.new_empty(x.dim(), dtype=torch.int64)
+
+
+@torch.library.custom_op("sparse_compile::realise", mutates_args=())
+def realise(x: Tensor) -> Tensor:
+    """A copy that Inductor cannot see through."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@realise.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _pass_on(ctx: Any, gradient: Tensor) -> Tensor:
+    return gradient
+
+
+realise.register_autograd(_pass_on)

@@ -27,9 +27,9 @@ from sparse_compile.passes.heads import join_heads, pick_heads
 from sparse_compile.passes.kept_ops import pages_of, ring_of
 from sparse_compile.passes.kernels import FLEX
 from sparse_compile.passes.layout import layout_of
+from sparse_compile.passes.lookups import realise
 from sparse_compile.passes.opaque import attention_op, to_text
 from sparse_compile.passes.paged_decode_op import attend_kept
-from sparse_compile.passes.realise import realise
 from sparse_compile.passes.reference import DenseMask, ListedPairs, ReferenceAttention
 from sparse_compile.passes.rewrite import Part
 from sparse_compile.passes.tables import KV_START, Q_START, block_tables_op, given

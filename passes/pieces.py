@@ -16,7 +16,8 @@ import torch
 from torch.fx import Node
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparse_compile.masks import Captured, Mask, causal, full, per_head
+from sparse_compile.masks import Captured, Mask, causal, full, per_head, sink, sliding_window
+from sparse_compile.masks.past import visible_past
 from sparse_compile.masks.placed import placed, relaxed
 from sparse_compile.masks.scores import sink_scores
 from sparse_compile.masks.selectors import choosing_together
@@ -28,12 +29,11 @@ from sparse_compile.passes.formats import Codes, Format
 from sparse_compile.passes.fx_emit import emit, inline
 from sparse_compile.passes.graph import value_of
 from sparse_compile.passes.heads import join_heads, pick_heads
-from sparse_compile.passes.kept_ops import whole_window
 from sparse_compile.passes.page_ops import describe_pages, score_pages_by_keys
 from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.storage import Pages, Ring, Storage
 from sparse_compile.passes.tables import Q_START
-from sparse_compile.passes.torch_private import overload
+from sparse_compile.passes.torch_private import overload, real_tensors
 from sparse_compile.passes.update_node import Update
 
 
@@ -275,3 +275,13 @@ class Pieces:
 def _gathered(x: Any, slot: Any, *, heads: int, dim: int) -> Any:
     """``x`` ``[B, H, N, D]`` at ``slot`` ``[B, n]``."""
     return x.gather(2, slot[:, None, :, None].expand(-1, heads, -1, dim))
+
+
+def whole_window(mask: Mask, length: int) -> tuple[int, int] | None:
+    """Sink and window, if they are all that ``mask`` says beside causality."""
+    with real_tensors():
+        past = visible_past(mask, length)
+    if past is None or past.recent < 1:
+        return None
+    plain = causal & (sink(past.sink) | sliding_window(past.recent)) if past.sink else causal & sliding_window(past.recent)
+    return (past.sink, past.recent) if mask.implies(plain) and plain.implies(mask) else None

@@ -1,11 +1,11 @@
-"""The passes, in order: unfuse, read, lift, assign, keep, lower, clean. They work in place and account for every call."""
+"""The order of the passes. They work in place on one graph and account for every attention call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from sparse_compile.passes.assign_policy import assign_policy
-from sparse_compile.passes.keep_in_cache import keep_in_cache
+from sparse_compile.passes.keep_in_cache import find_caches, keep_in_cache
 from sparse_compile.passes.lift_masks import lift_masks
 from sparse_compile.passes.lower_attention import lower_attention
 from sparse_compile.passes.read_attention import read_attention
@@ -13,7 +13,7 @@ from sparse_compile.passes.remove_dead_code import remove_dead_code
 from sparse_compile.passes.rewrite import Pass, Rewrite
 from sparse_compile.passes.unfuse import unfuse
 
-UNDERSTAND: tuple[Pass, ...] = (unfuse, read_attention, lift_masks, assign_policy)
+UNDERSTAND: tuple[Pass, ...] = (unfuse, read_attention, lift_masks, find_caches, assign_policy)
 REPLACE: tuple[Pass, ...] = (keep_in_cache, lower_attention, remove_dead_code)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch.fx import GraphModule
 
+from sparse_compile.passes.ancestry import is_self_attention
 from sparse_compile.passes.call import AttentionCall, Left
 from sparse_compile.passes.graph import Order, op_name
 from sparse_compile.passes.rewrite import Rewrite
@@ -20,8 +22,13 @@ def read_attention(rewrite: Rewrite) -> int:
         results += [
             Left(call.node, f"inside {user}: the passes do not rewrite the bodies of such ops") for call in _calls(body)
         ]
-    rewrite.keep(results)
+    rewrite.keep([_told_apart(result) for result in results])
     return 0
+
+
+def _told_apart(result: AttentionCall | Left) -> AttentionCall | Left:
+    """A call that knows whether it is self-attention."""
+    return replace(result, is_self_attention=is_self_attention(result)) if isinstance(result, AttentionCall) else result
 
 
 def _calls(gm: GraphModule) -> list[AttentionCall | Left]:

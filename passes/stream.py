@@ -17,10 +17,9 @@ from torch.fx import Node
 
 from sparse_compile.passes.fx_emit import emit, inline
 from sparse_compile.passes.graph import value_of
-from sparse_compile.passes.rope_positions import sink_places
+from sparse_compile.passes.rope_positions import sink_places, turn
 from sparse_compile.passes.storage import Ring
 from sparse_compile.passes.torch_private import overload
-from sparse_compile.passes.turn import turn
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_compile.passes.rope_positions import turn
 from sparse_compile.passes.storage import LayerPlan, Pages
-from sparse_compile.passes.turn import turn
 
 FIND = (
     "cache_positions=True turns keys, and needs a model with rotary position embeddings that its module in transformers offers "
