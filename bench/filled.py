@@ -18,8 +18,8 @@ from bench.timing import CUDA, DEVICE, Row, Timing, measured
 from sparse_compile.masks import Mask, causal, per_head, sink, sliding_window
 from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.pages import describe
-from sparse_compile.passes.formats import Codes, dequantize
-from sparse_compile.passes.storage import codes_of
+from sparse_compile.passes.storage.codec import Codes, dequantize
+from sparse_compile.passes.storage.layer_plan import codes_of
 
 LLAMA2_7B = LlamaConfig(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,

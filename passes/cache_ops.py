@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_compile.masks import Mask
 from sparse_compile.passes.small_steps import in_few_kernels
-from sparse_compile.passes.storage import LayerPlan
+from sparse_compile.passes.storage.layer_plan import LayerPlan
 from sparse_compile.passes.tables import bind, given, parse
 
 UNCOMPILED = (

@@ -19,7 +19,7 @@ from sparse_compile.passes.fx_emit import emit, emit_int, inline
 from sparse_compile.passes.graph import Order, expr_of, is_one, value_of
 from sparse_compile.passes.ring import ring_chunk, ring_step
 from sparse_compile.passes.rope_positions import stream_advance, stream_positions
-from sparse_compile.passes.storage import LayerPlan
+from sparse_compile.passes.storage.layer_plan import LayerPlan
 from sparse_compile.passes.stream import Stream
 from sparse_compile.passes.tables import given
 from sparse_compile.passes.torch_private import overload

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.masks.pages import describe
-from sparse_compile.passes.formats import Codes, Format, dequantize, quantize
+from sparse_compile.passes.storage.codec import Codes, Format, dequantize, quantize
 
 PARTS = ("key_data", "key_scale", "key_offset", "value_data", "value_scale", "value_offset")
 

@@ -21,7 +21,7 @@ from sparse_compile.passes.graph import expr_of, hint_of, memory_of, op_name, va
 from sparse_compile.passes.pieces import Pieces
 from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.rewrite import CacheUse
-from sparse_compile.passes.storage import LayerPlan, Pages, Storage, misfit, needed_past
+from sparse_compile.passes.storage.layer_plan import LayerPlan, Pages, Storage, misfit, needed_past
 from sparse_compile.passes.tables import Q_START
 from sparse_compile.passes.update_node import Update
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_compile.masks.pages import alive, choose, describe, pool, score_digests, score_keys
 from sparse_compile.passes.code_ops import PARTS, appending
-from sparse_compile.passes.formats import Codes, Format
+from sparse_compile.passes.storage.codec import Codes, Format
 
 
 @torch.library.custom_op("sparse_compile::describe_pages", mutates_args=("digest",))

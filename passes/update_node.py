@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from torch.fx import Node
 
-from sparse_compile.passes.formats import Codes
-from sparse_compile.passes.storage import Choice, LayerPlan, Pages, codes_of
+from sparse_compile.passes.storage.codec import Codes
+from sparse_compile.passes.storage.layer_plan import Choice, LayerPlan, Pages, codes_of
 
 
 class Update(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparse_compile.passes.formats import Format
+from sparse_compile.passes.storage.codec import Format
 
 Array = NDArray[np.float64]
 LEVELS = {"int8": 255, "int4": 15}

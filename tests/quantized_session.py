@@ -18,8 +18,8 @@ from selection_oracle import Head, Oracle, Selecting
 from selection_session import policy_of
 from sparse_compile.cache.kv_format import ByLayer
 from sparse_compile.masks import causal
-from sparse_compile.passes.formats import Codes, quantize
-from sparse_compile.passes.storage import Pages, codes_of
+from sparse_compile.passes.storage.codec import Codes, quantize
+from sparse_compile.passes.storage.layer_plan import Pages, codes_of
 
 DIM, LAYERS = 16, 2
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import format_oracle as oracle
 import sparse_compile as sc
-from sparse_compile.passes.formats import KINDS, LEVELS, Codes, Format, dequantize, quantize
+from sparse_compile.passes.storage.codec import KINDS, LEVELS, Codes, Format, dequantize, quantize
 
 FORMS = [
     Format("int8", 32, 1),  # the usual keys and values of a head of 16

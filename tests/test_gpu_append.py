@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sparse_compile as sc
 from sparse_compile.masks.pages import digest_width
-from sparse_compile.passes.formats import Codes, Format
+from sparse_compile.passes.storage.codec import Codes, Format
 
 pytestmark = [
     pytest.mark.gpu,

@@ -24,7 +24,7 @@ from bench.lab.score import exact_match
 from bench.lab.session import Session
 from bench.lab.tasks import TASKS
 from sparse_compile import SparseCache
-from sparse_compile.passes.storage import Ring
+from sparse_compile.passes.storage.layer_plan import Ring
 from sparse_compile.profile import Profile
 
 EXACT = replace(FULL, dtype=torch.float32)

@@ -17,7 +17,7 @@ from quantized_session import Session, Text, assert_codes_of_whole_text, assert_
 from selection_oracle import Head, Selecting
 from sparse_compile.cache.kv_format import ByLayer
 from sparse_compile.masks import causal, page_topk, sink, sliding_window
-from sparse_compile.passes.formats import LEVELS
+from sparse_compile.passes.storage.codec import LEVELS
 
 MIXED: ByLayer = [["int8", sc.KVFormat("int4", "fp8", key_group=8)], ["int4", None]]
 STREAMING = causal & (sink(2) | sliding_window(6))

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from sparse_compile.masks import causal, page_topk, sink, sliding_window
 from sparse_compile.passes import cache_ops, code_ops, page_tables, tables
-from sparse_compile.passes.formats import Codes, Format
 from sparse_compile.passes.ring import _ring_step
 from sparse_compile.passes.small_steps import run_compiled
+from sparse_compile.passes.storage.codec import Codes, Format
 
 CPU = torch.device("cpu")
 STATIC = sink(4) | sliding_window(100)

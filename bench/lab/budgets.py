@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from sparse_compile import SparseCache
 from sparse_compile.cache.layer import SparseCacheLayer
-from sparse_compile.passes.storage import Pages, codes_of
+from sparse_compile.passes.storage.layer_plan import Pages, codes_of
 
 PAGE = 16  # tokens of a page in all caches here, and of what a page selection describes as one
 SINK = 4

@@ -13,7 +13,7 @@ from bench.lab.budgets import PAGE
 from bench.lab.items import Items
 from bench.lab.methods import Method
 from sparse_compile import Backend, SparseCache
-from sparse_compile.passes.storage import Ring
+from sparse_compile.passes.storage.layer_plan import Ring
 
 CHUNK = 512  # tokens of a prompt at once, where that changes nothing: masks over rings have a row for each sequence
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sparse_compile.masks.serial import encode
-from sparse_compile.passes.storage import Ring, Storage
+from sparse_compile.passes.storage.layer_plan import Ring, Storage
 
 if TYPE_CHECKING:
     from sparse_compile.cache.sparse_cache import SparseCache

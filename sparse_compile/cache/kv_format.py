@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from sparse_compile.passes.formats import KINDS, Format
+from sparse_compile.passes.storage.codec import KINDS, Format
 
 # Tokens that share a scale of a channel of keys, channels that share one of a token of values. ``int8`` holds 1 % of error also
 # where a few channels are ten times larger, ``int4`` 12 % where none are: bench/results/quantized-error.csv.

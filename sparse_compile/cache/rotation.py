@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_compile.passes.rope_positions import turn
-from sparse_compile.passes.storage import LayerPlan, Pages
+from sparse_compile.passes.storage.layer_plan import LayerPlan, Pages
 
 FIND = (
     "cache_positions=True turns keys, and needs a model with rotary position embeddings that its module in transformers offers "

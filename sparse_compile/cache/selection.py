@@ -11,7 +11,7 @@ from sparse_compile.masks import Mask, causal
 from sparse_compile.masks.budget import check_pages
 from sparse_compile.masks.selectors import PageTopK, static_part
 from sparse_compile.passes.layout import step_width
-from sparse_compile.passes.storage import Choice, LayerPlan, Pages, Selecting, choice_shapes
+from sparse_compile.passes.storage.layer_plan import Choice, LayerPlan, Pages, Selecting, choice_shapes
 
 
 def most_pages(selector: PageTopK, masks: Sequence[Mask], slots: int, page_size: int) -> int:
