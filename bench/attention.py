@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from bench.shapes import DTYPE, GEMMA3, LLAMA2, LLAMA3, MISTRAL, SMALL, WINDOW, Shape, compiled, decode, operands, prefill
 from bench.timing import CUDA, DEVICE, Row, Timing, bandwidth, in_graph, matmul_rate, measure, measured
 from sparse_compile.masks import Mask, causal, per_head, sink, sliding_window
-from sparse_compile.passes import kernels
+from sparse_compile.passes.choose import kernel_choice
 
 NARROW = causal & (sink(64) | sliding_window(256))
 LAYERS = 8  # of a decode step: a model builds tables once for all of its layers
@@ -45,7 +45,7 @@ def _prefill_rows(shape: Shape, length: int) -> Iterator[Row]:
         mask = causal if policy is None else policy
         density = mask.density(length, length, heads=shape.heads)
         bound = 4 * shape.head_dim * shape.heads * density * length**2 / matmul_rate() * 1e3
-        for flash in (True, False) if CUDA and kernels.flash_installed() else (False,):
+        for flash in (True, False) if CUDA and kernel_choice.flash_installed() else (False,):
             with _flash(flash):
                 run, backend = compiled(prefill, policy)
                 run(q, k, v)
@@ -149,7 +149,7 @@ def _flash(wanted: bool) -> Iterator[None]:
     if wanted:
         yield
         return
-    with mock.patch.object(kernels, "flash_installed", return_value=False):
+    with mock.patch.object(kernel_choice, "flash_installed", return_value=False):
         yield
 
 

@@ -15,8 +15,8 @@ import torch
 from bench.shapes import WINDOW, Shape, compiled, decode, operands, prefill
 from bench.timing import CUDA, Row, Timing, in_graph, measure, measured
 from sparse_compile.masks import Mask, causal
-from sparse_compile.passes import options
-from sparse_compile.passes.options import Phase, Tiles
+from sparse_compile.passes.choose import tuning
+from sparse_compile.passes.choose.tuning import Phase, Tiles
 
 PREFILL = [
     *(Tiles(128, 64, w, s) for w, s in ((8, 3), (4, 3), (8, 2), (4, 2))),
@@ -45,7 +45,7 @@ class Trial:
     length: int
     batch: int
     tiles: Tiles
-    programs: int = options.PROGRAMS_PER_SM
+    programs: int = tuning.PROGRAMS_PER_SM
 
     def run(self, *, timed: bool = True) -> Timing:
         """Compile the kernel through the backend and time it."""
@@ -67,13 +67,13 @@ class Trial:
 
 @contextmanager
 def _pinned(tiles: Tiles, programs: int) -> Iterator[None]:
-    saved, options.PROGRAMS_PER_SM = options.PROGRAMS_PER_SM, programs
+    saved, tuning.PROGRAMS_PER_SM = tuning.PROGRAMS_PER_SM, programs
     keys = [(major, phase, dim, 2) for major in range(7, 13) for phase in ("prefill", "decode") for dim in (64, 128, 256)]
     try:
-        with mock.patch.dict(options.TILES, dict.fromkeys(keys, tiles)):
+        with mock.patch.dict(tuning.TILES, dict.fromkeys(keys, tiles)):
             yield
     finally:
-        options.PROGRAMS_PER_SM = saved
+        tuning.PROGRAMS_PER_SM = saved
 
 
 def trials(*, smoke: bool = False) -> list[Trial]:
@@ -85,7 +85,7 @@ def trials(*, smoke: bool = False) -> list[Trial]:
         found += [Trial("prefill", shape, WINDOW, 32768, 1, tiles) for tiles in PREFILL if tiles.block_m == 128 or dim == 256]
         found += [Trial("decode", shape, None, 131072, 1, tiles) for tiles in DECODE]
     llama = Shape("", 32, 8, 128)
-    best = options.TILES[9, "decode", 128, 2]
+    best = tuning.TILES[9, "decode", 128, 2]
     for programs in PROGRAMS:
         found += [Trial("decode", llama, None, length, 1, best, programs) for length in (8192, 131072)]
         found += [
@@ -130,7 +130,7 @@ def sweep(*, smoke: bool = False) -> list[Row]:
                 q_len=trial.length if trial.phase == "prefill" else 1,
                 kv_len=trial.length,
                 dtype="bfloat16",
-                kernel=f"{options.as_text(trial.tiles)} programs={trial.programs}",
+                kernel=f"{tuning.as_text(trial.tiles)} programs={trial.programs}",
                 note=problem,
             )
         )

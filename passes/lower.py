@@ -21,12 +21,12 @@ from sparse_compile.passes.attention import FlexAttention, Spec
 from sparse_compile.passes.call import AttentionCall, Left, plain_form
 from sparse_compile.passes.captured_source import Source
 from sparse_compile.passes.choices import Choices
+from sparse_compile.passes.choose.block_layout import layout_of
+from sparse_compile.passes.choose.kernel_choice import FLEX
 from sparse_compile.passes.fx_emit import attach, emit_int, fake_mode_of, inline
 from sparse_compile.passes.graph import Order, expr_of, hint_of, op_name, value_of
 from sparse_compile.passes.heads import join_heads, pick_heads
 from sparse_compile.passes.kept_ops import pages_of, ring_of
-from sparse_compile.passes.kernels import FLEX
-from sparse_compile.passes.layout import layout_of
 from sparse_compile.passes.lookups import realise
 from sparse_compile.passes.opaque import attention_op, to_text
 from sparse_compile.passes.paged_decode_op import attend_kept

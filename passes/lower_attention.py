@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch.fx import Node
 
 from sparse_compile.passes.call import AttentionCall, Left
+from sparse_compile.passes.choose.head_groups import parts_of
 from sparse_compile.passes.kept_ops import in_one_launch
 from sparse_compile.passes.lower import lower_call
-from sparse_compile.passes.parts import parts_of
 from sparse_compile.passes.rewrite import Part, Rewrite
 from sparse_compile.passes.target import Target
 

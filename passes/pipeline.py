@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sparse_compile.passes.assign_policy import assign_policy
+from sparse_compile.passes.choose.assign_policy import assign_policy
 from sparse_compile.passes.keep_in_cache import find_caches, keep_in_cache
 from sparse_compile.passes.lift_masks import lift_masks
 from sparse_compile.passes.lower_attention import lower_attention

@@ -153,7 +153,7 @@ class Backend:
         return other
 
     def _rewrite(self, gm: GraphModule, inputs: Sequence[Any]) -> Rewrite:
-        from sparse_compile.passes.kernels import capability
+        from sparse_compile.passes.choose.kernel_choice import capability
         from sparse_compile.passes.kv import reads_cache
         from sparse_compile.passes.pipeline import run_passes
         from sparse_compile.passes.rewrite import Rewrite

@@ -15,7 +15,7 @@ import sparse_compile as sc
 from models import DECODERS, Decoder, left_padding, tokens
 from on_gpu import ON_GPU
 from sparse_compile.masks import Mask, causal, document, per_head, sink, sliding_window
-from sparse_compile.passes import kernels
+from sparse_compile.passes.choose import kernel_choice
 
 pytestmark = [
     *ON_GPU,
@@ -173,7 +173,7 @@ def test_bf16_is_as_close_to_fp32_as_stock(dim: int, group: int) -> None:
             assert ours <= 1.5 * stock
 
 
-@pytest.mark.skipif(not kernels.flash_installed(), reason="needs flash-attn-4")
+@pytest.mark.skipif(not kernel_choice.flash_installed(), reason="needs flash-attn-4")
 @pytest.mark.parametrize(("dim", "group"), [(64, 1), (96, 3), (128, 4), (128, 8), (256, 2)])
 def test_flash_is_as_close_to_fp32_as_stock(dim: int, group: int) -> None:
     torch.manual_seed(0)

@@ -17,8 +17,9 @@ from transformers import StaticCache
 import sparse_compile as sc
 from models import DECODERS, tokens
 from sparse_compile.masks import Mask, causal, chunked, document, full, per_head, prefix, sink, sliding_window
-from sparse_compile.passes import inner, kernels, layout, lower, options, parts, tables
-from sparse_compile.passes.options import Tiles
+from sparse_compile.passes import inner, lower, tables
+from sparse_compile.passes.choose import block_layout, head_groups, kernel_choice, tuning
+from sparse_compile.passes.choose.tuning import Tiles
 from sparse_compile.passes.rewrite import Rewrite
 
 STREAMING = causal & (sink(4) | sliding_window(64))
@@ -91,16 +92,16 @@ def test_the_choice_by_device_dtype_and_mask(
     flash: bool,
     expected: str,
 ) -> None:
-    monkeypatch.setattr(kernels, "capability", lambda: capability)
-    monkeypatch.setattr(kernels, "flash_installed", lambda: flash)
+    monkeypatch.setattr(kernel_choice, "capability", lambda: capability)
+    monkeypatch.setattr(kernel_choice, "flash_installed", lambda: flash)
     q, k, v = (x.to(dtype) for x in operands(dim=64))
     assert explained(policy, q, k, v, device=device) == expected
 
 
 def test_long_dense_prompts_go_to_flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "capability", lambda: (9, 0))
-    monkeypatch.setattr(kernels, "flash_installed", lambda: True)
-    monkeypatch.setattr(kernels, "FLASH_FROM", 32)
+    monkeypatch.setattr(kernel_choice, "capability", lambda: (9, 0))
+    monkeypatch.setattr(kernel_choice, "flash_installed", lambda: True)
+    monkeypatch.setattr(kernel_choice, "FLASH_FROM", 32)
     q, k, v = (x.bfloat16() for x in operands(dim=64))
     assert explained(None, q, k, v, device="cuda") == "FlexAttention FLASH"
 
@@ -151,8 +152,8 @@ def test_flash_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, change: dict[
         "inner": "inductor",
     }
     case.update(change)
-    monkeypatch.setattr(kernels, "capability", lambda: case["capability"])
-    monkeypatch.setattr(kernels, "flash_installed", lambda: case["flash"])
+    monkeypatch.setattr(kernel_choice, "capability", lambda: case["capability"])
+    monkeypatch.setattr(kernel_choice, "flash_installed", lambda: case["flash"])
     q, k, v = (x.to(case["dtype"]) for x in operands(dim=case["dim"]))
     backend = sc.Backend(case["policy"], kernel="flash", inner=case["inner"])
     backend._device = "cuda"
@@ -225,7 +226,7 @@ def test_equal_masks_are_one_group(monkeypatch: pytest.MonkeyPatch, pattern: lis
 
 
 def test_many_sparse_groups_share_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    pattern: list[Mask] = [causal, *(causal & sliding_window(n) for n in range(1, parts.MOST_GROUPS + 3))]
+    pattern: list[Mask] = [causal, *(causal & sliding_window(n) for n in range(1, head_groups.MOST_GROUPS + 3))]
     q, k, v = operands(len(pattern), len(pattern))
     gm = graph_of(monkeypatch, attend, q, k, v, backend=sc.Backend(per_head(pattern)))
     names = [str(n.target) for n in gm.graph.nodes]
@@ -248,7 +249,7 @@ def test_layers_share_their_tables_although_each_writes_its_cache(monkeypatch: p
 
 
 def test_tables_of_a_static_prompt_are_kept_with_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "capability", lambda: (9, 0))
+    monkeypatch.setattr(kernel_choice, "capability", lambda: (9, 0))
     calls: list[Any] = []
 
     def build(*args: Any) -> list[Tensor]:
@@ -291,7 +292,7 @@ masks_of_one_head = st.sampled_from(
 
 @given(masks_of_one_head, st.integers(1, 90), st.integers(1, 90), st.integers(0, 40), st.sampled_from([8, 16]))
 def test_narrow_tables_hold_every_visited_block(mask: Mask, q_len: int, kv_len: int, start: int, block: int) -> None:
-    width = layout.table_width(mask, q_len, kv_len, start, (block, block))
+    width = block_layout.table_width(mask, q_len, kv_len, start, (block, block))
     dense = mask.dense(q_len, kv_len, q_offset=start)[0, 0]
     padded = F.pad(dense, (0, -kv_len % block, 0, -q_len % block))
     blocks = padded.unflatten(1, (-1, block)).unflatten(0, (-1, block)).any(3).any(1)
@@ -302,16 +303,16 @@ def test_narrow_tables_hold_every_visited_block(mask: Mask, q_len: int, kv_len: 
 def test_the_width_of_a_step_serves_every_position(mask: Mask, kv_len: int, block: int) -> None:
     dense = mask.dense(kv_len, kv_len)[0, 0]
     blocks = F.pad(dense, (0, -kv_len % block)).unflatten(1, (-1, block)).any(2)
-    assert layout.step_width(mask, kv_len, block) >= int(blocks.sum(1).max())
+    assert block_layout.step_width(mask, kv_len, block) >= int(blocks.sum(1).max())
 
 
 @pytest.mark.parametrize("heads", [4, 8])
 def test_a_kv_head_lists_what_any_of_its_query_heads_sees(heads: int) -> None:
     pattern = [causal & sliding_window(n + 1) for n in range(heads)]
-    found = layout.per_kv_head(per_head(pattern), heads, 4).for_heads(4).dense(9, 9, heads=4)
+    found = block_layout.per_kv_head(per_head(pattern), heads, 4).for_heads(4).dense(9, 9, heads=4)
     seen = per_head(pattern).dense(9, 9, heads=heads).unflatten(1, (4, -1)).any(2)
     assert (found >= seen).all()
-    assert layout.per_kv_head(causal, heads, 4) == causal
+    assert block_layout.per_kv_head(causal, heads, 4) == causal
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ def test_a_kv_head_lists_what_any_of_its_query_heads_sees(heads: int) -> None:
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_half_precision_tiles_are_always_pinned(capability: Any, head_dim: int, phase: Any) -> None:
-    tiles = options.tiles_for(capability, phase, head_dim, torch.bfloat16)
+    tiles = tuning.tiles_for(capability, phase, head_dim, torch.bfloat16)
     assert isinstance(tiles, Tiles)
     assert tables.BLOCK % tiles.block_n == 0
     assert tables.BLOCK % tiles.block_m == 0
@@ -333,8 +334,8 @@ def test_half_precision_tiles_are_always_pinned(capability: Any, head_dim: int, 
 def test_splits_follow_the_gpu_and_the_live_blocks(
     monkeypatch: pytest.MonkeyPatch, sequences: int, blocks: int, expected: int
 ) -> None:
-    monkeypatch.setattr(options, "multiprocessors", lambda: 132)
-    assert options.splits_for(sequences, blocks) == expected
+    monkeypatch.setattr(tuning, "multiprocessors", lambda: 132)
+    assert tuning.splits_for(sequences, blocks) == expected
 
 
 def test_autotune_leaves_the_tiles_to_inductor() -> None:

@@ -17,7 +17,7 @@ from cache_session import ones
 from models import GPT2
 from quantized_session import Session, Text, assert_codes_of_whole_text, bits, random_text
 from sparse_compile.cache.kv_format import ByLayer
-from sparse_compile.passes.kernels import _not_codes
+from sparse_compile.passes.choose.kernel_choice import _not_codes
 from sparse_compile.passes.storage.codec import Format
 
 MIXED: ByLayer = [["int8", "int4"], ["fp8", "int8"]]

@@ -7,7 +7,7 @@ from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.given import Explicit
 from sparse_compile.masks.heads import PerHead
 from sparse_compile.passes.call import AttentionCall, is_decode_step
-from sparse_compile.passes.kernels import choose_kernel
+from sparse_compile.passes.choose.kernel_choice import choose_kernel
 from sparse_compile.passes.rewrite import Part
 from sparse_compile.passes.target import Kernel, Target
 

@@ -12,6 +12,7 @@ from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.scores import SinkLogits
 from sparse_compile.masks.selectors import has_selector, offered
 from sparse_compile.passes.call import AttentionCall, is_decode_step, plain_form
+from sparse_compile.passes.choose.tuning import FLASH_TILES
 from sparse_compile.passes.graph import hint_of, value_of
 from sparse_compile.passes.kernel_limits import (
     LARGEST_HEAD,
@@ -21,7 +22,6 @@ from sparse_compile.passes.kernel_limits import (
     SMALLEST_HEAD,
     SMALLEST_PAGE,
 )
-from sparse_compile.passes.options import FLASH_TILES
 from sparse_compile.passes.tables import BLOCK
 from sparse_compile.passes.target import Kernel, Target
 from sparse_compile.passes.torch_private import cpu_has_avx2

@@ -15,9 +15,17 @@ from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.selectors import PageTopK, has_selector, static_part
 from sparse_compile.masks.unknown import without_symbols
 from sparse_compile.passes.call import AttentionCall, Scored, is_decode_step
+from sparse_compile.passes.choose.kernel_choice import FLEX
+from sparse_compile.passes.choose.tuning import (
+    FLASH_TILES,
+    Phase,
+    Tiles,
+    kernel_options,
+    splits_for,
+    tiles_for,
+    tiles_for_pages,
+)
 from sparse_compile.passes.graph import hint_of, value_of
-from sparse_compile.passes.kernels import FLEX
-from sparse_compile.passes.options import FLASH_TILES, Phase, Tiles, kernel_options, splits_for, tiles_for, tiles_for_pages
 from sparse_compile.passes.tables import BLOCK, KV_START, Q_START
 from sparse_compile.passes.target import Kernel, Target
 from sparse_compile.passes.torch_private import real_tensors
