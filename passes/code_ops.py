@@ -59,7 +59,7 @@ def appending(k: Tensor) -> Callable[..., None]:
     """What appends ``k``: on CUDA one launch for a token of each sequence, otherwise plain PyTorch."""
     if not k.is_cuda or k.shape[2] != 1:
         return _append
-    from sparse_compile.passes.append_kernels import launch_append  # torch for CPU comes without Triton
+    from sparse_compile.passes.kernels.append_token import launch_append  # torch for CPU comes without Triton
 
     launch: Callable[..., None] = launch_append
     return launch

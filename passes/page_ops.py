@@ -121,9 +121,9 @@ def select_pages(
 
 def triton_kernels() -> ModuleType:
     """The Triton kernels, which torch for CPU comes without."""
-    from sparse_compile.passes import page_kernels
+    from sparse_compile.passes.kernels import page_scores
 
-    return page_kernels
+    return page_scores
 
 
 @select_pages.register_fake

@@ -102,6 +102,6 @@ def _(
 
 def triton_picks() -> ModuleType:
     """The Triton kernels of the pick, which torch for CPU comes without."""
-    from sparse_compile.passes import page_picks
+    from sparse_compile.passes.kernels import topk_pages
 
-    return page_picks
+    return topk_pages

@@ -42,7 +42,7 @@ def attend_kept(
     FlexAttention's decode kernel does the same of plain pages under any mask and score mod, and takes half as long again: its
     splits are merged by two more kernels, which cannot start early.
     """
-    from sparse_compile.passes import kept_attention as kernel
+    from sparse_compile.passes.kernels import paged_decode as kernel
 
     keys = values = ring = None
     if key_data is not None and value_data is not None:

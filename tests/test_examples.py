@@ -21,19 +21,14 @@ from sparse_compile import masks
 ROOT = Path(__file__).parent.parent
 
 
-IN_TRITON = (
-    "append_kernels",
-    "page_kernels",
-    "page_picks",
-    "kept_attention",
-    "kept_codes",
-    "kept_splits",
-)  # which the CPU build of torch comes without
+# The CPU build of torch comes without Triton, which all of this package imports but for two files.
+IN_TRITON = re.compile(r"sparse_compile\.passes\.kernels\.(?!launch|limits)")
 
 
 def modules() -> list[ModuleType]:
-    left_out = ("__main__", *(IN_TRITON if find_spec("triton") is None else ()))
-    names = [m.name for m in pkgutil.walk_packages(sc.__path__, "sparse_compile.") if not m.name.endswith(left_out)]
+    names = [m.name for m in pkgutil.walk_packages(sc.__path__, "sparse_compile.") if not m.name.endswith("__main__")]
+    if find_spec("triton") is None:
+        names = [name for name in names if not IN_TRITON.match(name)]
     return [sc, *(importlib.import_module(name) for name in names)]
 
 

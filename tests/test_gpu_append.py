@@ -106,7 +106,7 @@ def check(
 ) -> None:
     """Append a token at each of ``columns`` both ways; ``change`` turns the numbers of tails and tokens into others."""
     from sparse_compile.passes import code_ops
-    from sparse_compile.passes.append_kernels import launch_append
+    from sparse_compile.passes.kernels.append_token import launch_append
 
     torch.manual_seed(SEED)
     forms = kv.forms(*dims, PAGE)
@@ -197,7 +197,7 @@ def test_what_is_not_finite_stays_in_its_group(name: str, wrong: float) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_step_that_chooses_pages_encodes_as_well(name: str, padded: bool, every: int) -> None:
     from sparse_compile.passes import code_ops
-    from sparse_compile.passes.page_kernels import select_pages
+    from sparse_compile.passes.kernels.page_scores import select_pages
 
     torch.manual_seed(SEED)
     forms = FORMATS[name].forms(64, 64, PAGE)
@@ -230,7 +230,7 @@ def test_a_step_that_chooses_pages_encodes_as_well(name: str, padded: bool, ever
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
 def test_a_graph_goes_on_as_columns_advance(name: str) -> None:
     from sparse_compile.passes import code_ops
-    from sparse_compile.passes.append_kernels import launch_append
+    from sparse_compile.passes.kernels.append_token import launch_append
 
     torch.manual_seed(SEED)
     forms = FORMATS[name].forms(64, 64, PAGE)

@@ -18,7 +18,7 @@ BATCH, PAGE = 2, 64
 
 def keep(x: Tensor, kind: str, tokens: int, channels: int) -> tuple[Any, Tensor]:
     """``x`` as pages keep it, and the numbers that this stands for; groups are of ``tokens`` or of ``channels``."""
-    from sparse_compile.passes.kept_attention import Kept
+    from sparse_compile.passes.kernels.paged_decode import Kept
 
     if kind == "":
         return Kept(x), x.double()
@@ -72,7 +72,7 @@ def check(
     padded: bool = False,
 ) -> None:
     """Heads ``rings`` have a ring, the others pages, of which ``reading`` says which are read."""
-    from sparse_compile.passes.kept_attention import Ring, attend_kept
+    from sparse_compile.passes.kernels.paged_decode import Ring, attend_kept
 
     torch.manual_seed(0)
     device, (dim, wide), scale = "cuda", dims, dims[0] ** -0.5
@@ -172,7 +172,7 @@ def test_nothing_listed_gives_zeros(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["", "int8", "int4"])
 def test_large_and_small_numbers_survive(kind: str) -> None:
-    from sparse_compile.passes.kept_attention import attend_kept
+    from sparse_compile.passes.kernels.paged_decode import attend_kept
 
     torch.manual_seed(0)
     q = torch.randn(1, 4, 1, 128, device="cuda", dtype=torch.bfloat16) * 1e-6
@@ -187,7 +187,7 @@ def test_large_and_small_numbers_survive(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["", "int8"])
 def test_a_graph_goes_on_as_columns_advance(kind: str) -> None:
-    from sparse_compile.passes.kept_attention import attend_kept
+    from sparse_compile.passes.kernels.paged_decode import attend_kept
 
     torch.manual_seed(0)
     q = torch.randn(1, 8, 1, 128, device="cuda", dtype=torch.bfloat16)

@@ -79,7 +79,7 @@ def test_padded_rows_equal_the_reference() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "group", "dim"), [(2, 4, 128), (8, 1, 64), (1, 3, 80)])
 def test_scores_equal_those_of_plain_pytorch(heads: int, group: int, dim: int, dtype: torch.dtype, score: str) -> None:
-    from sparse_compile.passes.page_kernels import score_pages
+    from sparse_compile.passes.kernels.page_scores import score_pages
 
     torch.manual_seed(0)
     batch, pages, column = 2, 100, 64 * 90 + 21
@@ -108,7 +108,7 @@ def test_scores_equal_those_of_plain_pytorch(heads: int, group: int, dim: int, d
 
 @pytest.mark.parametrize("pages", [1, 7, 512, 2048, 5000, 16384])
 def test_pages_are_picked_as_by_plain_pytorch(pages: int) -> None:
-    from sparse_compile.passes.page_picks import pick_pages
+    from sparse_compile.passes.kernels.topk_pages import pick_pages
 
     torch.manual_seed(pages)
     scores = torch.randn(4, 3, pages, device="cuda").mul(4).round()  # with ties
@@ -126,7 +126,7 @@ def test_pages_are_picked_as_by_plain_pytorch(pages: int) -> None:
 @pytest.mark.parametrize("later", [0, 63])
 @pytest.mark.parametrize("newest", [0, 1, 512, 2048, 4096, 8192])
 def test_the_newest_page_is_listed_without_being_searched(newest: int, later: int) -> None:
-    from sparse_compile.passes.page_picks import pick_pages
+    from sparse_compile.passes.kernels.topk_pages import pick_pages
 
     torch.manual_seed(newest)
     pages, at = newest + 1 + later, torch.tensor(newest * 64 + 5, device="cuda")
@@ -144,7 +144,7 @@ def test_the_newest_page_is_listed_without_being_searched(newest: int, later: in
 def test_attention_to_listed_pages(
     heads: int, group: int, dim: int, value_dim: int, dtype: torch.dtype, tolerance: float
 ) -> None:
-    from sparse_compile.passes.kept_attention import Kept, attend_kept
+    from sparse_compile.passes.kernels.paged_decode import Kept, attend_kept
 
     torch.manual_seed(0)
     batch, pages, column = 2, 40, 64 * 37 + 20

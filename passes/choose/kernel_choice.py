@@ -14,7 +14,7 @@ from sparse_compile.masks.selectors import has_selector, offered
 from sparse_compile.passes.call import AttentionCall, is_decode_step, plain_form
 from sparse_compile.passes.choose.tuning import FLASH_TILES
 from sparse_compile.passes.graph import hint_of, value_of
-from sparse_compile.passes.kernel_limits import (
+from sparse_compile.passes.kernels.limits import (
     LARGEST_HEAD,
     MOST_GROUPS,
     MOST_KV_HEADS,

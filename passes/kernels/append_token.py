@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sparse_compile.passes.launching import starts_early, where_it_lies
+from sparse_compile.passes.kernels.launch import starts_early, where_it_lies
 from sparse_compile.passes.storage.codec import LEVELS, Codes, Format
 
 # Numbers of a group of keys that a program encodes: with more it would need registers that scoring pages is short of.

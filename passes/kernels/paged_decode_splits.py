@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sparse_compile.passes.kept_codes import (
+from sparse_compile.passes.kernels.dequantize import (
     channels_of,
     read_keys,
     read_query,

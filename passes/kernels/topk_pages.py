@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sparse_compile.passes.launching import starts_early, where_it_lies
+from sparse_compile.passes.kernels.launch import starts_early, where_it_lies
 
 MOST_PAGES = 32768  # a program picks from registers, and counts in fields of 16 bits
 

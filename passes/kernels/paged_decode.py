@@ -13,10 +13,10 @@ import torch
 import triton
 from torch import Tensor
 
-from sparse_compile.passes.kept_codes import PARTS
-from sparse_compile.passes.kept_splits import attend_split, merge_splits
-from sparse_compile.passes.kernel_limits import MOST_KV_HEADS
-from sparse_compile.passes.launching import starts_early, where_it_lies
+from sparse_compile.passes.kernels.dequantize import PARTS
+from sparse_compile.passes.kernels.launch import starts_early, where_it_lies
+from sparse_compile.passes.kernels.limits import MOST_KV_HEADS
+from sparse_compile.passes.kernels.paged_decode_splits import attend_split, merge_splits
 
 
 class Kept(NamedTuple):

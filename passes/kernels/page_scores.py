@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sparse_compile.passes.append_kernels import describe, encode_tile, encode_token, group_sizes, store_token
-from sparse_compile.passes.launching import starts_early, where_it_lies
-from sparse_compile.passes.page_picks import MOST_PAGES, aligned, pick_fitting, pick_into
+from sparse_compile.passes.kernels.append_token import describe, encode_tile, encode_token, group_sizes, store_token
+from sparse_compile.passes.kernels.launch import starts_early, where_it_lies
+from sparse_compile.passes.kernels.topk_pages import MOST_PAGES, aligned, pick_fitting, pick_into
 from sparse_compile.passes.storage.codec import Codes, Format
 
 # Three programs of two tiles on each multiprocessor keep 192 KiB on their way: 11 us for 34 MB of digests, 34 for 134 MB.
