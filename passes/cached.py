@@ -13,15 +13,15 @@ import torch
 from torch.fx import Node
 
 from sparse_compile.masks.serial import to_json
-from sparse_compile.passes.cache_ops import cache_tokens, page_positions
 from sparse_compile.passes.call import AttentionCall
 from sparse_compile.passes.fx_emit import emit, emit_int, inline
 from sparse_compile.passes.graph import Order, expr_of, is_one, value_of
-from sparse_compile.passes.ring import ring_chunk, ring_step
-from sparse_compile.passes.rope_positions import stream_advance, stream_positions
+from sparse_compile.passes.ops.block_tables import given
+from sparse_compile.passes.ops.cache_update import cache_tokens, page_positions
+from sparse_compile.passes.ops.ring import ring_chunk, ring_step
+from sparse_compile.passes.ops.rope_positions import stream_advance, stream_positions
 from sparse_compile.passes.storage.layer_plan import LayerPlan
 from sparse_compile.passes.stream import Stream
-from sparse_compile.passes.tables import given
 from sparse_compile.passes.torch_private import overload
 from sparse_compile.passes.update_node import Update
 

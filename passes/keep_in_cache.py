@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from sparse_compile.masks.selectors import has_selector
-from sparse_compile.passes.cache_ops import SparseCacheError
 from sparse_compile.passes.call import Refused
 from sparse_compile.passes.kv import find_cache, keep
+from sparse_compile.passes.ops.cache_update import SparseCacheError
 from sparse_compile.passes.rewrite import Rewrite, phase_of
 
 

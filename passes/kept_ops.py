@@ -10,9 +10,9 @@ from sparse_compile.passes.call import AttentionCall, Kept
 from sparse_compile.passes.fx_emit import emit
 from sparse_compile.passes.graph import hint_of
 from sparse_compile.passes.kernels.limits import MOST_KV_HEADS
-from sparse_compile.passes.paged_decode_op import attend_kept
+from sparse_compile.passes.ops.block_tables import BLOCK
+from sparse_compile.passes.ops.paged_decode import attend_kept
 from sparse_compile.passes.storage.codec import Codes, Format
-from sparse_compile.passes.tables import BLOCK
 from sparse_compile.passes.torch_private import overload
 
 NO_PAGES: tuple[Any, ...] = (*[None] * 9, 1, 1, "/")

@@ -17,10 +17,10 @@ from sparse_compile.masks import Mask, ScoreMod, bias, causal, full, sink_logits
 from sparse_compile.masks.scores import in_order
 from sparse_compile.passes.call import AttentionCall, Left
 from sparse_compile.passes.graph import Order, expr_of, shape_of, value_of
+from sparse_compile.passes.ops.block_tables import KV_START, Q_START
 from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.pullback import Pullback
 from sparse_compile.passes.score_steps import Add, Hide, Scale, Tanh
-from sparse_compile.passes.tables import KV_START, Q_START
 from sparse_compile.passes.values import (
     AXES,
     BATCH,

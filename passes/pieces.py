@@ -24,15 +24,15 @@ from sparse_compile.masks.selectors import choosing_together
 from sparse_compile.passes.cached import CacheInGraph
 from sparse_compile.passes.call import AttentionCall, Kept, RingRead, Scored
 from sparse_compile.passes.captured_source import Source
-from sparse_compile.passes.code_ops import append_codes, read_codes
 from sparse_compile.passes.fx_emit import emit, inline
 from sparse_compile.passes.graph import value_of
 from sparse_compile.passes.heads import join_heads, pick_heads
-from sparse_compile.passes.page_ops import describe_pages, score_pages_by_keys
+from sparse_compile.passes.ops.block_tables import Q_START
+from sparse_compile.passes.ops.page_selection import describe_pages, score_pages_by_keys
+from sparse_compile.passes.ops.quantized_append import append_codes, read_codes
 from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.storage.codec import Codes, Format
 from sparse_compile.passes.storage.layer_plan import Pages, Ring, Storage
-from sparse_compile.passes.tables import Q_START
 from sparse_compile.passes.torch_private import overload, real_tensors
 from sparse_compile.passes.update_node import Update
 

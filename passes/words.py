@@ -24,9 +24,9 @@ from sparse_compile.masks import (
 )
 from sparse_compile.passes.captured_source import Source
 from sparse_compile.passes.graph import expr_of, value_of
+from sparse_compile.passes.ops.block_tables import KV_START, Q_START
 from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.pullback import Pullback
-from sparse_compile.passes.tables import KV_START, Q_START
 from sparse_compile.passes.values import (
     AXES,
     BATCH,

@@ -6,8 +6,8 @@ from sparse_compile.masks.selectors import has_selector
 from sparse_compile.masks.unknown import without_symbols
 from sparse_compile.passes.call import AttentionCall, Left
 from sparse_compile.passes.graph import hint_of, layer_index, module_path
+from sparse_compile.passes.ops.block_tables import BLOCK
 from sparse_compile.passes.rewrite import Rewrite, phase_of
-from sparse_compile.passes.tables import BLOCK
 from sparse_compile.report import Site
 
 NAMES = {

@@ -280,7 +280,7 @@ def test_documents_of_a_policy_reach_the_kernel() -> None:
 def test_tables_never_wait_for_the_device() -> None:
     mask = causal & (sink(64) | sliding_window(1024))
     table = torch.ops.sparse_compile.block_tables
-    from sparse_compile.passes.tables import block_tables_op
+    from sparse_compile.passes.ops.block_tables import block_tables_op
 
     assert block_tables_op is not None
     start = torch.tensor(5, device="cuda")

@@ -105,8 +105,8 @@ def check(
     change: Any = None,
 ) -> None:
     """Append a token at each of ``columns`` both ways; ``change`` turns the numbers of tails and tokens into others."""
-    from sparse_compile.passes import code_ops
     from sparse_compile.passes.kernels.append_token import launch_append
+    from sparse_compile.passes.ops import quantized_append
 
     torch.manual_seed(SEED)
     forms = kv.forms(*dims, PAGE)
@@ -120,7 +120,7 @@ def check(
         texts = torch.randint(-1, 2, (BATCH, SLOTS), device=DEVICE) if padded else None
         wanted, at = state.copy(), torch.tensor(column, device=DEVICE)
         told = (k, v, at, texts, *forms, page, score)
-        append(code_ops._append, wanted, *told)
+        append(quantized_append._append, wanted, *told)
         append(launch_append, state, *told)
         assert_same(state, wanted, exactly=score != "mean")
 
@@ -196,8 +196,8 @@ def test_what_is_not_finite_stays_in_its_group(name: str, wrong: float) -> None:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_step_that_chooses_pages_encodes_as_well(name: str, padded: bool, every: int) -> None:
-    from sparse_compile.passes import code_ops
     from sparse_compile.passes.kernels.page_scores import select_pages
+    from sparse_compile.passes.ops import quantized_append
 
     torch.manual_seed(SEED)
     forms = FORMATS[name].forms(64, 64, PAGE)
@@ -212,7 +212,7 @@ def test_a_step_that_chooses_pages_encodes_as_well(name: str, padded: bool, ever
         at, anchor = (torch.tensor(n, device=DEVICE) for n in (column, 1))
         choices = []
         wanted = state.copy()
-        append(code_ops._append, wanted, k, v, at, texts, *forms, 16, "minmax")
+        append(quantized_append._append, wanted, k, v, at, texts, *forms, 16, "minmax")
         for x in (state, plain := wanted.copy()):
             scores = torch.zeros(BATCH + 1, HEADS, PAGES, device=DEVICE)
             counts = torch.zeros(BATCH + 1, HEADS, 1, device=DEVICE, dtype=torch.int32)
@@ -229,8 +229,8 @@ def test_a_step_that_chooses_pages_encodes_as_well(name: str, padded: bool, ever
 
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
 def test_a_graph_goes_on_as_columns_advance(name: str) -> None:
-    from sparse_compile.passes import code_ops
     from sparse_compile.passes.kernels.append_token import launch_append
+    from sparse_compile.passes.ops import quantized_append
 
     torch.manual_seed(SEED)
     forms = FORMATS[name].forms(64, 64, PAGE)
@@ -250,5 +250,5 @@ def test_a_graph_goes_on_as_columns_advance(name: str) -> None:
         for x in (k, v):
             x.normal_()
         graph.replay()
-        append(code_ops._append, wanted, *told)
+        append(quantized_append._append, wanted, *told)
     assert_same(state, wanted)

@@ -17,9 +17,10 @@ from transformers import StaticCache
 import sparse_compile as sc
 from models import DECODERS, tokens
 from sparse_compile.masks import Mask, causal, chunked, document, full, per_head, prefix, sink, sliding_window
-from sparse_compile.passes import inner, lower, tables
+from sparse_compile.passes import inner, lower
 from sparse_compile.passes.choose import block_layout, head_groups, kernel_choice, tuning
 from sparse_compile.passes.choose.tuning import Tiles
+from sparse_compile.passes.ops import block_tables
 from sparse_compile.passes.rewrite import Rewrite
 
 STREAMING = causal & (sink(4) | sliding_window(64))
@@ -281,7 +282,7 @@ def test_a_folded_step_gives_its_tables_the_tensors_they_ask_for(monkeypatch: py
     (node,) = (n for n in gm.graph.nodes if "block_tables" in str(n.target))
     assert node.args[1] == 4  # lists for KV heads
     assert [n.args[0].target if n.op != "get_attr" else n.target for n in node.args[7]] == [
-        c.name for c in tables.given(tables.parse(node.args[0]))
+        c.name for c in block_tables.given(block_tables.parse(node.args[0]))
     ]
 
 
@@ -324,8 +325,8 @@ def test_a_kv_head_lists_what_any_of_its_query_heads_sees(heads: int) -> None:
 def test_half_precision_tiles_are_always_pinned(capability: Any, head_dim: int, phase: Any) -> None:
     tiles = tuning.tiles_for(capability, phase, head_dim, torch.bfloat16)
     assert isinstance(tiles, Tiles)
-    assert tables.BLOCK % tiles.block_n == 0
-    assert tables.BLOCK % tiles.block_m == 0
+    assert block_tables.BLOCK % tiles.block_n == 0
+    assert block_tables.BLOCK % tiles.block_m == 0
 
 
 @pytest.mark.parametrize(

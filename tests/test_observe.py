@@ -15,8 +15,8 @@ from cache_oracle import llama, random_tokens
 from models import DECODERS, VOCABULARY, Decoder, tokens
 from sparse_compile.calibration import Observations, echo_profile, observe
 from sparse_compile.calibration.hidden import last_hidden
-from sparse_compile.passes import attention_stats
-from sparse_compile.passes.attention_stats import STATISTICS
+from sparse_compile.passes.ops import attention_stats
+from sparse_compile.passes.ops.attention_stats import STATISTICS
 
 PERIOD, LENGTH, SINK, RECENT, PAGE, RATE = 7, 26, 2, 5, 64, 64
 NAMES = ("llama", "llama mha", "qwen3", "mistral", "gemma3_text", "gemma2 eager", "gpt2", "opt")

@@ -15,8 +15,8 @@ from quantized_session import Session, Text, assert_codes_of_whole_text, assert_
 from selection_oracle import Head, Selecting
 from sparse_compile.cache.kv_format import ByLayer
 from sparse_compile.masks import causal, page_topk, sink, sliding_window
-from sparse_compile.passes.code_ops import append_codes
-from sparse_compile.passes.page_ops import select_pages
+from sparse_compile.passes.ops.page_selection import select_pages
+from sparse_compile.passes.ops.quantized_append import append_codes
 from sparse_compile.passes.storage.layer_plan import Ring
 
 LENGTHS = [13, 7, *ones(40), 25, *ones(5)]  # over groups, in steps and in chunks

@@ -12,7 +12,7 @@ import sparse_compile as sc
 from cache_oracle import random_tokens
 from selection_oracle import build
 from sparse_compile.masks import Mask, causal, page_topk, per_head, prefix, sink, sliding_window
-from sparse_compile.passes.cache_ops import SparseCacheError
+from sparse_compile.passes.ops.cache_update import SparseCacheError
 
 pytestmark = pytest.mark.usefixtures("fresh")
 

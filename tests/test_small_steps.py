@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from sparse_compile.masks import causal, page_topk, sink, sliding_window
-from sparse_compile.passes import cache_ops, code_ops, page_tables, tables
-from sparse_compile.passes.ring import _ring_step
-from sparse_compile.passes.small_steps import run_compiled
+from sparse_compile.passes.ops import block_tables, cache_update, page_classes, quantized_append
+from sparse_compile.passes.ops.ring import _ring_step
+from sparse_compile.passes.ops.small_steps import run_compiled
 from sparse_compile.passes.storage.codec import Codes, Format
 
 CPU = torch.device("cpu")
@@ -40,12 +40,12 @@ def test_positions_and_tables() -> None:
     chosen, ring = causal & page_topk(256, every=4) & STATIC, torch.arange(2 * 64).view(2, 64) - 1
     for at in (0, 5, 63, 700):  # compiled once
         column = torch.tensor(at)
-        cut = tables.Cut(1, 1, 1024, 0, 0, q_block=128, kv_block=128, width=8, split=False)
+        cut = block_tables.Cut(1, 1, 1024, 0, 0, q_block=128, kv_block=128, width=8, split=False)
         for a, b in (
-            *both(page_tables._page_classes, chosen, 1, column, [], 64, 32, True),
-            *both(tables._block_tables, causal & STATIC, cut, column, [], CPU),
+            *both(page_classes._page_classes, chosen, 1, column, [], 64, 32, True),
+            *both(block_tables._block_tables, causal & STATIC, cut, column, [], CPU),
             *both(_ring_step, ring, ring + 1, 4, torch.full((2, 1), at), torch.tensor([[at], [-1]])),
-            *both(cache_ops._cache_tokens, 2, 1, column, torch.tensor([at, 3, 7]), None, []),
+            *both(cache_update._cache_tokens, 2, 1, column, torch.tensor([at, 3, 7]), None, []),
         ):
             assert_equal(a, b)
 
@@ -60,7 +60,7 @@ def test_a_token_in_fewer_bits(kind: str) -> None:
         new = [torch.randn(1, 3, 1, 32) for _ in range(2)]
         told = (torch.tensor(at), None, keys, values, 16, "minmax")
         state = (*tails, *(Codes(*part) for part in parts), torch.zeros(2, 3, 16, 64))
-        for a, b in both(code_ops._append, *state, *new, *told):
+        for a, b in both(quantized_append._append, *state, *new, *told):
             if kind == "fp8" and a.dtype == torch.uint8:  # a division is a product with the reciprocal, once compiled
                 numbers = (x.view(torch.float8_e4m3fn).float() for x in (a, b))
                 torch.testing.assert_close(*numbers, rtol=1 / 8, atol=2**-9)

@@ -26,7 +26,7 @@ from sparse_compile.passes.choose.tuning import (
     tiles_for_pages,
 )
 from sparse_compile.passes.graph import hint_of, value_of
-from sparse_compile.passes.tables import BLOCK, KV_START, Q_START
+from sparse_compile.passes.ops.block_tables import BLOCK, KV_START, Q_START
 from sparse_compile.passes.target import Kernel, Target
 from sparse_compile.passes.torch_private import real_tensors
 

@@ -22,7 +22,7 @@ from sparse_compile.passes.kernels.limits import (
     SMALLEST_HEAD,
     SMALLEST_PAGE,
 )
-from sparse_compile.passes.tables import BLOCK
+from sparse_compile.passes.ops.block_tables import BLOCK
 from sparse_compile.passes.target import Kernel, Target
 from sparse_compile.passes.torch_private import cpu_has_avx2
 

@@ -17,7 +17,7 @@ from sparse_compile.cache.positions import Positions
 from sparse_compile.cache.rotation import in_cache_positions
 from sparse_compile.cache.selection import Selection
 from sparse_compile.masks import Mask
-from sparse_compile.passes.cache_ops import SparseCacheError
+from sparse_compile.passes.ops.cache_update import SparseCacheError
 from sparse_compile.passes.storage.layer_plan import Pages, Ring
 from sparse_compile.passes.torch_private import mark_static, real_tensors
 from sparse_compile.policy import Policy, as_policy

@@ -14,7 +14,7 @@ from sparse_compile.dynamo import with_passes
 from sparse_compile.profile import Profile, signature
 
 if TYPE_CHECKING:
-    from sparse_compile.passes.attention_stats import Look
+    from sparse_compile.passes.ops.attention_stats import Look
 
 PERIOD, REPEATS = 2500, 4  # random tokens, and how often they come, as published
 
@@ -72,8 +72,8 @@ def observe(
     Raises ``ValueError`` for a model without config, with layers whose attention was not understood, or with attention that
     reads more than queries, keys and positions, and for a period of 1 or a negative start.
     """
-    from sparse_compile.passes.attention_stats import Look
     from sparse_compile.passes.observe import watch_attention
+    from sparse_compile.passes.ops.attention_stats import Look
 
     if period < 0 or period == 1 or start < 0:
         raise ValueError(
@@ -137,7 +137,7 @@ class _Sums:
         self.found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, layer: int, heads: int, keys: int) -> tuple[Tensor, Tensor]:
-        from sparse_compile.passes.attention_stats import STATISTICS
+        from sparse_compile.passes.ops.attention_stats import STATISTICS
 
         if layer in self.found or layer >= self.layers:
             raise ValueError(f"layer {layer} attends twice, or is none of {self.layers}: heads are told apart by layer")
@@ -146,7 +146,7 @@ class _Sums:
         return self.found[layer]
 
     def means(self) -> Observations:
-        from sparse_compile.passes.attention_stats import STATISTICS
+        from sparse_compile.passes.ops.attention_stats import STATISTICS
 
         missing = sorted(set(range(self.layers)) - set(self.found))
         if missing:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from sparse_compile.masks import Mask, ScoreMod
-from sparse_compile.passes.lookups import Lookups
-from sparse_compile.passes.reference import bind_scores, given_scores, split_sink
-from sparse_compile.passes.tables import bind, given, transpose_tables
+from sparse_compile.passes.ops.block_tables import bind, given, transpose_tables
+from sparse_compile.passes.ops.materialize import Lookups
+from sparse_compile.passes.ops.reference_attention import bind_scores, given_scores, split_sink
 from sparse_compile.passes.torch_private import flex_attention_op
 
 

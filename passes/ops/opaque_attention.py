@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.passes.attention import FlexAttention, Spec
+from sparse_compile.passes.ops.flex_attention import FlexAttention, Spec
 from sparse_compile.passes.torch_private import allow_in_graph
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparse_compile.masks import Captured, Mask
 from sparse_compile.masks.blocks import block_tables, query_blocks, transposed, visited_blocks
-from sparse_compile.passes.small_steps import in_few_kernels
+from sparse_compile.passes.ops.small_steps import in_few_kernels
 
 Q_START = Captured.symbol("q_start")
 KV_START = Captured.symbol("kv_start")

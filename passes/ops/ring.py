@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_compile.passes.small_steps import in_few_kernels
+from sparse_compile.passes.ops.small_steps import in_few_kernels
 
 
 @torch.library.custom_op("sparse_compile::ring_step", mutates_args=())

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sparse_compile.masks import Mask
-from sparse_compile.passes.small_steps import in_few_kernels
+from sparse_compile.passes.ops.block_tables import bind, given, parse
+from sparse_compile.passes.ops.small_steps import in_few_kernels
 from sparse_compile.passes.storage.layer_plan import LayerPlan
-from sparse_compile.passes.tables import bind, given, parse
 
 UNCOMPILED = (
     "a SparseCache is read by compiled attention only, and this model runs without the sparse_compile backend: compile it with "

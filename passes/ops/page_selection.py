@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.masks.pages import alive, choose, describe, pool, score_digests, score_keys
-from sparse_compile.passes.code_ops import PARTS, appending
+from sparse_compile.passes.ops.quantized_append import PARTS, appending
 from sparse_compile.passes.storage.codec import Codes, Format
 
 

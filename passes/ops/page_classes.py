@@ -11,8 +11,8 @@ from sparse_compile.masks import Mask
 from sparse_compile.masks.heads import consecutive
 from sparse_compile.masks.pages import HIDDEN, KEPT, OFFERED, choose
 from sparse_compile.masks.selectors import offered, static_part
-from sparse_compile.passes.small_steps import in_few_kernels
-from sparse_compile.passes.tables import batch_of, bind, given, parse, starts
+from sparse_compile.passes.ops.block_tables import batch_of, bind, given, parse, starts
+from sparse_compile.passes.ops.small_steps import in_few_kernels
 
 
 @torch.library.custom_op("sparse_compile::page_classes", mutates_args=())

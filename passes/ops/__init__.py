@@ -1,0 +1,1 @@
+"""What runs while a compiled graph runs: schema, fake and eager form of every op."""
