@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from sparse_compile.passes.call import AttentionCall
-from sparse_compile.passes.graph import hint_of, is_in_place, op_name
+from sparse_compile.passes.ir.attention_call import AttentionCall
+from sparse_compile.passes.ir.fx_nodes import hint_of, is_in_place, op_name
 
 PROJECTIONS = {"linear", "addmm", "conv1d", "conv2d", "mm", "matmul", "einsum", "embedding"}
 REARRANGED = {"transpose", "permute", "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous", "to"}

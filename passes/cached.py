@@ -13,9 +13,9 @@ import torch
 from torch.fx import Node
 
 from sparse_compile.masks.serial import to_json
-from sparse_compile.passes.call import AttentionCall
-from sparse_compile.passes.fx_emit import emit, emit_int, inline
-from sparse_compile.passes.graph import Order, expr_of, is_one, value_of
+from sparse_compile.passes.ir.attention_call import AttentionCall
+from sparse_compile.passes.ir.fx_emit import emit, emit_int, inline
+from sparse_compile.passes.ir.fx_nodes import Order, expr_of, is_one, value_of
 from sparse_compile.passes.ops.block_tables import given
 from sparse_compile.passes.ops.cache_update import cache_tokens, page_positions
 from sparse_compile.passes.ops.ring import ring_chunk, ring_step

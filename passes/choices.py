@@ -10,16 +10,16 @@ import torch
 from torch.fx import Graph, Node
 
 from sparse_compile.masks.serial import to_json
-from sparse_compile.passes.call import AttentionCall, Left, Scored
 from sparse_compile.passes.choose.block_layout import Layout
 from sparse_compile.passes.choose.kernel_choice import FLEX
-from sparse_compile.passes.fx_emit import emit_int
-from sparse_compile.passes.graph import expr_of, value_of
+from sparse_compile.passes.ir.attention_call import AttentionCall, Left, Scored
+from sparse_compile.passes.ir.fx_emit import emit_int
+from sparse_compile.passes.ir.fx_nodes import expr_of, value_of
+from sparse_compile.passes.ir.target import Kernel
 from sparse_compile.passes.ops.page_classes import page_classes, pick_pages
 from sparse_compile.passes.ops.page_selection import select_pages
 from sparse_compile.passes.ops.prefill_block_selection import select_blocks
 from sparse_compile.passes.storage.codec import Format
-from sparse_compile.passes.target import Kernel
 from sparse_compile.passes.torch_private import overload
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from sparse_compile.masks import Mask
-from sparse_compile.passes.call import AttentionCall, Refused
-from sparse_compile.passes.fx_emit import attach
-from sparse_compile.passes.rewrite import Rewrite, phase_of
+from sparse_compile.passes.ir.attention_call import AttentionCall, Refused
+from sparse_compile.passes.ir.fx_emit import attach
+from sparse_compile.passes.ir.rewrite import Rewrite, phase_of
 
 
 class Mix(nn.Module):

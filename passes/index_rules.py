@@ -8,7 +8,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from sparse_compile.passes.graph import argument, expr_of, is_one, result_shape, shape_of, value_of
+from sparse_compile.passes.ir.fx_nodes import argument, expr_of, is_one, result_shape, shape_of, value_of
 from sparse_compile.passes.values import Elements, Index, Number, Rule, Value
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch.fx import Node
 
-from sparse_compile.passes.call import AttentionCall, Kept
-from sparse_compile.passes.fx_emit import emit
-from sparse_compile.passes.graph import hint_of
+from sparse_compile.passes.ir.attention_call import AttentionCall, Kept
+from sparse_compile.passes.ir.fx_emit import emit
+from sparse_compile.passes.ir.fx_nodes import hint_of
 from sparse_compile.passes.kernels.limits import MOST_KV_HEADS
 from sparse_compile.passes.ops.block_tables import BLOCK
 from sparse_compile.passes.ops.paged_decode import attend_kept

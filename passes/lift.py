@@ -15,12 +15,12 @@ from torch.fx import Node
 
 from sparse_compile.masks import Mask, ScoreMod, bias, causal, full, sink_logits, softcap
 from sparse_compile.masks.scores import in_order
-from sparse_compile.passes.call import AttentionCall, Left
-from sparse_compile.passes.graph import Order, expr_of, shape_of, value_of
+from sparse_compile.passes.ir.attention_call import AttentionCall, Left
+from sparse_compile.passes.ir.fx_nodes import Order, expr_of, shape_of, value_of
+from sparse_compile.passes.ir.positions import Positions
+from sparse_compile.passes.ir.score_steps import Add, Hide, Scale, Tanh
 from sparse_compile.passes.ops.block_tables import KV_START, Q_START
-from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.pullback import Pullback
-from sparse_compile.passes.score_steps import Add, Hide, Scale, Tanh
 from sparse_compile.passes.values import (
     AXES,
     BATCH,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sparse_compile.masks import causal
-from sparse_compile.passes.call import AttentionCall, Left
-from sparse_compile.passes.graph import Order
+from sparse_compile.passes.ir.attention_call import AttentionCall, Left
+from sparse_compile.passes.ir.fx_nodes import Order
+from sparse_compile.passes.ir.rewrite import Rewrite
 from sparse_compile.passes.lift import lift_call
-from sparse_compile.passes.rewrite import Rewrite
 
 
 def lift_masks(rewrite: Rewrite) -> int:

@@ -17,14 +17,16 @@ from sparse_compile.masks.given import Explicit
 from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.selectors import has_selector, offered
 from sparse_compile.masks.serial import to_json
-from sparse_compile.passes.call import AttentionCall, Left, plain_form
-from sparse_compile.passes.captured_source import Source
 from sparse_compile.passes.choices import Choices
 from sparse_compile.passes.choose.block_layout import layout_of
 from sparse_compile.passes.choose.kernel_choice import FLEX
-from sparse_compile.passes.fx_emit import attach, emit_int, fake_mode_of, inline
-from sparse_compile.passes.graph import Order, expr_of, hint_of, op_name, value_of
-from sparse_compile.passes.heads import join_heads, pick_heads
+from sparse_compile.passes.ir.attention_call import AttentionCall, Left, plain_form
+from sparse_compile.passes.ir.captured_source import Source
+from sparse_compile.passes.ir.fx_emit import attach, emit_int, fake_mode_of, inline
+from sparse_compile.passes.ir.fx_nodes import Order, expr_of, hint_of, op_name, value_of
+from sparse_compile.passes.ir.head_slices import join_heads, pick_heads
+from sparse_compile.passes.ir.rewrite import Part
+from sparse_compile.passes.ir.target import Target
 from sparse_compile.passes.kept_ops import pages_of, ring_of
 from sparse_compile.passes.ops.block_tables import KV_START, Q_START, block_tables_op, given
 from sparse_compile.passes.ops.flex_attention import FlexAttention, Spec
@@ -32,8 +34,6 @@ from sparse_compile.passes.ops.materialize import realise
 from sparse_compile.passes.ops.opaque_attention import attention_op, to_text
 from sparse_compile.passes.ops.paged_decode import attend_kept
 from sparse_compile.passes.ops.reference_attention import DenseMask, ListedPairs, ReferenceAttention
-from sparse_compile.passes.rewrite import Part
-from sparse_compile.passes.target import Target
 from sparse_compile.passes.torch_private import overload, real_tensors
 
 KEPT_TABLE_BYTES = 16 << 20

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from sparse_compile.passes.call import AttentionCall, Left
 from sparse_compile.passes.choose.head_groups import parts_of
+from sparse_compile.passes.ir.attention_call import AttentionCall, Left
+from sparse_compile.passes.ir.rewrite import Part, Rewrite
+from sparse_compile.passes.ir.target import Target
 from sparse_compile.passes.kept_ops import in_one_launch
 from sparse_compile.passes.lower import lower_call
-from sparse_compile.passes.rewrite import Part, Rewrite
-from sparse_compile.passes.target import Target
 
 
 def lower_attention(rewrite: Rewrite) -> int:

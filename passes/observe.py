@@ -11,12 +11,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from sparse_compile.passes.call import AttentionCall, Refused
-from sparse_compile.passes.fx_emit import attach
-from sparse_compile.passes.graph import expr_of, hint_of
+from sparse_compile.passes.ir.attention_call import AttentionCall, Refused
+from sparse_compile.passes.ir.fx_emit import attach
+from sparse_compile.passes.ir.fx_nodes import expr_of, hint_of
+from sparse_compile.passes.ir.rewrite import Rewrite, phase_of
 from sparse_compile.passes.ops.attention_stats import Look, Watch, add_weights
 from sparse_compile.passes.ops.block_tables import given
-from sparse_compile.passes.rewrite import Rewrite, phase_of
 from sparse_compile.passes.torch_private import overload
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparse_compile.passes.choose.assign_policy import assign_policy
+from sparse_compile.passes.ir.rewrite import Pass, Rewrite
 from sparse_compile.passes.keep_in_cache import find_caches, keep_in_cache
 from sparse_compile.passes.lift_masks import lift_masks
 from sparse_compile.passes.lower_attention import lower_attention
 from sparse_compile.passes.read_attention import read_attention
 from sparse_compile.passes.remove_dead_code import remove_dead_code
-from sparse_compile.passes.rewrite import Pass, Rewrite
 from sparse_compile.passes.unfuse import unfuse
 
 UNDERSTAND: tuple[Pass, ...] = (unfuse, read_attention, lift_masks, find_caches, assign_policy)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sparse_compile.passes.graph import is_in_place, is_one, memory_of, op_name, shape_of, value_of, writers
 from sparse_compile.passes.index_rules import MOVES
+from sparse_compile.passes.ir.fx_nodes import is_in_place, is_one, memory_of, op_name, shape_of, value_of, writers
 from sparse_compile.passes.value_rules import COMPUTES, CONSTANTS
 from sparse_compile.passes.values import Atoms, Element, Index, Number, Value, constant
 

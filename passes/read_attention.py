@@ -8,9 +8,9 @@ from dataclasses import replace
 from torch.fx import GraphModule
 
 from sparse_compile.passes.ancestry import is_self_attention
-from sparse_compile.passes.call import AttentionCall, Left
-from sparse_compile.passes.graph import Order, op_name
-from sparse_compile.passes.rewrite import Rewrite
+from sparse_compile.passes.ir.attention_call import AttentionCall, Left
+from sparse_compile.passes.ir.fx_nodes import Order, op_name
+from sparse_compile.passes.ir.rewrite import Rewrite
 from sparse_compile.passes.sdpa import read_sdpa
 from sparse_compile.passes.spelled_out import read_spelled_out
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sparse_compile.passes.fx_emit import erase_dead
-from sparse_compile.passes.rewrite import Rewrite
+from sparse_compile.passes.ir.fx_emit import erase_dead
+from sparse_compile.passes.ir.rewrite import Rewrite
 
 
 def remove_dead_code(rewrite: Rewrite) -> int:

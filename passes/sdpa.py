@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from sparse_compile.passes.call import AttentionCall, Left
-from sparse_compile.passes.graph import Order, argument, expr_of, hint_of, op_name, shape_of, value_of
+from sparse_compile.passes.ir.attention_call import AttentionCall, Left
+from sparse_compile.passes.ir.fx_nodes import Order, argument, expr_of, hint_of, op_name, shape_of, value_of
 
 
 def read_sdpa(node: Node, order: Order) -> AttentionCall | Left:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sparse_compile.passes.call import AttentionCall, Left
-from sparse_compile.passes.graph import Order, argument, hint_of, op_name, shape_of, value_of
-from sparse_compile.passes.score_steps import Add, Hide, Scale, Step, Tanh
+from sparse_compile.passes.ir.attention_call import AttentionCall, Left
+from sparse_compile.passes.ir.fx_nodes import Order, argument, hint_of, op_name, shape_of, value_of
+from sparse_compile.passes.ir.score_steps import Add, Hide, Scale, Step, Tanh
 from sparse_compile.passes.sdpa import build_call
 
 PRODUCTS = {"matmul", "bmm", "einsum"}

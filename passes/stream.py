@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sparse_compile.passes.fx_emit import emit, inline
-from sparse_compile.passes.graph import value_of
+from sparse_compile.passes.ir.fx_emit import emit, inline
+from sparse_compile.passes.ir.fx_nodes import value_of
 from sparse_compile.passes.ops.rope_positions import sink_places, turn
 from sparse_compile.passes.storage.layer_plan import Ring
 from sparse_compile.passes.torch_private import overload

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from sparse_compile.passes.fx_emit import inline
-from sparse_compile.passes.graph import argument, op_name, shape_of, value_of
-from sparse_compile.passes.rewrite import Rewrite
+from sparse_compile.passes.ir.fx_emit import inline
+from sparse_compile.passes.ir.fx_nodes import argument, op_name, shape_of, value_of
+from sparse_compile.passes.ir.rewrite import Rewrite
 
 ATTENTION = (
     "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p "

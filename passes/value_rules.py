@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sparse_compile.passes.graph import argument, op_name, result_shape, value_of
+from sparse_compile.passes.ir.fx_nodes import argument, op_name, result_shape, value_of
 from sparse_compile.passes.values import (
     All,
     Choice,

@@ -22,10 +22,10 @@ from sparse_compile.masks import (
     sink,
     sliding_window,
 )
-from sparse_compile.passes.captured_source import Source
-from sparse_compile.passes.graph import expr_of, value_of
+from sparse_compile.passes.ir.captured_source import Source
+from sparse_compile.passes.ir.fx_nodes import expr_of, value_of
+from sparse_compile.passes.ir.positions import Positions
 from sparse_compile.passes.ops.block_tables import KV_START, Q_START
-from sparse_compile.passes.positions import Positions
 from sparse_compile.passes.pullback import Pullback
 from sparse_compile.passes.values import (
     AXES,

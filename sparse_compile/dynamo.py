@@ -18,8 +18,8 @@ from sparse_compile.policy import Policy, as_policy
 from sparse_compile.report import Report
 
 if TYPE_CHECKING:  # the passes import sympy and Dynamo, which cost a second: not before something is compiled
-    from sparse_compile.passes.call import AttentionCall, Refused
-    from sparse_compile.passes.rewrite import CacheUse, Pass, Rewrite
+    from sparse_compile.passes.ir.attention_call import AttentionCall, Refused
+    from sparse_compile.passes.ir.rewrite import CacheUse, Pass, Rewrite
 
 INNER = ("inductor", "aot_eager", "cudagraphs", "tensorrt", "eager")
 KERNELS = ("auto", "autotune", "flash", "triton", "flex", "sdpa", "reference")
@@ -97,8 +97,8 @@ class Backend:
         options: Mapping[str, Any] | None = None,
     ) -> Callable[..., Any]:
         """Compile one graph; ``torch.compile`` calls this."""
-        from sparse_compile.passes.call import Refused
         from sparse_compile.passes.inner import check_mode, compile_inner
+        from sparse_compile.passes.ir.attention_call import Refused
 
         check_mode(mode)
         if options:
@@ -133,7 +133,7 @@ class Backend:
     def _config(self, rewrite: Rewrite) -> dict[str, Any]:
         """The Inductor options: what the kernel choice and the kind of graph ask for, and over it what the user does."""
         from sparse_compile.passes.inner import for_steps
-        from sparse_compile.passes.rewrite import phase_of
+        from sparse_compile.passes.ir.rewrite import phase_of
 
         # Matrix products stay as they are: the user asked for attention to be tuned.
         tune = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"} if self.kernel == "autotune" else {}
@@ -154,10 +154,10 @@ class Backend:
 
     def _rewrite(self, gm: GraphModule, inputs: Sequence[Any]) -> Rewrite:
         from sparse_compile.passes.choose.kernel_choice import capability
+        from sparse_compile.passes.ir.rewrite import Rewrite
+        from sparse_compile.passes.ir.target import Target
         from sparse_compile.passes.kv import reads_cache
         from sparse_compile.passes.pipeline import run_passes
-        from sparse_compile.passes.rewrite import Rewrite
-        from sparse_compile.passes.target import Target
 
         gradients = torch.is_grad_enabled() and (self._trains or any(isinstance(x, Tensor) and x.requires_grad for x in inputs))
         gradients = gradients and not reads_cache(gm)
@@ -179,7 +179,7 @@ class Backend:
             self.policy.check_layers(len(layers))
 
     def _mask_for(self, call: AttentionCall) -> Mask | None:
-        from sparse_compile.passes.rewrite import phase_of
+        from sparse_compile.passes.ir.rewrite import phase_of
 
         if self.policy is None:
             return None

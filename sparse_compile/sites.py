@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from sparse_compile.masks.selectors import has_selector
 from sparse_compile.masks.unknown import without_symbols
-from sparse_compile.passes.call import AttentionCall, Left
-from sparse_compile.passes.graph import hint_of, layer_index, module_path
+from sparse_compile.passes.ir.attention_call import AttentionCall, Left
+from sparse_compile.passes.ir.fx_nodes import hint_of, layer_index, module_path
+from sparse_compile.passes.ir.rewrite import Rewrite, phase_of
 from sparse_compile.passes.ops.block_tables import BLOCK
-from sparse_compile.passes.rewrite import Rewrite, phase_of
 from sparse_compile.report import Site
 
 NAMES = {

@@ -20,8 +20,8 @@ from sparse_compile.masks import Mask, causal, chunked, document, full, per_head
 from sparse_compile.passes import inner, lower
 from sparse_compile.passes.choose import block_layout, head_groups, kernel_choice, tuning
 from sparse_compile.passes.choose.tuning import Tiles
+from sparse_compile.passes.ir.rewrite import Rewrite
 from sparse_compile.passes.ops import block_tables
-from sparse_compile.passes.rewrite import Rewrite
 
 STREAMING = causal & (sink(4) | sliding_window(64))
 

@@ -8,10 +8,10 @@ from functools import reduce
 from sparse_compile.masks import Mask, full
 from sparse_compile.masks.budget import check_budget, check_pages
 from sparse_compile.masks.selectors import has_selector, selector_of
-from sparse_compile.passes.call import AttentionCall, Left
-from sparse_compile.passes.graph import hint_of
+from sparse_compile.passes.ir.attention_call import AttentionCall, Left
+from sparse_compile.passes.ir.fx_nodes import hint_of
+from sparse_compile.passes.ir.rewrite import Rewrite, phase_of
 from sparse_compile.passes.ops.block_tables import BLOCK
-from sparse_compile.passes.rewrite import Rewrite, phase_of
 from sparse_compile.passes.torch_private import real_tensors
 
 

@@ -14,7 +14,6 @@ from sparse_compile.masks.given import Explicit
 from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.selectors import PageTopK, has_selector, static_part
 from sparse_compile.masks.unknown import without_symbols
-from sparse_compile.passes.call import AttentionCall, Scored, is_decode_step
 from sparse_compile.passes.choose.kernel_choice import FLEX
 from sparse_compile.passes.choose.tuning import (
     FLASH_TILES,
@@ -25,9 +24,10 @@ from sparse_compile.passes.choose.tuning import (
     tiles_for,
     tiles_for_pages,
 )
-from sparse_compile.passes.graph import hint_of, value_of
+from sparse_compile.passes.ir.attention_call import AttentionCall, Scored, is_decode_step
+from sparse_compile.passes.ir.fx_nodes import hint_of, value_of
+from sparse_compile.passes.ir.target import Kernel, Target
 from sparse_compile.passes.ops.block_tables import BLOCK, KV_START, Q_START
-from sparse_compile.passes.target import Kernel, Target
 from sparse_compile.passes.torch_private import real_tensors
 
 

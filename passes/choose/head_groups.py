@@ -6,10 +6,10 @@ from sparse_compile.masks import Mask, per_head
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.given import Explicit
 from sparse_compile.masks.heads import PerHead
-from sparse_compile.passes.call import AttentionCall, is_decode_step
 from sparse_compile.passes.choose.kernel_choice import choose_kernel
-from sparse_compile.passes.rewrite import Part
-from sparse_compile.passes.target import Kernel, Target
+from sparse_compile.passes.ir.attention_call import AttentionCall, is_decode_step
+from sparse_compile.passes.ir.rewrite import Part
+from sparse_compile.passes.ir.target import Kernel, Target
 
 MOST_GROUPS = 4  # of one call: each is a kernel of its own to compile and launch
 

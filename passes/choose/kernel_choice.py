@@ -11,9 +11,10 @@ from sparse_compile.masks import Mask, causal, full
 from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.scores import SinkLogits
 from sparse_compile.masks.selectors import has_selector, offered
-from sparse_compile.passes.call import AttentionCall, is_decode_step, plain_form
 from sparse_compile.passes.choose.tuning import FLASH_TILES
-from sparse_compile.passes.graph import hint_of, value_of
+from sparse_compile.passes.ir.attention_call import AttentionCall, is_decode_step, plain_form
+from sparse_compile.passes.ir.fx_nodes import hint_of, value_of
+from sparse_compile.passes.ir.target import Kernel, Target
 from sparse_compile.passes.kernels.limits import (
     LARGEST_HEAD,
     MOST_GROUPS,
@@ -23,7 +24,6 @@ from sparse_compile.passes.kernels.limits import (
     SMALLEST_PAGE,
 )
 from sparse_compile.passes.ops.block_tables import BLOCK
-from sparse_compile.passes.target import Kernel, Target
 from sparse_compile.passes.torch_private import cpu_has_avx2
 
 HALF = (torch.bfloat16, torch.float16)

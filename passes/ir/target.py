@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparse_compile.passes.call import AttentionCall
+from sparse_compile.passes.ir.attention_call import AttentionCall
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import sympy
 from torch.fx import GraphModule, Node
 
 from sparse_compile.masks import Mask, causal
-from sparse_compile.passes.call import AttentionCall, Left, Phase
-from sparse_compile.passes.graph import expr_of, is_one
-from sparse_compile.passes.target import Kernel, Target
+from sparse_compile.passes.ir.attention_call import AttentionCall, Left, Phase
+from sparse_compile.passes.ir.fx_nodes import expr_of, is_one
+from sparse_compile.passes.ir.target import Kernel, Target
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from sparse_compile.masks.heads import consecutive
-from sparse_compile.passes.fx_emit import inline
+from sparse_compile.passes.ir.fx_emit import inline
 
 
 def pick_heads(point: Node, x: Node, heads: Sequence[int] | None) -> Node:

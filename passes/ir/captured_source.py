@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from sparse_compile.passes.graph import value_of
+from sparse_compile.passes.ir.fx_nodes import value_of
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import sympy
 from torch.fx import Node
 
 from sparse_compile.masks import Mask, ScoreMod, causal, full
-from sparse_compile.passes.graph import expr_of, hint_of, is_one, layer_index, module_path, shape_of, value_of
-from sparse_compile.passes.positions import Positions
+from sparse_compile.passes.ir.fx_nodes import expr_of, hint_of, is_one, layer_index, module_path, shape_of, value_of
+from sparse_compile.passes.ir.positions import Positions
 from sparse_compile.passes.storage.codec import Codes, Format
 from sparse_compile.passes.storage.layer_plan import Choice, Selecting
 

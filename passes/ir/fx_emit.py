@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import GraphAppendingTracer
 
-from sparse_compile.passes.graph import is_in_place, value_of
+from sparse_compile.passes.ir.fx_nodes import is_in_place, value_of
 from sparse_compile.passes.torch_private import mode_of, name_source
 
 

@@ -1,0 +1,1 @@
+"""What the passes share: attention calls as values, and reading and writing FX graphs."""
