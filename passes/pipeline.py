@@ -9,9 +9,9 @@ from sparse_compile.passes.ir.rewrite import Pass, Rewrite
 from sparse_compile.passes.keep_in_cache import find_caches, keep_in_cache
 from sparse_compile.passes.lift_masks import lift_masks
 from sparse_compile.passes.lower_attention import lower_attention
-from sparse_compile.passes.read_attention import read_attention
+from sparse_compile.passes.read.read_attention import read_attention
+from sparse_compile.passes.read.unfuse_modules import unfuse
 from sparse_compile.passes.remove_dead_code import remove_dead_code
-from sparse_compile.passes.unfuse import unfuse
 
 UNDERSTAND: tuple[Pass, ...] = (unfuse, read_attention, lift_masks, find_caches, assign_policy)
 REPLACE: tuple[Pass, ...] = (keep_in_cache, lower_attention, remove_dead_code)

@@ -12,7 +12,7 @@ from torch.fx import Node
 from sparse_compile.passes.ir.attention_call import AttentionCall, Left
 from sparse_compile.passes.ir.fx_nodes import Order, argument, hint_of, op_name, shape_of, value_of
 from sparse_compile.passes.ir.score_steps import Add, Hide, Scale, Step, Tanh
-from sparse_compile.passes.sdpa import build_call
+from sparse_compile.passes.read.sdpa import build_call
 
 PRODUCTS = {"matmul", "bmm", "einsum"}
 # What models do to attention weights besides casting them; it is followed to say what was left, and why.

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from torch.fx import GraphModule
 
-from sparse_compile.passes.ancestry import is_self_attention
 from sparse_compile.passes.ir.attention_call import AttentionCall, Left
 from sparse_compile.passes.ir.fx_nodes import Order, op_name
 from sparse_compile.passes.ir.rewrite import Rewrite
-from sparse_compile.passes.sdpa import read_sdpa
-from sparse_compile.passes.spelled_out import read_spelled_out
+from sparse_compile.passes.read.matmul_softmax import read_spelled_out
+from sparse_compile.passes.read.sdpa import read_sdpa
+from sparse_compile.passes.read.self_attention import is_self_attention
 
 
 def read_attention(rewrite: Rewrite) -> int:

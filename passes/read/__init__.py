@@ -1,0 +1,1 @@
+"""Find attention calls in a graph, however a model writes them."""
