@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from sparse_compile.passes.ir.fx_nodes import argument, op_name, result_shape, value_of
-from sparse_compile.passes.values import (
+from sparse_compile.passes.lift.symbolic_element import (
     All,
     Choice,
     Element,

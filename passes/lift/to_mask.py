@@ -25,9 +25,8 @@ from sparse_compile.masks import (
 from sparse_compile.passes.ir.captured_source import Source
 from sparse_compile.passes.ir.fx_nodes import expr_of, value_of
 from sparse_compile.passes.ir.positions import Positions
-from sparse_compile.passes.ops.block_tables import KV_START, Q_START
-from sparse_compile.passes.pullback import Pullback
-from sparse_compile.passes.values import (
+from sparse_compile.passes.lift.pullback import Pullback
+from sparse_compile.passes.lift.symbolic_element import (
     AXES,
     BATCH,
     KEY,
@@ -44,6 +43,7 @@ from sparse_compile.passes.values import (
     disjunction,
     negation,
 )
+from sparse_compile.passes.ops.block_tables import KV_START, Q_START
 
 
 class NotLiftable(Exception):

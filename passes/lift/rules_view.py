@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from sparse_compile.passes.ir.fx_nodes import argument, expr_of, is_one, result_shape, shape_of, value_of
-from sparse_compile.passes.values import Elements, Index, Number, Rule, Value
+from sparse_compile.passes.lift.symbolic_element import Elements, Index, Number, Rule, Value
 
 
 def _arange(pull: Elements, node: Node, index: Index) -> Value | None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sparse_compile.passes.index_rules import MOVES
 from sparse_compile.passes.ir.fx_nodes import is_in_place, is_one, memory_of, op_name, shape_of, value_of, writers
-from sparse_compile.passes.value_rules import COMPUTES, CONSTANTS
-from sparse_compile.passes.values import Atoms, Element, Index, Number, Value, constant
+from sparse_compile.passes.lift.rules_pointwise import COMPUTES, CONSTANTS
+from sparse_compile.passes.lift.rules_view import MOVES
+from sparse_compile.passes.lift.symbolic_element import Atoms, Element, Index, Number, Value, constant
 
 RULES = MOVES | COMPUTES
 

@@ -19,9 +19,8 @@ from sparse_compile.passes.ir.attention_call import AttentionCall, Left
 from sparse_compile.passes.ir.fx_nodes import Order, expr_of, shape_of, value_of
 from sparse_compile.passes.ir.positions import Positions
 from sparse_compile.passes.ir.score_steps import Add, Hide, Scale, Tanh
-from sparse_compile.passes.ops.block_tables import KV_START, Q_START
-from sparse_compile.passes.pullback import Pullback
-from sparse_compile.passes.values import (
+from sparse_compile.passes.lift.pullback import Pullback
+from sparse_compile.passes.lift.symbolic_element import (
     AXES,
     BATCH,
     HEAD,
@@ -38,7 +37,8 @@ from sparse_compile.passes.values import (
     Value,
     negation,
 )
-from sparse_compile.passes.words import NotLiftable, Words
+from sparse_compile.passes.lift.to_mask import NotLiftable, Words
+from sparse_compile.passes.ops.block_tables import KV_START, Q_START
 
 # Adding this or less to a score leaves nothing of its weight; models write -10000, -1e9, the smallest float or -inf.
 HIDDEN = -1e4

@@ -8,7 +8,7 @@ from sparse_compile.masks import causal
 from sparse_compile.passes.ir.attention_call import AttentionCall, Left
 from sparse_compile.passes.ir.fx_nodes import Order
 from sparse_compile.passes.ir.rewrite import Rewrite
-from sparse_compile.passes.lift import lift_call
+from sparse_compile.passes.lift.lift_mask import lift_call
 
 
 def lift_masks(rewrite: Rewrite) -> int:

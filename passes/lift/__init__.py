@@ -1,0 +1,1 @@
+"""Recover masks in the language from the tensors that a model adds to its scores."""
