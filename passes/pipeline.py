@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sparse_compile.passes.choose.assign_policy import assign_policy
 from sparse_compile.passes.ir.rewrite import Pass, Rewrite
-from sparse_compile.passes.keep_in_cache import find_caches, keep_in_cache
+from sparse_compile.passes.kv.keep_in_cache import find_caches, keep_in_cache
 from sparse_compile.passes.lift.lift_masks import lift_masks
 from sparse_compile.passes.lower_attention import lower_attention
 from sparse_compile.passes.read.read_attention import read_attention

@@ -156,7 +156,7 @@ class Backend:
         from sparse_compile.passes.choose.kernel_choice import capability
         from sparse_compile.passes.ir.rewrite import Rewrite
         from sparse_compile.passes.ir.target import Target
-        from sparse_compile.passes.kv import reads_cache
+        from sparse_compile.passes.kv.checks import reads_cache
         from sparse_compile.passes.pipeline import run_passes
 
         gradients = torch.is_grad_enabled() and (self._trains or any(isinstance(x, Tensor) and x.requires_grad for x in inputs))

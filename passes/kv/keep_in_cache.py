@@ -5,7 +5,7 @@ from __future__ import annotations
 from sparse_compile.masks.selectors import has_selector
 from sparse_compile.passes.ir.attention_call import Refused
 from sparse_compile.passes.ir.rewrite import Rewrite, phase_of
-from sparse_compile.passes.kv import find_cache, keep
+from sparse_compile.passes.kv.checks import find_cache, keep
 from sparse_compile.passes.ops.cache_update import SparseCacheError
 
 

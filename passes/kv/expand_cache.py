@@ -21,20 +21,20 @@ from sparse_compile.masks.past import visible_past
 from sparse_compile.masks.placed import placed, relaxed
 from sparse_compile.masks.scores import sink_scores
 from sparse_compile.masks.selectors import choosing_together
-from sparse_compile.passes.cached import CacheInGraph
 from sparse_compile.passes.ir.attention_call import AttentionCall, Kept, RingRead, Scored
 from sparse_compile.passes.ir.captured_source import Source
 from sparse_compile.passes.ir.fx_emit import emit, inline
 from sparse_compile.passes.ir.fx_nodes import value_of
 from sparse_compile.passes.ir.head_slices import join_heads, pick_heads
 from sparse_compile.passes.ir.positions import Positions
+from sparse_compile.passes.kv.token_positions import CacheInGraph
+from sparse_compile.passes.kv.update_node import Update
 from sparse_compile.passes.ops.block_tables import Q_START
 from sparse_compile.passes.ops.page_selection import describe_pages, score_pages_by_keys
 from sparse_compile.passes.ops.quantized_append import append_codes, read_codes
 from sparse_compile.passes.storage.codec import Codes, Format
 from sparse_compile.passes.storage.layer_plan import Pages, Ring, Storage
 from sparse_compile.passes.torch_private import overload, real_tensors
-from sparse_compile.passes.update_node import Update
 
 
 class Pieces:

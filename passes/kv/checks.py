@@ -14,16 +14,16 @@ from sparse_compile.masks import Mask, causal, full
 from sparse_compile.masks.given import Explicit
 from sparse_compile.masks.selectors import choosing_together
 from sparse_compile.masks.unknown import without_tensors
-from sparse_compile.passes.cached import CacheInGraph
 from sparse_compile.passes.ir.attention_call import AttentionCall, Left
 from sparse_compile.passes.ir.fx_nodes import expr_of, hint_of, memory_of, op_name, value_of
 from sparse_compile.passes.ir.positions import Positions
 from sparse_compile.passes.ir.rewrite import CacheUse
+from sparse_compile.passes.kv.expand_cache import Pieces
+from sparse_compile.passes.kv.token_positions import CacheInGraph
+from sparse_compile.passes.kv.update_node import Update
 from sparse_compile.passes.ops.block_tables import Q_START
 from sparse_compile.passes.ops.cache_update import SparseCacheError
-from sparse_compile.passes.pieces import Pieces
 from sparse_compile.passes.storage.layer_plan import LayerPlan, Pages, Storage, misfit, needed_past
-from sparse_compile.passes.update_node import Update
 
 Phase = Callable[[AttentionCall], str]
 

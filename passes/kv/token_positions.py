@@ -16,14 +16,14 @@ from sparse_compile.masks.serial import to_json
 from sparse_compile.passes.ir.attention_call import AttentionCall
 from sparse_compile.passes.ir.fx_emit import emit, emit_int, inline
 from sparse_compile.passes.ir.fx_nodes import Order, expr_of, is_one, value_of
+from sparse_compile.passes.kv.cache_positions import Stream
+from sparse_compile.passes.kv.update_node import Update
 from sparse_compile.passes.ops.block_tables import given
 from sparse_compile.passes.ops.cache_update import cache_tokens, page_positions
 from sparse_compile.passes.ops.ring import ring_chunk, ring_step
 from sparse_compile.passes.ops.rope_positions import stream_advance, stream_positions
 from sparse_compile.passes.storage.layer_plan import LayerPlan
-from sparse_compile.passes.stream import Stream
 from sparse_compile.passes.torch_private import overload
-from sparse_compile.passes.update_node import Update
 
 
 class CacheInGraph:

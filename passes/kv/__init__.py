@@ -1,0 +1,1 @@
+"""Attention over a SparseCache: find it, check that it fits, and split it by how heads are stored."""
