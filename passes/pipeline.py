@@ -8,10 +8,10 @@ from sparse_compile.passes.choose.assign_policy import assign_policy
 from sparse_compile.passes.ir.rewrite import Pass, Rewrite
 from sparse_compile.passes.kv.keep_in_cache import find_caches, keep_in_cache
 from sparse_compile.passes.lift.lift_masks import lift_masks
-from sparse_compile.passes.lower_attention import lower_attention
+from sparse_compile.passes.lower.lower_attention import lower_attention
+from sparse_compile.passes.lower.remove_dead_code import remove_dead_code
 from sparse_compile.passes.read.read_attention import read_attention
 from sparse_compile.passes.read.unfuse_modules import unfuse
-from sparse_compile.passes.remove_dead_code import remove_dead_code
 
 UNDERSTAND: tuple[Pass, ...] = (unfuse, read_attention, lift_masks, find_caches, assign_policy)
 REPLACE: tuple[Pass, ...] = (keep_in_cache, lower_attention, remove_dead_code)

@@ -17,10 +17,11 @@ from transformers import StaticCache
 import sparse_compile as sc
 from models import DECODERS, tokens
 from sparse_compile.masks import Mask, causal, chunked, document, full, per_head, prefix, sink, sliding_window
-from sparse_compile.passes import inner, lower
+from sparse_compile.passes import inner
 from sparse_compile.passes.choose import block_layout, head_groups, kernel_choice, tuning
 from sparse_compile.passes.choose.tuning import Tiles
 from sparse_compile.passes.ir.rewrite import Rewrite
+from sparse_compile.passes.lower import lower_call
 from sparse_compile.passes.ops import block_tables
 
 STREAMING = causal & (sink(4) | sliding_window(64))
@@ -257,7 +258,7 @@ def test_tables_of_a_static_prompt_are_kept_with_the_graph(monkeypatch: pytest.M
         calls.append(args)
         return [torch.zeros(1, dtype=torch.int32)] * 6
 
-    monkeypatch.setattr(lower, "block_tables_op", build)
+    monkeypatch.setattr(lower_call, "block_tables_op", build)
     backend = sc.Backend(STREAMING, kernel="triton")
     backend._device = "cuda"
     monkeypatch.setattr(inner, "_compile", lambda gm, *_: lambda *args: (args[0],))

@@ -8,8 +8,8 @@ from sparse_compile.passes.choose.head_groups import parts_of
 from sparse_compile.passes.ir.attention_call import AttentionCall, Left
 from sparse_compile.passes.ir.rewrite import Part, Rewrite
 from sparse_compile.passes.ir.target import Target
-from sparse_compile.passes.kept_ops import in_one_launch
-from sparse_compile.passes.lower import lower_call
+from sparse_compile.passes.lower.lower_call import lower_call
+from sparse_compile.passes.lower.paged import in_one_launch
 
 
 def lower_attention(rewrite: Rewrite) -> int:

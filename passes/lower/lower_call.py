@@ -17,7 +17,6 @@ from sparse_compile.masks.given import Explicit
 from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.selectors import has_selector, offered
 from sparse_compile.masks.serial import to_json
-from sparse_compile.passes.choices import Choices
 from sparse_compile.passes.choose.block_layout import layout_of
 from sparse_compile.passes.choose.kernel_choice import FLEX
 from sparse_compile.passes.ir.attention_call import AttentionCall, Left, plain_form
@@ -27,7 +26,8 @@ from sparse_compile.passes.ir.fx_nodes import Order, expr_of, hint_of, op_name, 
 from sparse_compile.passes.ir.head_slices import join_heads, pick_heads
 from sparse_compile.passes.ir.rewrite import Part
 from sparse_compile.passes.ir.target import Target
-from sparse_compile.passes.kept_ops import pages_of, ring_of
+from sparse_compile.passes.lower.page_choice import Choices
+from sparse_compile.passes.lower.paged import pages_of, ring_of
 from sparse_compile.passes.ops.block_tables import KV_START, Q_START, block_tables_op, given
 from sparse_compile.passes.ops.flex_attention import FlexAttention, Spec
 from sparse_compile.passes.ops.materialize import realise

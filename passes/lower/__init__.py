@@ -1,0 +1,1 @@
+"""Replace attention calls by the kernels that run them."""
