@@ -16,7 +16,7 @@ from sparse_compile.calibration import Batches, train_gates
 from sparse_compile.calibration.hidden import compiled_hidden, last_hidden
 from sparse_compile.dynamo import with_passes
 from sparse_compile.masks import causal, sink, sliding_window
-from sparse_compile.passes.gate import mix_gates
+from sparse_compile.passes.calibration.mix_gates import mix_gates
 from sparse_compile.profile import Profile, signature
 
 SINK, RECENT, LENGTH = 2, 5, 24

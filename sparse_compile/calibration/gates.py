@@ -109,7 +109,7 @@ def rate_at(step: int, *, steps: int) -> float:
 
 
 def _mixing(gates: list[nn.Parameter], streaming: Any) -> Callable[[Any], int]:
-    from sparse_compile.passes.gate import mix_gates
+    from sparse_compile.passes.calibration.mix_gates import mix_gates
 
     return partial(mix_gates, gates=gates, streaming=streaming)
 

@@ -72,7 +72,7 @@ def observe(
     Raises ``ValueError`` for a model without config, with layers whose attention was not understood, or with attention that
     reads more than queries, keys and positions, and for a period of 1 or a negative start.
     """
-    from sparse_compile.passes.observe import watch_attention
+    from sparse_compile.passes.calibration.observe_heads import watch_attention
     from sparse_compile.passes.ops.attention_stats import Look
 
     if period < 0 or period == 1 or start < 0:
