@@ -97,7 +97,7 @@ class Backend:
         options: Mapping[str, Any] | None = None,
     ) -> Callable[..., Any]:
         """Compile one graph; ``torch.compile`` calls this."""
-        from sparse_compile.passes.inner import check_mode, compile_inner
+        from sparse_compile.passes.inner_compiler import check_mode, compile_inner
         from sparse_compile.passes.ir.attention_call import Refused
 
         check_mode(mode)
@@ -132,7 +132,7 @@ class Backend:
 
     def _config(self, rewrite: Rewrite) -> dict[str, Any]:
         """The Inductor options: what the kernel choice and the kind of graph ask for, and over it what the user does."""
-        from sparse_compile.passes.inner import for_steps
+        from sparse_compile.passes.inner_compiler import for_steps
         from sparse_compile.passes.ir.rewrite import phase_of
 
         # Matrix products stay as they are: the user asked for attention to be tuned.

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import sparse_compile as sc
 from models import DECODERS, tokens
 from sparse_compile.masks import causal, document, sink, sliding_window
-from sparse_compile.passes import inner as inner_compilers
+from sparse_compile.passes import inner_compiler as inner_compilers
 
 STREAMING = causal & (sink(2) | sliding_window(6))
 Failed = torch._dynamo.exc.BackendCompilerFailed

@@ -17,7 +17,7 @@ from transformers import StaticCache
 import sparse_compile as sc
 from models import DECODERS, tokens
 from sparse_compile.masks import Mask, causal, chunked, document, full, per_head, prefix, sink, sliding_window
-from sparse_compile.passes import inner
+from sparse_compile.passes import inner_compiler
 from sparse_compile.passes.choose import block_layout, head_groups, kernel_choice, tuning
 from sparse_compile.passes.choose.tuning import Tiles
 from sparse_compile.passes.ir.rewrite import Rewrite
@@ -49,7 +49,7 @@ def graph_of(
         seen.append(gm)
         return gm.forward if run else lambda *_: (args[0],)
 
-    monkeypatch.setattr(inner, "_compile", keep)
+    monkeypatch.setattr(inner_compiler, "_compile", keep)
     with torch.no_grad():
         compiled: Any = torch.compile(model, backend=backend)
         compiled(*args, **kwargs)
@@ -261,7 +261,7 @@ def test_tables_of_a_static_prompt_are_kept_with_the_graph(monkeypatch: pytest.M
     monkeypatch.setattr(lower_call, "block_tables_op", build)
     backend = sc.Backend(STREAMING, kernel="triton")
     backend._device = "cuda"
-    monkeypatch.setattr(inner, "_compile", lambda gm, *_: lambda *args: (args[0],))
+    monkeypatch.setattr(inner_compiler, "_compile", lambda gm, *_: lambda *args: (args[0],))
     with torch.no_grad():
         torch.compile(attend, backend=backend, dynamic=False)(*operands())
     assert len(calls) == 1  # at compile time, with numbers for everything

@@ -78,7 +78,7 @@ def test_a_partitioning_compiler_takes_all_but_the_attention(monkeypatch: pytest
         compiled: Callable[..., Any] = aot_autograd(fw_compiler=take)(gm, inputs)
         return compiled
 
-    monkeypatch.setattr("sparse_compile.passes.inner._compile", lambda gm, inputs, *_: engine(gm, inputs))
+    monkeypatch.setattr("sparse_compile.passes.inner_compiler._compile", lambda gm, inputs, *_: engine(gm, inputs))
     model, x = Attention(), torch.randn(2, 150, 32)
     with torch.no_grad():
         got = torch.compile(model, backend=sc.Backend(STREAMING, inner="aot_eager"))(x)

@@ -192,8 +192,8 @@ def test_an_empty_report_says_so() -> None:
 
 def test_a_graph_that_cannot_be_cached_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = iter(range(10))
-    monkeypatch.setattr("sparse_compile.passes.inner.cache_bypasses", lambda: next(counts))
-    monkeypatch.setattr("sparse_compile.passes.inner._compile", lambda gm, *_: gm.forward)
+    monkeypatch.setattr("sparse_compile.passes.inner_compiler.cache_bypasses", lambda: next(counts))
+    monkeypatch.setattr("sparse_compile.passes.inner_compiler._compile", lambda gm, *_: gm.forward)
     backend = sc.Backend(causal)
     run(backend)
     assert "a graph could not be cached by Inductor: a second process compiles it again" in str(backend.report)
