@@ -2,11 +2,11 @@
 
 from sparse_compile.masks.algebra import full
 from sparse_compile.masks.captured import Captured
-from sparse_compile.masks.given import document, explicit, padding, prefix
-from sparse_compile.masks.heads import per_head
 from sparse_compile.masks.mask import Mask
-from sparse_compile.masks.neighborhood import neighborhood
-from sparse_compile.masks.patterns import causal, chunked, dilated, sink, sliding_window, strided
+from sparse_compile.masks.patterns.neighborhood import neighborhood
+from sparse_compile.masks.patterns.per_head import per_head
+from sparse_compile.masks.patterns.positional import causal, chunked, dilated, sink, sliding_window, strided
+from sparse_compile.masks.patterns.tensor import document, explicit, padding, prefix
 from sparse_compile.masks.scores import ScoreMod, alibi, bias, log_weight, sink_logits, softcap
 from sparse_compile.masks.selectors import page_topk
 

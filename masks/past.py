@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from sparse_compile.masks.mask import Mask
-from sparse_compile.masks.patterns import causal
+from sparse_compile.masks.patterns.positional import causal
 from sparse_compile.masks.unknown import without_tensors
 
 # Positions that are asked one by one; of longer texts as many again, evenly spread.

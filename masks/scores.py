@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 
 from sparse_compile.masks.captured import Captured
-from sparse_compile.masks.given import Given, look_up
 from sparse_compile.masks.mask import Index
+from sparse_compile.masks.patterns.tensor import Given, look_up
 
 
 @dataclass(frozen=True, repr=False)

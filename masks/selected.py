@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from sparse_compile.masks.budget import check_pages
-from sparse_compile.masks.given import Explicit
-from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.mask import Mask, check_sizes
 from sparse_compile.masks.pages import HIDDEN, KEPT, OFFERED, alive, choose, describe, pool, score_digests, score_keys
+from sparse_compile.masks.patterns.per_head import PerHead
+from sparse_compile.masks.patterns.tensor import Explicit
 from sparse_compile.masks.selectors import PageTopK, choosing_together, has_selector, offered, static_part
 
 

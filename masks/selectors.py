@@ -13,7 +13,7 @@ from sparse_compile.masks.algebra import full, nothing
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.intervals import Bounds, Intervals
 from sparse_compile.masks.mask import Index, Mask
-from sparse_compile.masks.patterns import at_least
+from sparse_compile.masks.patterns.positional import at_least
 
 SCORES = ("minmax", "mean", "keys")
 GROUPS = ("max", "mean", "sum")

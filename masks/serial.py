@@ -10,12 +10,12 @@ import torch
 
 from sparse_compile.masks.algebra import And, Full, Not, Or, both, either
 from sparse_compile.masks.captured import Captured
-from sparse_compile.masks.given import Document, Explicit, Padding, Prefix
-from sparse_compile.masks.heads import PerHead
 from sparse_compile.masks.mask import Mask
-from sparse_compile.masks.neighborhood import Neighborhood
-from sparse_compile.masks.patterns import Causal, Chunked, Dilated, Sink, SlidingWindow, Strided
-from sparse_compile.masks.placed import Placed, Relaxed
+from sparse_compile.masks.patterns.neighborhood import Neighborhood
+from sparse_compile.masks.patterns.per_head import PerHead
+from sparse_compile.masks.patterns.positional import Causal, Chunked, Dilated, Sink, SlidingWindow, Strided
+from sparse_compile.masks.patterns.remapped import Placed, Relaxed
+from sparse_compile.masks.patterns.tensor import Document, Explicit, Padding, Prefix
 from sparse_compile.masks.selectors import PageTopK
 
 VERSION = 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_compile.masks import Mask
-from sparse_compile.masks.heads import PerHead
+from sparse_compile.masks.patterns.per_head import PerHead
 from sparse_compile.masks.selectors import PageTopK, has_selector
 from sparse_compile.masks.serial import decode, encode, read_json
 

@@ -10,8 +10,8 @@ import torch
 
 from sparse_compile.masks import Mask, full, per_head
 from sparse_compile.masks.blocks import live_width, query_blocks
-from sparse_compile.masks.given import Explicit
-from sparse_compile.masks.heads import PerHead
+from sparse_compile.masks.patterns.per_head import PerHead
+from sparse_compile.masks.patterns.tensor import Explicit
 from sparse_compile.masks.selectors import PageTopK, has_selector, static_part
 from sparse_compile.masks.unknown import without_symbols
 from sparse_compile.passes.choose.kernel_choice import FLEX

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sparse_compile.masks import Mask, per_head
 from sparse_compile.masks.captured import Captured
-from sparse_compile.masks.given import Explicit
-from sparse_compile.masks.heads import PerHead
+from sparse_compile.masks.patterns.per_head import PerHead
+from sparse_compile.masks.patterns.tensor import Explicit
 from sparse_compile.passes.choose.kernel_choice import choose_kernel
 from sparse_compile.passes.ir.attention_call import AttentionCall, is_decode_step
 from sparse_compile.passes.ir.rewrite import Part

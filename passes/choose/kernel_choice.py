@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from sparse_compile.masks import Mask, causal, full
-from sparse_compile.masks.heads import PerHead
+from sparse_compile.masks.patterns.per_head import PerHead
 from sparse_compile.masks.scores import SinkLogits
 from sparse_compile.masks.selectors import has_selector, offered
 from sparse_compile.passes.choose.tuning import FLASH_TILES

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sparse_compile.masks.heads import consecutive
+from sparse_compile.masks.patterns.per_head import consecutive
 from sparse_compile.passes.ir.fx_emit import inline
 
 

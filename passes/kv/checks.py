@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from sparse_compile.masks import Mask, causal, full
-from sparse_compile.masks.given import Explicit
+from sparse_compile.masks.patterns.tensor import Explicit
 from sparse_compile.masks.selectors import choosing_together
 from sparse_compile.masks.unknown import without_tensors
 from sparse_compile.passes.ir.attention_call import AttentionCall, Left

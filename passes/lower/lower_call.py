@@ -13,8 +13,8 @@ from torch.fx import GraphModule, Node
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_compile.masks import Captured, Mask
-from sparse_compile.masks.given import Explicit
-from sparse_compile.masks.heads import PerHead
+from sparse_compile.masks.patterns.per_head import PerHead
+from sparse_compile.masks.patterns.tensor import Explicit
 from sparse_compile.masks.selectors import has_selector, offered
 from sparse_compile.masks.serial import to_json
 from sparse_compile.passes.choose.block_layout import layout_of

@@ -11,8 +11,8 @@ from torch.nn.functional import pad
 
 from sparse_compile.masks import Mask
 from sparse_compile.masks.blocks import query_blocks, split_tables
-from sparse_compile.masks.given import Explicit
 from sparse_compile.masks.pages import HIDDEN, KEPT, OFFERED, alive, choose, describe, pool, score_digests, score_keys
+from sparse_compile.masks.patterns.tensor import Explicit
 from sparse_compile.masks.selectors import PageTopK, offered, selector_of, static_part
 from sparse_compile.passes.ops.block_tables import BLOCK, bind, given, parse, starts
 

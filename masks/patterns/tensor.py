@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.intervals import Bounds, Intervals
 from sparse_compile.masks.mask import Index, Mask
-from sparse_compile.masks.patterns import at_least, before
+from sparse_compile.masks.patterns.positional import at_least, before
 
 Given = Captured | Tensor | list[Any]
 BOOL = (torch.bool,)

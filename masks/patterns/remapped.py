@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sparse_compile.masks.captured import Captured
-from sparse_compile.masks.given import INTEGERS, Given, capture, look_up
 from sparse_compile.masks.intervals import INF, Bounds, Edge, Intervals
 from sparse_compile.masks.mask import Index, Mask
+from sparse_compile.masks.patterns.tensor import INTEGERS, Given, capture, look_up
 from sparse_compile.masks.unknown import without_tensors
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_compile.masks.intervals import Bounds, Intervals, normalise
 from sparse_compile.masks.mask import Index, Mask
-from sparse_compile.masks.patterns import at_least
+from sparse_compile.masks.patterns.positional import at_least
 
 
 @dataclass(frozen=True, repr=False)
