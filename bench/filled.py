@@ -16,8 +16,8 @@ from bench.model import LLAMA3_8B, TINY
 from bench.shapes import DTYPE
 from bench.timing import CUDA, DEVICE, Row, Timing, measured
 from sparse_compile.masks import Mask, causal, per_head, sink, sliding_window
-from sparse_compile.masks.pages import describe
 from sparse_compile.masks.patterns.per_head import PerHead
+from sparse_compile.masks.selection.page_scoring import describe
 from sparse_compile.passes.storage.codec import Codes, dequantize
 from sparse_compile.passes.storage.layer_plan import codes_of
 

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sparse_compile.masks import Mask, causal
-from sparse_compile.masks.selectors import GROUPS, SCORES, PageTopK
+from sparse_compile.masks.selection.page_topk import GROUPS, SCORES, PageTopK
 
 
 @dataclass(frozen=True)

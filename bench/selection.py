@@ -15,7 +15,7 @@ from bench.model import build, kernels_of
 from bench.shapes import DTYPE, LLAMA2, LLAMA3, SMALL, Shape, compiled, operands, prefill
 from bench.timing import CUDA, Row, bandwidth, in_graph, matmul_rate, measure, measured
 from sparse_compile.masks import causal, page_topk
-from sparse_compile.masks.selectors import PageTopK
+from sparse_compile.masks.selection.page_topk import PageTopK
 
 LAYERS = 32  # of a decode step: what a model has, and shares its positions and classes of pages among
 STEPS = 8  # in a CUDA graph: a whole number of rounds of every=4

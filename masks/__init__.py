@@ -8,7 +8,7 @@ from sparse_compile.masks.patterns.per_head import per_head
 from sparse_compile.masks.patterns.positional import causal, chunked, dilated, sink, sliding_window, strided
 from sparse_compile.masks.patterns.tensor import document, explicit, padding, prefix
 from sparse_compile.masks.scores import ScoreMod, alibi, bias, log_weight, sink_logits, softcap
-from sparse_compile.masks.selectors import page_topk
+from sparse_compile.masks.selection.page_topk import page_topk
 
 __all__ = [
     "Captured",

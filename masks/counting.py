@@ -8,7 +8,7 @@ from torch import Tensor
 from sparse_compile.masks.blocks import Runs
 from sparse_compile.masks.intervals import Intervals
 from sparse_compile.masks.mask import Mask, check_sizes
-from sparse_compile.masks.selectors import PageTopK, offered, selector_of, static_part
+from sparse_compile.masks.selection.page_topk import PageTopK, offered, selector_of, static_part
 
 ROWS_AT_ONCE = 1 << 16
 PAIRS_AT_ONCE = 1 << 24

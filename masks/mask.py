@@ -266,7 +266,7 @@ class Mask(ABC):
             >>> chosen.dense(1, 4, q_offset=3).int().tolist()
             [[[[0, 1, 0, 1]]]]
         """
-        from sparse_compile.masks.selected import selected
+        from sparse_compile.masks.selection.reference import selected
 
         return selected(self, q, k, q_offset=q_offset, page_size=page_size, q_block=q_block, valid=valid)
 

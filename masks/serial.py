@@ -16,7 +16,7 @@ from sparse_compile.masks.patterns.per_head import PerHead
 from sparse_compile.masks.patterns.positional import Causal, Chunked, Dilated, Sink, SlidingWindow, Strided
 from sparse_compile.masks.patterns.remapped import Placed, Relaxed
 from sparse_compile.masks.patterns.tensor import Document, Explicit, Padding, Prefix
-from sparse_compile.masks.selectors import PageTopK
+from sparse_compile.masks.selection.page_topk import PageTopK
 
 VERSION = 1
 PATTERNS: dict[str, type[Mask]] = {

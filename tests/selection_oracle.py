@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, D
 
 from models import SMALL
 from sparse_compile.masks import Mask, causal, full, per_head
-from sparse_compile.masks.selectors import PageTopK
+from sparse_compile.masks.selection.page_topk import PageTopK
 
 Q_BLOCK = 128  # queries that choose together in a prefill, and the keys of what they choose
 SIZES = {**SMALL, "num_key_value_heads": 2, "initializer_range": 0.2}

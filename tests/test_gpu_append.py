@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import sparse_compile as sc
-from sparse_compile.masks.pages import digest_width
+from sparse_compile.masks.selection.page_scoring import digest_width
 from sparse_compile.passes.storage.codec import Codes, Format
 
 pytestmark = [

@@ -15,7 +15,7 @@ from models import DECODERS, tokens
 from on_gpu import ON_GPU, logits_of_chunks, logits_of_padded
 from one_graph import assert_steps_are_one_graph
 from sparse_compile.masks import Mask, causal, page_topk, per_head, sink, sliding_window
-from sparse_compile.masks.pages import alive, choose, describe, pool, score_digests
+from sparse_compile.masks.selection.page_scoring import alive, choose, describe, pool, score_digests
 
 pytestmark = ON_GPU
 CHOSEN = causal & (sink(4) | sliding_window(8) | page_topk(64, page=4))

@@ -13,7 +13,17 @@ from torch import Tensor
 
 from published_selection import kinetics, lserve, quest_evaluation, quest_kernel, upper_bound
 from sparse_compile.masks import Mask, causal, page_topk, sink
-from sparse_compile.masks.pages import HIDDEN, KEPT, OFFERED, choose, describe, digest_width, pool, score_digests, score_keys
+from sparse_compile.masks.selection.page_scoring import (
+    HIDDEN,
+    KEPT,
+    OFFERED,
+    choose,
+    describe,
+    digest_width,
+    pool,
+    score_digests,
+    score_keys,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EDGES = [0.0, -0.0, 1.0, -1.0, 1e-38, -1e-38, 1e-45, -1e-45, 6e-8, 65504.0, -65504.0, 1e18, -1e18]

@@ -9,7 +9,7 @@ import pytest
 
 import sparse_compile.masks
 from sparse_compile.masks import Mask, causal, full, page_topk, per_head, sink, sliding_window
-from sparse_compile.masks.selectors import has_selector, offered, selector_of, static_part
+from sparse_compile.masks.selection.page_topk import has_selector, offered, selector_of, static_part
 
 NAMES = {name: getattr(sparse_compile.masks, name) for name in sparse_compile.masks.__all__}
 LEAVES = [

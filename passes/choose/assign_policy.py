@@ -6,8 +6,8 @@ from dataclasses import replace
 from functools import reduce
 
 from sparse_compile.masks import Mask, full
-from sparse_compile.masks.budget import check_budget, check_pages
-from sparse_compile.masks.selectors import has_selector, selector_of
+from sparse_compile.masks.selection.budget import check_budget, check_pages
+from sparse_compile.masks.selection.page_topk import has_selector, selector_of
 from sparse_compile.passes.ir.attention_call import AttentionCall, Left
 from sparse_compile.passes.ir.fx_nodes import hint_of
 from sparse_compile.passes.ir.rewrite import Rewrite, phase_of

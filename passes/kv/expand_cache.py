@@ -20,7 +20,7 @@ from sparse_compile.masks import Captured, Mask, causal, full, per_head, sink, s
 from sparse_compile.masks.past import visible_past
 from sparse_compile.masks.patterns.remapped import placed, relaxed
 from sparse_compile.masks.scores import sink_scores
-from sparse_compile.masks.selectors import choosing_together
+from sparse_compile.masks.selection.page_topk import choosing_together
 from sparse_compile.passes.ir.attention_call import AttentionCall, Kept, RingRead, Scored
 from sparse_compile.passes.ir.captured_source import Source
 from sparse_compile.passes.ir.fx_emit import emit, inline

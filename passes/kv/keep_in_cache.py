@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparse_compile.masks.selectors import has_selector
+from sparse_compile.masks.selection.page_topk import has_selector
 from sparse_compile.passes.ir.attention_call import Refused
 from sparse_compile.passes.ir.rewrite import Rewrite, phase_of
 from sparse_compile.passes.kv.checks import find_cache, keep

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sparse_compile.masks import Mask
-from sparse_compile.masks.pages import HIDDEN, KEPT, OFFERED, choose
 from sparse_compile.masks.patterns.per_head import consecutive
-from sparse_compile.masks.selectors import offered, static_part
+from sparse_compile.masks.selection.page_scoring import HIDDEN, KEPT, OFFERED, choose
+from sparse_compile.masks.selection.page_topk import offered, static_part
 from sparse_compile.passes.ops.block_tables import batch_of, bind, given, parse, starts
 from sparse_compile.passes.ops.small_steps import in_few_kernels
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.masks.pages import alive, choose, describe, pool, score_digests, score_keys
+from sparse_compile.masks.selection.page_scoring import alive, choose, describe, pool, score_digests, score_keys
 from sparse_compile.passes.ops.quantized_append import PARTS, appending
 from sparse_compile.passes.storage.codec import Codes, Format
 

@@ -11,9 +11,19 @@ from torch.nn.functional import pad
 
 from sparse_compile.masks import Mask
 from sparse_compile.masks.blocks import query_blocks, split_tables
-from sparse_compile.masks.pages import HIDDEN, KEPT, OFFERED, alive, choose, describe, pool, score_digests, score_keys
 from sparse_compile.masks.patterns.tensor import Explicit
-from sparse_compile.masks.selectors import PageTopK, offered, selector_of, static_part
+from sparse_compile.masks.selection.page_scoring import (
+    HIDDEN,
+    KEPT,
+    OFFERED,
+    alive,
+    choose,
+    describe,
+    pool,
+    score_digests,
+    score_keys,
+)
+from sparse_compile.masks.selection.page_topk import PageTopK, offered, selector_of, static_part
 from sparse_compile.passes.ops.block_tables import BLOCK, bind, given, parse, starts
 
 NUMBERS_AT_ONCE = 1 << 28  # of estimates that are in memory together

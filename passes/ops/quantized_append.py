@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparse_compile.masks.pages import describe
+from sparse_compile.masks.selection.page_scoring import describe
 from sparse_compile.passes.storage.codec import Codes, Format, dequantize, quantize
 
 PARTS = ("key_data", "key_scale", "key_offset", "value_data", "value_scale", "value_offset")

@@ -11,9 +11,9 @@ import torch
 from sparse_compile.cache.kv_format import KVFormat
 from sparse_compile.cache.selection import selecting_pages
 from sparse_compile.masks import Mask, causal, chunked, sliding_window
-from sparse_compile.masks.budget import check_budget, check_pages
 from sparse_compile.masks.past import Past
-from sparse_compile.masks.selectors import PageTopK, offered, selector_of, static_part
+from sparse_compile.masks.selection.budget import check_budget, check_pages
+from sparse_compile.masks.selection.page_topk import PageTopK, offered, selector_of, static_part
 from sparse_compile.passes.ops.block_tables import BLOCK
 from sparse_compile.passes.storage.codec import Format
 from sparse_compile.passes.storage.layer_plan import MODES, LayerPlan, Pages, Ring, Storage, needed_past

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sparse_compile.masks import Mask, causal
-from sparse_compile.masks.budget import check_pages
-from sparse_compile.masks.selectors import PageTopK, static_part
+from sparse_compile.masks.selection.budget import check_pages
+from sparse_compile.masks.selection.page_topk import PageTopK, static_part
 from sparse_compile.passes.choose.block_layout import step_width
 from sparse_compile.passes.storage.layer_plan import Choice, LayerPlan, Pages, Selecting, choice_shapes
 

@@ -7,12 +7,22 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from sparse_compile.masks.budget import check_pages
 from sparse_compile.masks.mask import Mask, check_sizes
-from sparse_compile.masks.pages import HIDDEN, KEPT, OFFERED, alive, choose, describe, pool, score_digests, score_keys
 from sparse_compile.masks.patterns.per_head import PerHead
 from sparse_compile.masks.patterns.tensor import Explicit
-from sparse_compile.masks.selectors import PageTopK, choosing_together, has_selector, offered, static_part
+from sparse_compile.masks.selection.budget import check_pages
+from sparse_compile.masks.selection.page_scoring import (
+    HIDDEN,
+    KEPT,
+    OFFERED,
+    alive,
+    choose,
+    describe,
+    pool,
+    score_digests,
+    score_keys,
+)
+from sparse_compile.masks.selection.page_topk import PageTopK, choosing_together, has_selector, offered, static_part
 
 
 def selected(mask: Mask, q: Tensor, k: Tensor, *, q_offset: int, page_size: int, q_block: int, valid: Tensor | None) -> Mask:

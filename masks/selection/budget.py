@@ -9,7 +9,7 @@ import torch
 from sparse_compile.masks.mask import Mask
 from sparse_compile.masks.past import ASKED
 from sparse_compile.masks.patterns.positional import causal
-from sparse_compile.masks.selectors import PageTopK, static_part
+from sparse_compile.masks.selection.page_topk import PageTopK, static_part
 from sparse_compile.masks.unknown import without_symbols
 
 

@@ -1,0 +1,1 @@
+"""Masks that look at queries and keys: what they choose, how pages are scored, and the slow reference."""
