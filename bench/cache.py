@@ -37,7 +37,7 @@ from bench.model import STEPS, build, kernels_of
 from bench.shapes import DTYPE, LLAMA2, LLAMA3, SMALL, Shape, compiled, operands
 from bench.timing import CUDA, DEVICE, Row, Timing, bandwidth, in_graph, measure
 from sparse_compile.masks import Mask, causal
-from sparse_compile.masks.counting import largest_density
+from sparse_compile.masks.density import largest_density
 
 GQA_BATCH = replace(GQA, contexts=(32768,), dense=32768, stock=(), batch=8)
 

@@ -1,13 +1,13 @@
 """The language of attention patterns: masks, score mods, and their algebra. Imports torch and nothing else."""
 
-from sparse_compile.masks.algebra import full
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.mask import Mask
+from sparse_compile.masks.operators import full
 from sparse_compile.masks.patterns.neighborhood import neighborhood
 from sparse_compile.masks.patterns.per_head import per_head
 from sparse_compile.masks.patterns.positional import causal, chunked, dilated, sink, sliding_window, strided
 from sparse_compile.masks.patterns.tensor import document, explicit, padding, prefix
-from sparse_compile.masks.scores import ScoreMod, alibi, bias, log_weight, sink_logits, softcap
+from sparse_compile.masks.score_mods import ScoreMod, alibi, bias, log_weight, sink_logits, softcap
 from sparse_compile.masks.selection.page_topk import page_topk
 
 __all__ = [

@@ -146,17 +146,17 @@ class Mask(ABC):
     # -- the algebra ------------------------------------------------------------------------------------------------
 
     def __and__(self, other: Mask) -> Mask:
-        from sparse_compile.masks.algebra import both
+        from sparse_compile.masks.operators import both
 
         return both(self, other) if isinstance(other, Mask) else NotImplemented
 
     def __or__(self, other: Mask) -> Mask:
-        from sparse_compile.masks.algebra import either
+        from sparse_compile.masks.operators import either
 
         return either(self, other) if isinstance(other, Mask) else NotImplemented
 
     def __invert__(self) -> Mask:
-        from sparse_compile.masks.algebra import Not
+        from sparse_compile.masks.operators import Not
 
         return Not(self)
 
@@ -240,7 +240,7 @@ class Mask(ABC):
 
         Raises ``ValueError`` for sizes below 1 and for a mask that does not fit the shape.
         """
-        from sparse_compile.masks.blocks import block_mask
+        from sparse_compile.masks.block_mask import block_mask
 
         return block_mask(self, q_len, kv_len, q_offset, batch, heads, block_size, device)
 
@@ -278,32 +278,32 @@ class Mask(ABC):
         >>> causal.density(4, 4)
         0.625
         """
-        from sparse_compile.masks.counting import density
+        from sparse_compile.masks.density import density
 
         return density(self, q_len, kv_len, q_offset, batch, heads)
 
     def draw(self, q_len: int, kv_len: int, *, q_offset: int = 0, batch: int | None = None, heads: int | None = None) -> str:
         """The mask as text, one line per query: ``█`` visible, ``·`` not. Batches and heads follow one another."""
-        from sparse_compile.masks.drawing import draw
+        from sparse_compile.masks.draw import draw
 
         return draw(self, q_len, kv_len, q_offset, batch, heads)
 
     def plot(self, q_len: int, kv_len: int, *, q_offset: int = 0, block_size: int = 128, head: int = 0) -> Figure:
         """A matplotlib figure: the pairs, and the blocks that are skipped, partial or full. Needs the extra ``plot``."""
-        from sparse_compile.masks.drawing import plot
+        from sparse_compile.masks.draw import plot
 
         return plot(self, q_len, kv_len, q_offset, block_size, head)
 
     def to_json(self) -> str:
         """The mask as JSON text that ``Mask.from_json`` reads back."""
-        from sparse_compile.masks.serial import to_json
+        from sparse_compile.masks.json_format import to_json
 
         return to_json(self)
 
     @staticmethod
     def from_json(text: str) -> Mask:
         """Read ``to_json`` back. Raises ``ValueError`` for broken text, another version, or an unknown pattern."""
-        from sparse_compile.masks.serial import from_json
+        from sparse_compile.masks.json_format import from_json
 
         return from_json(text)
 

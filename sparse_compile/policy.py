@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sparse_compile.masks import Mask
+from sparse_compile.masks.json_format import decode, encode, read_json
 from sparse_compile.masks.patterns.per_head import PerHead
 from sparse_compile.masks.selection.page_topk import PageTopK, has_selector
-from sparse_compile.masks.serial import decode, encode, read_json
 
 VERSION = 1
 Layer = int | range | str

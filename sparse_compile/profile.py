@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_compile.masks import Mask, causal, per_head, sliding_window
 from sparse_compile.masks import sink as first_tokens
-from sparse_compile.masks.serial import read_json
+from sparse_compile.masks.json_format import read_json
 from sparse_compile.policy import Policy
 
 if TYPE_CHECKING:

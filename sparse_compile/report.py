@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from sparse_compile.masks import Mask
-from sparse_compile.masks.counting import largest_density
+from sparse_compile.masks.density import largest_density
 
 Action = Literal["exact", "sparse", "left"]
 

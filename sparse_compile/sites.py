@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparse_compile.masks.selection.page_topk import has_selector
-from sparse_compile.masks.unknown import without_symbols
+from sparse_compile.masks.unknown_tensors import without_symbols
 from sparse_compile.passes.ir.attention_call import AttentionCall, Left
 from sparse_compile.passes.ir.fx_nodes import hint_of, layer_index, module_path
 from sparse_compile.passes.ir.rewrite import Rewrite, phase_of

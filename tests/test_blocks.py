@@ -29,7 +29,7 @@ from sparse_compile.masks import (
     sliding_window,
     strided,
 )
-from sparse_compile.masks.blocks import block_tables, live_width, query_blocks
+from sparse_compile.masks.block_mask import block_tables, live_width, query_blocks
 
 BLOCK_SIZES = [(1, 1), (4, 4), (3, 5), (5, 3), (4, 1), (64, 128)]
 every_row = pytest.mark.parametrize("row", SHORT, ids=lambda row: row.name)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_compile.masks import Mask, causal, chunked, padding, per_head, prefix, sink, sliding_window, strided
-from sparse_compile.masks.past import visible_past
+from sparse_compile.masks.analysis import visible_past
 from sparse_compile.masks.patterns.remapped import placed, relaxed
 
 INNER = [

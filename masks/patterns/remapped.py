@@ -13,7 +13,7 @@ from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.intervals import INF, Bounds, Edge, Intervals
 from sparse_compile.masks.mask import Index, Mask
 from sparse_compile.masks.patterns.tensor import INTEGERS, Given, capture, look_up
-from sparse_compile.masks.unknown import without_tensors
+from sparse_compile.masks.unknown_tensors import without_tensors
 
 
 @dataclass(frozen=True, repr=False)

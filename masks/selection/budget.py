@@ -6,11 +6,11 @@ from functools import lru_cache
 
 import torch
 
+from sparse_compile.masks.analysis import ASKED
 from sparse_compile.masks.mask import Mask
-from sparse_compile.masks.past import ASKED
 from sparse_compile.masks.patterns.positional import causal
 from sparse_compile.masks.selection.page_topk import PageTopK, static_part
-from sparse_compile.masks.unknown import without_symbols
+from sparse_compile.masks.unknown_tensors import without_symbols
 
 
 def check_pages(selector: PageTopK, page_size: int, *, prefill: bool = False) -> None:

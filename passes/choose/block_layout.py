@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from sparse_compile.masks import Mask, full, per_head
-from sparse_compile.masks.blocks import live_width, query_blocks
+from sparse_compile.masks.block_mask import live_width, query_blocks
 from sparse_compile.masks.patterns.per_head import PerHead
 from sparse_compile.masks.patterns.tensor import Explicit
 from sparse_compile.masks.selection.page_topk import PageTopK, has_selector, static_part
-from sparse_compile.masks.unknown import without_symbols
+from sparse_compile.masks.unknown_tensors import without_symbols
 from sparse_compile.passes.choose.kernel_choice import FLEX
 from sparse_compile.passes.choose.tuning import (
     FLASH_TILES,

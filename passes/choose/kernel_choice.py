@@ -9,7 +9,7 @@ import torch
 
 from sparse_compile.masks import Mask, causal, full
 from sparse_compile.masks.patterns.per_head import PerHead
-from sparse_compile.masks.scores import SinkLogits
+from sparse_compile.masks.score_mods import SinkLogits
 from sparse_compile.masks.selection.page_topk import has_selector, offered
 from sparse_compile.passes.choose.tuning import FLASH_TILES
 from sparse_compile.passes.ir.attention_call import AttentionCall, is_decode_step, plain_form

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from sparse_compile.masks import Mask, causal, full
 from sparse_compile.masks.patterns.tensor import Explicit
 from sparse_compile.masks.selection.page_topk import choosing_together
-from sparse_compile.masks.unknown import without_tensors
+from sparse_compile.masks.unknown_tensors import without_tensors
 from sparse_compile.passes.ir.attention_call import AttentionCall, Left
 from sparse_compile.passes.ir.fx_nodes import expr_of, hint_of, memory_of, op_name, value_of
 from sparse_compile.passes.ir.positions import Positions

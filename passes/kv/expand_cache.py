@@ -17,9 +17,9 @@ from torch.fx import Node
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_compile.masks import Captured, Mask, causal, full, per_head, sink, sliding_window
-from sparse_compile.masks.past import visible_past
+from sparse_compile.masks.analysis import visible_past
 from sparse_compile.masks.patterns.remapped import placed, relaxed
-from sparse_compile.masks.scores import sink_scores
+from sparse_compile.masks.score_mods import sink_scores
 from sparse_compile.masks.selection.page_topk import choosing_together
 from sparse_compile.passes.ir.attention_call import AttentionCall, Kept, RingRead, Scored
 from sparse_compile.passes.ir.captured_source import Source

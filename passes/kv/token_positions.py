@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sparse_compile.masks.serial import to_json
+from sparse_compile.masks.json_format import to_json
 from sparse_compile.passes.ir.attention_call import AttentionCall
 from sparse_compile.passes.ir.fx_emit import emit, emit_int, inline
 from sparse_compile.passes.ir.fx_nodes import Order, expr_of, is_one, value_of

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from sparse_compile.masks import Mask, ScoreMod, bias, causal, full, sink_logits, softcap
-from sparse_compile.masks.scores import in_order
+from sparse_compile.masks.score_mods import in_order
 from sparse_compile.passes.ir.attention_call import AttentionCall, Left
 from sparse_compile.passes.ir.fx_nodes import Order, expr_of, shape_of, value_of
 from sparse_compile.passes.ir.positions import Positions

@@ -13,10 +13,10 @@ from torch.fx import GraphModule, Node
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_compile.masks import Captured, Mask
+from sparse_compile.masks.json_format import to_json
 from sparse_compile.masks.patterns.per_head import PerHead
 from sparse_compile.masks.patterns.tensor import Explicit
 from sparse_compile.masks.selection.page_topk import has_selector, offered
-from sparse_compile.masks.serial import to_json
 from sparse_compile.passes.choose.block_layout import layout_of
 from sparse_compile.passes.choose.kernel_choice import FLEX
 from sparse_compile.passes.ir.attention_call import AttentionCall, Left, plain_form

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from sparse_compile.masks.serial import to_json
+from sparse_compile.masks.json_format import to_json
 from sparse_compile.passes.choose.block_layout import Layout
 from sparse_compile.passes.choose.kernel_choice import FLEX
 from sparse_compile.passes.ir.attention_call import AttentionCall, Left, Scored

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_compile.masks import Captured, Mask
-from sparse_compile.masks.blocks import block_tables, query_blocks, transposed, visited_blocks
+from sparse_compile.masks.block_mask import block_tables, query_blocks, transposed, visited_blocks
 from sparse_compile.passes.ops.small_steps import in_few_kernels
 
 Q_START = Captured.symbol("q_start")

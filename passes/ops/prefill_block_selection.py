@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparse_compile.masks import Mask
-from sparse_compile.masks.blocks import query_blocks, split_tables
+from sparse_compile.masks.block_mask import query_blocks, split_tables
 from sparse_compile.masks.patterns.tensor import Explicit
 from sparse_compile.masks.selection.page_scoring import (
     HIDDEN,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sparse_compile.masks import Mask, ScoreMod
 from sparse_compile.masks.captured import Captured
-from sparse_compile.masks.scores import Bias, SinkLogits, in_order
+from sparse_compile.masks.score_mods import Bias, SinkLogits, in_order
 from sparse_compile.passes.ops.block_tables import KV_START, Q_START, batch_of, bind, given, starts
 
 

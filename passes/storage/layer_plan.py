@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from sparse_compile.masks import Mask
-from sparse_compile.masks.past import Past, visible_past
+from sparse_compile.masks.analysis import Past, visible_past
+from sparse_compile.masks.json_format import decode, encode
 from sparse_compile.masks.selection.page_scoring import digest_width
 from sparse_compile.masks.selection.page_topk import PageTopK
-from sparse_compile.masks.serial import decode, encode
 from sparse_compile.passes.storage.codec import Codes, Format
 from sparse_compile.passes.torch_private import real_tensors
 

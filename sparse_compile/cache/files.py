@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sparse_compile.masks.serial import encode
+from sparse_compile.masks.json_format import encode
 from sparse_compile.passes.storage.layer_plan import Ring, Storage
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from sparse_compile.cache.kv_format import KVFormat
 from sparse_compile.cache.selection import selecting_pages
 from sparse_compile.masks import Mask, causal, chunked, sliding_window
-from sparse_compile.masks.past import Past
+from sparse_compile.masks.analysis import Past
 from sparse_compile.masks.selection.budget import check_budget, check_pages
 from sparse_compile.masks.selection.page_topk import PageTopK, offered, selector_of, static_part
 from sparse_compile.passes.ops.block_tables import BLOCK

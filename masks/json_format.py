@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from sparse_compile.masks.algebra import And, Full, Not, Or, both, either
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.mask import Mask
+from sparse_compile.masks.operators import And, Full, Not, Or, both, either
 from sparse_compile.masks.patterns.neighborhood import Neighborhood
 from sparse_compile.masks.patterns.per_head import PerHead
 from sparse_compile.masks.patterns.positional import Causal, Chunked, Dilated, Sink, SlidingWindow, Strided

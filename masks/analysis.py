@@ -9,7 +9,7 @@ import torch
 
 from sparse_compile.masks.mask import Mask
 from sparse_compile.masks.patterns.positional import causal
-from sparse_compile.masks.unknown import without_tensors
+from sparse_compile.masks.unknown_tensors import without_tensors
 
 # Positions that are asked one by one; of longer texts as many again, evenly spread.
 ASKED = 1 << 20

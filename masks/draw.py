@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparse_compile.masks.blocks import Tables, block_tables, query_blocks
+from sparse_compile.masks.block_mask import Tables, block_tables, query_blocks
 from sparse_compile.masks.mask import Mask, check_sizes
 
 if TYPE_CHECKING:

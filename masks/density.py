@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_compile.masks.blocks import Runs
+from sparse_compile.masks.block_mask import Runs
 from sparse_compile.masks.intervals import Intervals
 from sparse_compile.masks.mask import Mask, check_sizes
 from sparse_compile.masks.selection.page_topk import PageTopK, offered, selector_of, static_part

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 
-from sparse_compile.masks.algebra import Not, full
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.mask import Mask
+from sparse_compile.masks.operators import Not, full
 
 
 def without_symbols(mask: Mask, *, visible: bool = True) -> Mask:
