@@ -1,5 +1,9 @@
 """The language of attention patterns: masks, score mods, and their algebra. Imports torch and nothing else."""
 
+from sparse_compile.masks import block_mask as _block_mask  # noqa: F401  # each registers methods of Mask
+from sparse_compile.masks import density as _density  # noqa: F401
+from sparse_compile.masks import draw as _draw  # noqa: F401
+from sparse_compile.masks import json_format as _json_format  # noqa: F401
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.mask import Mask
 from sparse_compile.masks.operators import full
@@ -8,6 +12,7 @@ from sparse_compile.masks.patterns.per_head import per_head
 from sparse_compile.masks.patterns.positional import causal, chunked, dilated, sink, sliding_window, strided
 from sparse_compile.masks.patterns.tensor import document, explicit, padding, prefix
 from sparse_compile.masks.score_mods import ScoreMod, alibi, bias, log_weight, sink_logits, softcap
+from sparse_compile.masks.selection import reference as _reference  # noqa: F401
 from sparse_compile.masks.selection.page_topk import page_topk
 
 __all__ = [

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from sparse_compile.masks.intervals import Intervals
-from sparse_compile.masks.mask import Mask, check_sizes
+from sparse_compile.masks.mask import Mask, check_sizes, view
 
 # Tables as wide as the keys are what every kernel accepts; beyond this size they cost more than they are worth.
 WIDE_TABLE_BYTES = 16 << 20
@@ -80,6 +80,7 @@ def query_blocks(q_len: int, q_block: int, device: torch.device | str | None) ->
     return lo, lo if q_len == 1 or q_block == 1 else (lo + q_block - 1).clamp(max=q_len - 1)
 
 
+@view
 def block_mask(
     mask: Mask,
     q_len: int,

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from sparse_compile.masks.block_mask import Runs
 from sparse_compile.masks.intervals import Intervals
-from sparse_compile.masks.mask import Mask, check_sizes
+from sparse_compile.masks.mask import Mask, check_sizes, view
 from sparse_compile.masks.selection.page_topk import PageTopK, offered, selector_of, static_part
 
 ROWS_AT_ONCE = 1 << 16
 PAIRS_AT_ONCE = 1 << 24
 
 
+@view
 def density(mask: Mask, q_len: int, kv_len: int, q_offset: int, batch: int | None, heads: int | None) -> float:
     """See ``Mask.density``."""
     default_batch, default_heads = mask.sizes()

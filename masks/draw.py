@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparse_compile.masks.block_mask import Tables, block_tables, query_blocks
-from sparse_compile.masks.mask import Mask, check_sizes
+from sparse_compile.masks.mask import Mask, check_sizes, view
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 MOST_PAIRS = 4096 * 4096
 
 
+@view
 def draw(mask: Mask, q_len: int, kv_len: int, q_offset: int, batch: int | None, heads: int | None) -> str:
     """See ``Mask.draw``."""
     default_batch, default_heads = mask.sizes()
@@ -29,6 +30,7 @@ def draw(mask: Mask, q_len: int, kv_len: int, q_offset: int, batch: int | None, 
     return "\n".join(lines)
 
 
+@view
 def plot(mask: Mask, q_len: int, kv_len: int, q_offset: int, block_size: int, head: int) -> Figure:
     """See ``Mask.plot``."""
     try:

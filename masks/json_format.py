@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sparse_compile.masks.captured import Captured
-from sparse_compile.masks.mask import Mask
+from sparse_compile.masks.mask import Mask, view
 from sparse_compile.masks.operators import And, Full, Not, Or, both, either
 from sparse_compile.masks.patterns.neighborhood import Neighborhood
 from sparse_compile.masks.patterns.per_head import PerHead
@@ -28,11 +28,13 @@ PATTERNS: dict[str, type[Mask]] = {
 }
 
 
+@view
 def to_json(mask: Mask) -> str:
     """See ``Mask.to_json``."""
     return json.dumps({"version": VERSION, "mask": encode(mask)})
 
 
+@view
 def from_json(text: str) -> Mask:
     """See ``Mask.from_json``."""
     content = parse_json(text, "mask")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,36 @@ from sparse_compile.masks.intervals import Bounds
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.nn.attention.flex_attention import BlockMask
+
+V = TypeVar("V", bound=Callable[..., Any])
+
+
+class Views:
+    """The functions behind those methods of ``Mask`` that need patterns, operators or viewers.
+
+    Those files import ``Mask``, so they stand above this one. Each registers its functions when ``masks`` is imported.
+    """
+
+    both: Callable[[Mask, Mask], Mask]
+    either: Callable[[Mask, Mask], Mask]
+    negated: Callable[[Mask], Mask]
+    block_mask: Callable[..., BlockMask]
+    selected: Callable[..., Mask]
+    density: Callable[..., float]
+    draw: Callable[..., str]
+    plot: Callable[..., Figure]
+    to_json: Callable[[Mask], str]
+    from_json: Callable[[str], Mask]
+
+
+VIEWS = Views()
+
+
+def view(function: V) -> V:
+    """Register the function behind the method of ``Mask`` that has its name."""
+    setattr(VIEWS, function.__name__, function)
+    return function
+
 
 Index = Any  # an int, a scalar tensor under vmap, or a broadcasting index tensor: masks are written for all three
 
@@ -146,19 +176,13 @@ class Mask(ABC):
     # -- the algebra ------------------------------------------------------------------------------------------------
 
     def __and__(self, other: Mask) -> Mask:
-        from sparse_compile.masks.operators import both
-
-        return both(self, other) if isinstance(other, Mask) else NotImplemented
+        return VIEWS.both(self, other) if isinstance(other, Mask) else NotImplemented
 
     def __or__(self, other: Mask) -> Mask:
-        from sparse_compile.masks.operators import either
-
-        return either(self, other) if isinstance(other, Mask) else NotImplemented
+        return VIEWS.either(self, other) if isinstance(other, Mask) else NotImplemented
 
     def __invert__(self) -> Mask:
-        from sparse_compile.masks.operators import Not
-
-        return Not(self)
+        return VIEWS.negated(self)
 
     def __bool__(self) -> bool:
         raise TypeError(
@@ -187,7 +211,7 @@ class Mask(ABC):
             arguments.append(written if field.default is MISSING else f"{field.name}={written}")
         return f"{self.name}({', '.join(arguments)})" if fields(self) else self.name
 
-    # -- what can be asked of every mask; the work is done in the module named ---------------------------------------
+    # -- what can be asked of every mask; ``VIEWS`` does the work ---------------------------------------------------
 
     def dense(
         self,
@@ -240,9 +264,7 @@ class Mask(ABC):
 
         Raises ``ValueError`` for sizes below 1 and for a mask that does not fit the shape.
         """
-        from sparse_compile.masks.block_mask import block_mask
-
-        return block_mask(self, q_len, kv_len, q_offset, batch, heads, block_size, device)
+        return VIEWS.block_mask(self, q_len, kv_len, q_offset, batch, heads, block_size, device)
 
     def selected(
         self,
@@ -266,9 +288,7 @@ class Mask(ABC):
             >>> chosen.dense(1, 4, q_offset=3).int().tolist()
             [[[[0, 1, 0, 1]]]]
         """
-        from sparse_compile.masks.selection.reference import selected
-
-        return selected(self, q, k, q_offset=q_offset, page_size=page_size, q_block=q_block, valid=valid)
+        return VIEWS.selected(self, q, k, q_offset=q_offset, page_size=page_size, q_block=q_block, valid=valid)
 
     def density(
         self, q_len: int, kv_len: int, *, q_offset: int = 0, batch: int | None = None, heads: int | None = None
@@ -278,34 +298,24 @@ class Mask(ABC):
         >>> causal.density(4, 4)
         0.625
         """
-        from sparse_compile.masks.density import density
-
-        return density(self, q_len, kv_len, q_offset, batch, heads)
+        return VIEWS.density(self, q_len, kv_len, q_offset, batch, heads)
 
     def draw(self, q_len: int, kv_len: int, *, q_offset: int = 0, batch: int | None = None, heads: int | None = None) -> str:
         """The mask as text, one line per query: ``█`` visible, ``·`` not. Batches and heads follow one another."""
-        from sparse_compile.masks.draw import draw
-
-        return draw(self, q_len, kv_len, q_offset, batch, heads)
+        return VIEWS.draw(self, q_len, kv_len, q_offset, batch, heads)
 
     def plot(self, q_len: int, kv_len: int, *, q_offset: int = 0, block_size: int = 128, head: int = 0) -> Figure:
         """A matplotlib figure: the pairs, and the blocks that are skipped, partial or full. Needs the extra ``plot``."""
-        from sparse_compile.masks.draw import plot
-
-        return plot(self, q_len, kv_len, q_offset, block_size, head)
+        return VIEWS.plot(self, q_len, kv_len, q_offset, block_size, head)
 
     def to_json(self) -> str:
         """The mask as JSON text that ``Mask.from_json`` reads back."""
-        from sparse_compile.masks.json_format import to_json
-
-        return to_json(self)
+        return VIEWS.to_json(self)
 
     @staticmethod
     def from_json(text: str) -> Mask:
         """Read ``to_json`` back. Raises ``ValueError`` for broken text, another version, or an unknown pattern."""
-        from sparse_compile.masks.json_format import from_json
-
-        return from_json(text)
+        return VIEWS.from_json(text)
 
 
 def agree(what: str, sizes: Sequence[int]) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.intervals import Bounds, Intervals
-from sparse_compile.masks.mask import Index, Mask
+from sparse_compile.masks.mask import Index, Mask, view
 
 
 @dataclass(frozen=True, repr=False)
@@ -152,15 +152,23 @@ class Not(Mask):
         return f"~{_inside(self, self.mask, tensor)}"
 
 
+@view
+def negated(mask: Mask) -> Mask:
+    """``~mask``."""
+    return Not(mask)
+
+
 full = Full()
 nothing = ~full
 
 
+@view
 def both(*masks: Mask) -> Mask:
     """The conjunction, simplified: a mask that another one implies is dropped, so printed masks stay readable."""
     return _combine(And, masks, dropped_by=lambda a, b: b.implies(a), absorbing=nothing)
 
 
+@view
 def either(*masks: Mask) -> Mask:
     """The disjunction, simplified: a mask that implies another one is dropped."""
     return _combine(Or, masks, dropped_by=lambda a, b: a.implies(b), absorbing=full)

@@ -7,7 +7,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from sparse_compile.masks.mask import Mask, check_sizes
+from sparse_compile.masks.mask import Mask, check_sizes, view
 from sparse_compile.masks.patterns.per_head import PerHead
 from sparse_compile.masks.patterns.tensor import Explicit
 from sparse_compile.masks.selection.budget import check_pages
@@ -25,6 +25,7 @@ from sparse_compile.masks.selection.page_scoring import (
 from sparse_compile.masks.selection.page_topk import PageTopK, choosing_together, has_selector, offered, static_part
 
 
+@view
 def selected(mask: Mask, q: Tensor, k: Tensor, *, q_offset: int, page_size: int, q_block: int, valid: Tensor | None) -> Mask:
     """See ``Mask.selected``."""
     if not has_selector(mask):
