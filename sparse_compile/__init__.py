@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 from sparse_compile import masks, policies
 from sparse_compile.cache.kv_format import KVFormat
 from sparse_compile.dynamo import Backend, SparseCompileError, SparseCompileWarning, backend, compile, explain
+from sparse_compile.head_profile import Profile
 from sparse_compile.policy import Policy
-from sparse_compile.profile import Profile
 from sparse_compile.report import Report, Site
 
 if TYPE_CHECKING:

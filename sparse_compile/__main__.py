@@ -19,12 +19,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             run_demo(chosen.text, chosen.tokens, chosen.picture)
         elif chosen.command == "calibrate":
-            from sparse_compile.calibration.command import run_calibrate
+            from sparse_compile.calibration.cli import run_calibrate
 
             options = {key: value for key, value in vars(chosen).items() if key not in ("command", "model", "out")}
             run_calibrate(chosen.model, chosen.out, **options)
         else:
-            from sparse_compile.plan import explain_config
+            from sparse_compile.explain_config import explain_config
 
             policy = Policy.load(chosen.policy) if chosen.policy else None
             report = explain_config(chosen.config, policy, chosen.batch, chosen.tokens, chosen.device)

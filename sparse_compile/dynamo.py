@@ -186,7 +186,7 @@ class Backend:
         return self.policy.mask_for(call.module, call.layer, phase_of(call))
 
     def _record(self, rewrite: Rewrite) -> None:
-        from sparse_compile.sites import describe
+        from sparse_compile.report_rows import describe
 
         report = self.report
         compile_id = torch_private.compile_id()

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from sparse_compile import masks
+from sparse_compile.head_profile import FullHeads, Profile, Table, masks_by_layer, read_table, with_ties
 from sparse_compile.masks import Mask, causal, page_topk, sliding_window
 from sparse_compile.masks.patterns.positional import at_least
 from sparse_compile.policy import Policy
-from sparse_compile.profile import FullHeads, Profile, Table, masks_by_layer, read_table, with_ties
 
 Pattern = Table | Profile
 

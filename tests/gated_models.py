@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from cache_oracle import random_tokens
 from models import VOCABULARY
 from sparse_compile.calibration import Batches, train_gates
-from sparse_compile.calibration.hidden import compiled_hidden, last_hidden
+from sparse_compile.calibration.forward import compiled_hidden, last_hidden
 from sparse_compile.dynamo import with_passes
+from sparse_compile.head_profile import Profile, signature
 from sparse_compile.masks import causal, sink, sliding_window
 from sparse_compile.passes.calibration.mix_gates import mix_gates
-from sparse_compile.profile import Profile, signature
 
 SINK, RECENT, LENGTH = 2, 5, 24
 STREAMING = causal & (sink(SINK) | sliding_window(RECENT))

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sparse_compile as sc
-from sparse_compile.cache.rotation import Rotation
+from sparse_compile.cache.rope import Rotation
 from sparse_compile.masks import causal, per_head, sink, sliding_window
 
 SINK, RECENT = 4, 12

@@ -14,8 +14,8 @@ from cache_oracle import llama
 from models import SMALL, VOCABULARY
 from sparse_compile.__main__ import main
 from sparse_compile.calibration import Passkeys, echo_profile, train_gates
-from sparse_compile.calibration.command import passkeys
-from sparse_compile.profile import Profile, signature
+from sparse_compile.calibration.cli import passkeys
+from sparse_compile.head_profile import Profile, signature
 from word_tokenizer import word_tokenizer
 
 SIZES = ["--longest", "200", "--sink", "4", "--recent", "16", "--device", "cpu"]

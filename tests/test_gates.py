@@ -30,9 +30,9 @@ from gated_models import (
 from gated_oracle import factor, gated_hidden, trained
 from models import DECODERS, VOCABULARY, Decoder, tokens
 from sparse_compile.calibration import Passkeys, train_gates
-from sparse_compile.calibration.gates import rate_at
-from sparse_compile.calibration.hidden import compiled_hidden, frozen, last_hidden
-from sparse_compile.profile import signature
+from sparse_compile.calibration.forward import compiled_hidden, frozen, last_hidden
+from sparse_compile.calibration.gate_training import rate_at
+from sparse_compile.head_profile import signature
 
 pytestmark = pytest.mark.usefixtures("fresh")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from cache_oracle import llama
 from gated_models import SETTINGS, last, trained_toy
 from models import VOCABULARY
-from sparse_compile.calibration import Passkeys, gates, train_gates
+from sparse_compile.calibration import Passkeys, gate_training, train_gates
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -44,7 +44,7 @@ def interrupted(at: int) -> Callable[[int], tuple[Tensor, Tensor]]:
 def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(
     at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gates, "SAVED", 2)
+    monkeypatch.setattr(gate_training, "SAVED", 2)
     wanted = trained_toy(last, steps=8)
     file = tmp_path / "gates.pt"
     with pytest.raises(Interrupted):
@@ -107,7 +107,7 @@ def test_a_file_that_cannot_be_written_is_told_before_training(tmp_path: Path) -
 
 
 def test_a_half_written_file_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gates, "SAVED", 2)
+    monkeypatch.setattr(gate_training, "SAVED", 2)
     file, save, written = tmp_path / "gates.pt", torch.save, list[Path]()
 
     def dies(content: Any, path: Path) -> None:

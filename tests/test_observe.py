@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForMaskedLM
 from cache_oracle import llama, random_tokens
 from models import DECODERS, VOCABULARY, Decoder, tokens
 from sparse_compile.calibration import Observations, echo_profile, observe
-from sparse_compile.calibration.hidden import last_hidden
+from sparse_compile.calibration.forward import last_hidden
 from sparse_compile.passes.ops import attention_stats
 from sparse_compile.passes.ops.attention_stats import STATISTICS
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_compile.calibration import Passkeys
-from sparse_compile.calibration.passkeys import WORDS
+from sparse_compile.calibration.passkey_data import WORDS
 from word_tokenizer import word_tokenizer
 
 TEXT = "one two three four five six seven " * 20

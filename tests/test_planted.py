@@ -9,7 +9,7 @@ import torch
 
 from planted import BOS, INDUCTION, KV_HEADS, LAYERS, VOCABULARY, planted
 from sparse_compile.calibration import Passkeys, echo_profile, observe, train_gates
-from sparse_compile.profile import Profile
+from sparse_compile.head_profile import Profile
 
 pytestmark = pytest.mark.usefixtures("fresh")
 

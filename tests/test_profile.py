@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import sparse_compile as sc
 from cache_oracle import llama
+from sparse_compile.head_profile import Profile, signature
 from sparse_compile.masks import causal, per_head, sink, sliding_window
-from sparse_compile.profile import Profile, signature
 
 SCORES = [[0.9, 0.1, 0.5], [0.2, 0.8, 0.4]]
 STREAMING = causal & (sink(2) | sliding_window(4))

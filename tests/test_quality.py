@@ -24,8 +24,8 @@ from bench.lab.score import exact_match
 from bench.lab.session import Session
 from bench.lab.tasks import TASKS
 from sparse_compile import SparseCache
+from sparse_compile.head_profile import Profile
 from sparse_compile.passes.storage.layer_plan import Ring
-from sparse_compile.profile import Profile
 
 EXACT = replace(FULL, dtype=torch.float32)
 SHAPE = config(layers=2, hidden=64)

@@ -12,9 +12,9 @@ from bench.recall import recall
 from cache_oracle import llama, random_tokens
 from cache_session import Session
 from models import left_padding
+from sparse_compile.explain_config import explain_config
 from sparse_compile.masks import Mask, causal, page_topk, sink, sliding_window
 from sparse_compile.masks.density import largest_density
-from sparse_compile.plan import explain_config
 
 pytestmark = pytest.mark.usefixtures("fresh")
 

@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sparse_compile.calibration.passkeys import ORDINALS, WORDS
+from sparse_compile.calibration.passkey_data import ORDINALS, WORDS
 
 SAID = "Remember this , the passkey is : What is the passkey ? It is : one two three four five six seven".split()
 

@@ -18,8 +18,8 @@ from bench.lab.methods import RECENT
 from bench.lab.model import CHECKPOINT, build, config, load
 from bench.lab.tasks import Needles
 from sparse_compile.calibration import echo_profile, observe, train_gates
-from sparse_compile.calibration.gates import PENALTY
-from sparse_compile.profile import Profile
+from sparse_compile.calibration.gate_training import PENALTY
+from sparse_compile.head_profile import Profile
 
 SEED = 1 << 34  # that no training, scoring or bench has
 ECHO_SEEDS = 6

@@ -15,7 +15,7 @@ from bench.lab.methods import FULL, Method
 from bench.lab.model import CHECKPOINT, load
 from bench.lab.session import Session
 from bench.lab.tasks import TASKS
-from sparse_compile.profile import Profile
+from sparse_compile.head_profile import Profile
 
 ITEMS, LENGTH, DEPTH = 48, 1024, 0.25
 SEED = 1 << 35  # that nothing else has

@@ -9,7 +9,7 @@ from pathlib import Path
 from bench.lab.methods import QUARTER
 from bench.lab.rows import Table
 from bench.report import read
-from sparse_compile.profile import Profile
+from sparse_compile.head_profile import Profile
 
 
 @dataclass(frozen=True)

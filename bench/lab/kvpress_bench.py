@@ -85,7 +85,7 @@ def ours(folder: Path, size: Size, budgets: Sequence[float] = BUDGETS) -> None:
     from bench.lab import methods
     from bench.lab.budgets import dense_bytes, held_bytes, read_bytes
     from bench.lab.session import Session
-    from sparse_compile.profile import Profile
+    from sparse_compile.head_profile import Profile
 
     found, gates = read_items(folder)
     length = next(iter(found.values())).tokens().shape[1]

@@ -9,8 +9,8 @@ import torch
 
 from bench.lab.budgets import PAGE, SINK, heads_within
 from sparse_compile import KVFormat, Policy
+from sparse_compile.head_profile import Profile, masks_by_layer
 from sparse_compile.masks import Mask, causal, page_topk, sink, sliding_window
-from sparse_compile.profile import Profile, masks_by_layer
 
 BUDGETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 QUARTER, RECENT = 1 / 4, 64  # of all KV heads, and the window of the others

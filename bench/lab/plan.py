@@ -12,7 +12,7 @@ from bench.lab.jobs import Asking, Cell, Job, Reading, Size
 from bench.lab.methods import BUDGETS, FULL, RANDOM_SEEDS, Method
 from bench.lab.tasks import TASKS
 from sparse_compile import KVFormat
-from sparse_compile.profile import Profile
+from sparse_compile.head_profile import Profile
 
 NEEDLES = ("single", "multi", "multi_key", "multi_query", "turns")
 OTHERS = tuple(name for name in TASKS if name not in NEEDLES)

@@ -22,7 +22,7 @@ from bench.lab.model import CHECKPOINT
 from bench.lab.plan import GROUPS, NEEDLES, TRAINED, Plan
 from bench.lab.rows import Row, Table
 from bench.timing import RESULTS
-from sparse_compile.profile import Profile
+from sparse_compile.head_profile import Profile
 
 PUBLISHED = "gates-published-penalty.json"
 WORKERS = 12  # of a GPU; every step is launched by Python, so that one process leaves a GPU idle

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from sparse_compile.cache.books import Books
-from sparse_compile.cache.positions import Positions
+from sparse_compile.cache.device_positions import Positions
+from sparse_compile.cache.host_state import Books
 from sparse_compile.passes.ops import cache_update  # noqa: F401  # registers the op that update() calls
 from sparse_compile.passes.storage.codec import Codes, dequantize
 from sparse_compile.passes.storage.layer_plan import Choice, LayerPlan, Pages, Ring, Storage, codes_of, misfit

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from sparse_compile.cache.books import Books
+from sparse_compile.cache.device_positions import Positions
+from sparse_compile.cache.host_state import Books
 from sparse_compile.cache.kv_format import ByLayer, check_formats, formats_of
 from sparse_compile.cache.layer import SparseCacheLayer
-from sparse_compile.cache.plan import Geometry, check_dtype, check_sizes, plan_layers
-from sparse_compile.cache.positions import Positions
-from sparse_compile.cache.rotation import in_cache_positions
-from sparse_compile.cache.selection import Selection
+from sparse_compile.cache.page_buffers import Selection
+from sparse_compile.cache.planning import Geometry, check_dtype, check_sizes, plan_layers
+from sparse_compile.cache.rope import in_cache_positions
 from sparse_compile.masks import Mask
 from sparse_compile.passes.ops.cache_update import SparseCacheError
 from sparse_compile.passes.storage.layer_plan import Pages, Ring
@@ -295,7 +295,7 @@ class SparseCache(Cache):
 
     def save(self, path: str | Path) -> None:
         """Write what the cache holds to a safetensors file, to go on from the same prompt later."""
-        from sparse_compile.cache.files import save
+        from sparse_compile.cache.serialization import save
 
         save(self, path)
 
@@ -304,6 +304,6 @@ class SparseCache(Cache):
 
         Raises ``ValueError`` for files that are broken or belong to another cache; the cache then holds what it held before.
         """
-        from sparse_compile.cache.files import load
+        from sparse_compile.cache.serialization import load
 
         load(self, path)

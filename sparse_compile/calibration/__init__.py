@@ -1,7 +1,7 @@
 """Which heads need everything: gates that are trained, and what heads are seen to do."""
 
-from sparse_compile.calibration.gates import Batches, train_gates
-from sparse_compile.calibration.observing import Observations, echo_profile, observe
-from sparse_compile.calibration.passkeys import Passkeys
+from sparse_compile.calibration.gate_training import Batches, train_gates
+from sparse_compile.calibration.head_statistics import Observations, echo_profile, observe
+from sparse_compile.calibration.passkey_data import Passkeys
 
 __all__ = ["Batches", "Observations", "Passkeys", "echo_profile", "observe", "train_gates"]

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparse_compile.calibration.hidden import Hidden, compiled_hidden, frozen, last_hidden, positions_of, sizes_of
+from sparse_compile.calibration.forward import Hidden, compiled_hidden, frozen, last_hidden, positions_of, sizes_of
 from sparse_compile.dynamo import with_passes
-from sparse_compile.profile import Profile, signature
+from sparse_compile.head_profile import Profile, signature
 
 if TYPE_CHECKING:
     from sparse_compile.passes.ops.attention_stats import Look

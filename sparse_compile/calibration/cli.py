@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from sparse_compile.calibration.gates import train_gates
-from sparse_compile.calibration.hidden import positions_of, sizes_of
-from sparse_compile.calibration.observing import echo_profile
-from sparse_compile.calibration.passkeys import Passkeys
-from sparse_compile.profile import Profile
+from sparse_compile.calibration.forward import positions_of, sizes_of
+from sparse_compile.calibration.gate_training import train_gates
+from sparse_compile.calibration.head_statistics import echo_profile
+from sparse_compile.calibration.passkey_data import Passkeys
+from sparse_compile.head_profile import Profile
 
 LONGEST = 32000  # tokens of a text, as published
 

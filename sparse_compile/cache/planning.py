@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sparse_compile.cache.kv_format import KVFormat
-from sparse_compile.cache.selection import selecting_pages
+from sparse_compile.cache.page_buffers import selecting_pages
 from sparse_compile.masks import Mask, causal, chunked, sliding_window
 from sparse_compile.masks.analysis import Past
 from sparse_compile.masks.selection.budget import check_budget, check_pages

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparse_compile.calibration.hidden import Hidden, compiled_hidden, frozen, last_hidden, sizes_of
+from sparse_compile.calibration.forward import Hidden, compiled_hidden, frozen, last_hidden, sizes_of
 from sparse_compile.dynamo import Backend, with_passes
+from sparse_compile.head_profile import Profile, signature
 from sparse_compile.masks import causal, sliding_window
 from sparse_compile.masks import sink as first_tokens
-from sparse_compile.profile import Profile, signature
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]  # of a step: tokens [B, N], and which of them are asked, bool [B, N]
 STEPS, RATE, PENALTY = 2000, 0.02, 0.05  # as published
