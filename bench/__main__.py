@@ -8,20 +8,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import timing
-from bench.attention import run_decode, run_prefill
-from bench.cache import run_cache, run_cache_attention
-from bench.calibration import run_gates
-from bench.compiling import run_compile
-from bench.generation import run_cache_generate, run_cache_prefill
-from bench.lab import plots
+from bench.attention.masks import run_masks
+from bench.attention.prefill_decode import run_decode, run_prefill
+from bench.attention.sweep import sweep
+from bench.lab.evaluation import plots
 from bench.lab.quality import quality, smoke
-from bench.masks import run_masks
-from bench.model import run_model
-from bench.quantized import run_quantized_attention, run_quantized_cache, run_quantized_model
-from bench.report import report
-from bench.selection import run_select_attention, run_select_model, run_select_prefill
-from bench.sweep import sweep
+from bench.measure import timing
+from bench.measure.report import report
+from bench.models.cache import run_cache, run_cache_attention
+from bench.models.calibration import run_gates
+from bench.models.compiling import run_compile
+from bench.models.generation import run_cache_generate, run_cache_prefill
+from bench.models.model import run_model
+from bench.models.quantized import run_quantized_attention, run_quantized_cache, run_quantized_model
+from bench.models.selection import run_select_attention, run_select_model, run_select_prefill
 
 BENCHES = {
     "prefill": run_prefill,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import sparse_compile as sc
-from bench.timing import RESULTS, environment
+from bench.measure.timing import RESULTS, environment
 from sparse_compile.passes.storage.codec import Format, dequantize, quantize
 
 KEYS, DIM, HEADS, QUERIES, DRAWS = 4096, 128, 8, 32, 4

@@ -1,6 +1,6 @@
 """The slow reader of the lab's tasks: what a question's answer is, by looking through the context token by token."""
 
-from bench.lab import words
+from bench.lab.data import words
 
 ANSWER = 4
 

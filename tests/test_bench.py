@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-from bench import timing
 from bench.__main__ import BENCHES
-from bench.filled import weights
-from bench.model import TINY, build
-from bench.report import README, plot, with_table
+from bench.measure import timing
+from bench.measure.report import README, plot, with_table
+from bench.models.filled import weights
+from bench.models.model import TINY, build
 
 pytestmark = pytest.mark.usefixtures("fresh")
 

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.lab import kvpress_bench, presses
-from bench.lab.jobs import Cell, Size, made
-from bench.lab.rows import Table
+from bench.lab import kvpress_bench
+from bench.lab.evaluation import presses
+from bench.lab.evaluation.jobs import Cell, Size, made
+from bench.lab.evaluation.rows import Table
 
 
 def test_a_smoke_run_asks_our_side_and_writes_a_table(tmp_path: Path) -> None:

@@ -21,15 +21,15 @@ from torch import Tensor
 
 import lab_oracle
 from bench.lab import train as training
-from bench.lab import words
-from bench.lab.answers import Brackets, Counting, Sums
-from bench.lab.haystack import OFFSETS, noise, repository_text
-from bench.lab.items import Items, Task
-from bench.lab.mixture import MIXTURES, mixed
+from bench.lab.data import words
+from bench.lab.data.answers import Brackets, Counting, Sums
+from bench.lab.data.haystack import OFFSETS, noise, repository_text
+from bench.lab.data.items import Items, Task
+from bench.lab.data.mixture import MIXTURES, mixed
+from bench.lab.data.tasks import TASKS, Copy, Needles, Recall, Variables
+from bench.lab.evaluation.score import exact_match, perplexity_by_position
 from bench.lab.model import CHECKPOINT, build, config, load, save
 from bench.lab.recipe import SMOKE, Recipe
-from bench.lab.score import exact_match, perplexity_by_position
-from bench.lab.tasks import TASKS, Copy, Needles, Recall, Variables
 
 PLACED = [task for task in TASKS.values() if task.placed]
 WIDTH = {"variables": 9, "copy": 33, "recall": 64}  # of what depth places, with what must follow it; a needle has 6

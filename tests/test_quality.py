@@ -12,17 +12,18 @@ from typing import Any, cast
 import pytest
 import torch
 
-from bench.lab import findings, methods, plots, quality
-from bench.lab.budgets import PAGE, SINK, dense_bytes, heads_within, held_bytes, read_bytes
+from bench.lab import quality
+from bench.lab.data.tasks import TASKS
 from bench.lab.demo import run_demo
-from bench.lab.jobs import Asking, Cell, Size, done, made, run
-from bench.lab.methods import BUDGETS, FULL, Method
+from bench.lab.evaluation import findings, methods, plots
+from bench.lab.evaluation.budgets import PAGE, SINK, dense_bytes, heads_within, held_bytes, read_bytes
+from bench.lab.evaluation.jobs import Asking, Cell, Size, done, made, run
+from bench.lab.evaluation.methods import BUDGETS, FULL, Method
+from bench.lab.evaluation.plan import GROUPS, NEEDLES, OTHERS, Plan
+from bench.lab.evaluation.rows import Table, wilson
+from bench.lab.evaluation.score import exact_match
 from bench.lab.model import build, config
-from bench.lab.plan import GROUPS, NEEDLES, OTHERS, Plan
-from bench.lab.rows import Table, wilson
-from bench.lab.score import exact_match
 from bench.lab.session import Session
-from bench.lab.tasks import TASKS
 from sparse_compile import SparseCache
 from sparse_compile.head_profile import Profile
 from sparse_compile.passes.storage.layer_plan import Ring

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.lab.budgets import SINK
-from bench.lab.haystack import Text, library_text, noise, repository_text
-from bench.lab.items import filled
-from bench.lab.methods import RECENT
+from bench.lab.data.haystack import Text, library_text, noise, repository_text
+from bench.lab.data.items import filled
+from bench.lab.data.tasks import Needles
+from bench.lab.evaluation.budgets import SINK
+from bench.lab.evaluation.methods import RECENT
 from bench.lab.model import CHECKPOINT, build, config, load
-from bench.lab.tasks import Needles
 from sparse_compile.calibration import echo_profile, observe, train_gates
 from sparse_compile.calibration.gate_training import PENALTY
 from sparse_compile.head_profile import Profile

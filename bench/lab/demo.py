@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from bench.lab import methods
-from bench.lab.budgets import dense_bytes, held_bytes
-from bench.lab.items import Items
-from bench.lab.methods import FULL, Method
+from bench.lab.data.items import Items
+from bench.lab.data.tasks import TASKS
+from bench.lab.evaluation import methods
+from bench.lab.evaluation.budgets import dense_bytes, held_bytes
+from bench.lab.evaluation.methods import FULL, Method
 from bench.lab.model import CHECKPOINT, load
 from bench.lab.session import Session
-from bench.lab.tasks import TASKS
 from sparse_compile.head_profile import Profile
 
 ITEMS, LENGTH, DEPTH = 48, 1024, 0.25

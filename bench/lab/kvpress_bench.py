@@ -19,15 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench.lab.items import Items
+from bench.lab.data.items import Items
+from bench.lab.evaluation.presses import FULL, asked, presses
+from bench.lab.evaluation.rows import Table, wilson
 from bench.lab.model import CHECKPOINT, load
-from bench.lab.presses import FULL, asked, presses
-from bench.lab.rows import Table, wilson
-from bench.timing import RESULTS, environment
+from bench.measure.timing import RESULTS, environment
 
 if TYPE_CHECKING:  # theirs has no sparse_compile
-    from bench.lab.jobs import Size
-    from bench.lab.methods import Method
+    from bench.lab.evaluation.jobs import Size
+    from bench.lab.evaluation.methods import Method
 
 TASKS, LENGTH, BUDGETS, BATCH = ("single", "multi_key", "multi_query", "turns"), 512, (1 / 2, 1 / 4, 1 / 8), 50
 
@@ -58,7 +58,7 @@ class Beside:
 
 def write_items(folder: Path, gates: Sequence[Sequence[float]], size: Size, length: int, tasks: Sequence[str] = TASKS) -> None:
     """``items.safetensors``: contexts, questions and answers of all tasks, and the scores of heads."""
-    from bench.lab.jobs import Cell, made
+    from bench.lab.evaluation.jobs import Cell, made
 
     tensors: dict[str, Tensor] = {}
     for task in tasks:
@@ -82,8 +82,8 @@ def read_items(folder: Path) -> tuple[dict[str, Items], list[list[float]]]:
 
 def ours(folder: Path, size: Size, budgets: Sequence[float] = BUDGETS) -> None:
     """``ours.csv``: full attention, sink and recent tokens, heads by gates, and pages, by the session of the quality bench."""
-    from bench.lab import methods
-    from bench.lab.budgets import dense_bytes, held_bytes, read_bytes
+    from bench.lab.evaluation import methods
+    from bench.lab.evaluation.budgets import dense_bytes, held_bytes, read_bytes
     from bench.lab.session import Session
     from sparse_compile.head_profile import Profile
 
@@ -163,7 +163,7 @@ def main() -> None:
     elif chosen.part == "theirs":
         theirs(chosen.folder, chosen.model)
     else:
-        from bench.lab.jobs import Size
+        from bench.lab.evaluation.jobs import Size
 
         size = Size(chosen.model, items=100, seeds=2)
         gates = json.loads((chosen.model / "gates.json").read_text("utf-8"))["profile"]["scores"]

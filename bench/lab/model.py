@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.lab.words import START, VOCABULARY
+from bench.lab.data.words import START, VOCABULARY
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 HEAD_DIM = 32

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from bench.lab import findings, methods
-from bench.lab.jobs import Asking, Cell, Fluency, Job, Size, done
-from bench.lab.methods import FULL
+from bench.lab.evaluation import findings, methods
+from bench.lab.evaluation.jobs import Asking, Cell, Fluency, Job, Size, done
+from bench.lab.evaluation.methods import FULL
+from bench.lab.evaluation.plan import GROUPS, NEEDLES, TRAINED, Plan
+from bench.lab.evaluation.rows import Row, Table
 from bench.lab.model import CHECKPOINT
-from bench.lab.plan import GROUPS, NEEDLES, TRAINED, Plan
-from bench.lab.rows import Row, Table
-from bench.timing import RESULTS
+from bench.measure.timing import RESULTS
 from sparse_compile.head_profile import Profile
 
 PUBLISHED = "gates-published-penalty.json"

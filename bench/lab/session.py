@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bench.lab.budgets import PAGE
-from bench.lab.items import Items
-from bench.lab.methods import Method
+from bench.lab.data.items import Items
+from bench.lab.evaluation.budgets import PAGE
+from bench.lab.evaluation.methods import Method
 from sparse_compile import Backend, SparseCache
 from sparse_compile.passes.storage.layer_plan import Ring
 

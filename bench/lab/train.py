@@ -19,12 +19,12 @@ import transformers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bench.lab.haystack import ROOT, Text, library_text, repository_text
-from bench.lab.mixture import MIXTURES, mixed
+from bench.lab.data.haystack import ROOT, Text, library_text, repository_text
+from bench.lab.data.mixture import MIXTURES, mixed
+from bench.lab.data.tasks import TASKS
+from bench.lab.evaluation.score import accuracy, perplexity_by_position
 from bench.lab.model import build, config, load, save, write_log
 from bench.lab.recipe import SECOND, SMOKE, Recipe
-from bench.lab.score import accuracy, perplexity_by_position
-from bench.lab.tasks import TASKS
 
 Scores = dict[str, dict[int, float]]  # by task and length
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.lab.answers import Brackets, Counting, Sums
-from bench.lab.haystack import Haystack, noise
-from bench.lab.items import Items, Task, at_depth, distinct, drawn, filled, inserted, written
-from bench.lab.words import ASK, COPY, EACH, KEYS, NEEDLE, SET, SYMBOLS, VALUES
+from bench.lab.data.answers import Brackets, Counting, Sums
+from bench.lab.data.haystack import Haystack, noise
+from bench.lab.data.items import Items, Task, at_depth, distinct, drawn, filled, inserted, written
+from bench.lab.data.words import ASK, COPY, EACH, KEYS, NEEDLE, SET, SYMBOLS, VALUES
 
 ANSWER = 4  # values of a needle
 NEEDLE_SIZE = 2 + ANSWER

@@ -12,8 +12,8 @@ from unittest import mock
 
 import torch
 
-from bench.shapes import WINDOW, Shape, compiled, decode, operands, prefill
-from bench.timing import CUDA, Row, Timing, in_graph, measure, measured
+from bench.measure.shapes import WINDOW, Shape, compiled, decode, operands, prefill
+from bench.measure.timing import CUDA, Row, Timing, in_graph, measure, measured
 from sparse_compile.masks import Mask, causal
 from sparse_compile.passes.choose import tuning
 from sparse_compile.passes.choose.tuning import Phase, Tiles

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.lab.haystack import Haystack, noise
-from bench.lab.items import Items, distinct, drawn, filled, spread, written
-from bench.lab.words import CLOSE, COUNT, DIGITS, KEYS, SUM, TALLY
+from bench.lab.data.haystack import Haystack, noise
+from bench.lab.data.items import Items, distinct, drawn, filled, spread, written
+from bench.lab.data.words import CLOSE, COUNT, DIGITS, KEYS, SUM, TALLY
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.lab.items import Items
+from bench.lab.data.items import Items
 
 SINK = 4
 

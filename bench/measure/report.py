@@ -6,9 +6,9 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from bench.timing import RESULTS
+from bench.measure.timing import RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import sparse_compile as sc
-from bench.filled import (
+from bench.measure.timing import CUDA, DEVICE, Row, Timing
+from bench.models.filled import (
     DENSE,
     GIB,
     GQA,
@@ -32,8 +33,7 @@ from bench.filled import (
     static_cache,
     weights,
 )
-from bench.model import build, kernels_of
-from bench.timing import CUDA, DEVICE, Row, Timing
+from bench.models.model import build, kernels_of
 from sparse_compile.masks import Mask
 
 TOKENS = 128  # that generate() makes, of which the last LATE are timed

@@ -12,9 +12,9 @@ import torch
 from transformers import LlamaConfig, StaticCache
 
 import sparse_compile as sc
-from bench.model import LLAMA3_8B, TINY
-from bench.shapes import DTYPE
-from bench.timing import CUDA, DEVICE, Row, Timing, measured
+from bench.measure.shapes import DTYPE
+from bench.measure.timing import CUDA, DEVICE, Row, Timing, measured
+from bench.models.model import LLAMA3_8B, TINY
 from sparse_compile.masks import Mask, causal, per_head, sink, sliding_window
 from sparse_compile.masks.patterns.per_head import PerHead
 from sparse_compile.masks.selection.page_scoring import describe

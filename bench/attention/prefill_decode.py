@@ -12,8 +12,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.shapes import DTYPE, GEMMA3, LLAMA2, LLAMA3, MISTRAL, SMALL, WINDOW, Shape, compiled, decode, operands, prefill
-from bench.timing import CUDA, DEVICE, Row, Timing, bandwidth, in_graph, matmul_rate, measure, measured
+from bench.measure.shapes import (
+    DTYPE,
+    GEMMA3,
+    LLAMA2,
+    LLAMA3,
+    MISTRAL,
+    SMALL,
+    WINDOW,
+    Shape,
+    compiled,
+    decode,
+    operands,
+    prefill,
+)
+from bench.measure.timing import CUDA, DEVICE, Row, Timing, bandwidth, in_graph, matmul_rate, measure, measured
 from sparse_compile.masks import Mask, causal, per_head, sink, sliding_window
 from sparse_compile.passes.choose import kernel_choice
 

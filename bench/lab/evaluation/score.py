@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bench.lab.haystack import Text
-from bench.lab.items import Items, Task
-from bench.lab.words import START
+from bench.lab.data.haystack import Text
+from bench.lab.data.items import Items, Task
+from bench.lab.data.words import START
 
 CHUNK = 1 << 16  # tokens of a forward
 

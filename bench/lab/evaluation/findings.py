@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.lab.methods import QUARTER
-from bench.lab.rows import Table
-from bench.report import read
+from bench.lab.evaluation.methods import QUARTER
+from bench.lab.evaluation.rows import Table
+from bench.measure.report import read
 from sparse_compile.head_profile import Profile
 
 

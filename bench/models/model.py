@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Stati
 from transformers.models.gemma3 import Gemma3TextConfig
 
 import sparse_compile as sc
-from bench.attention import STOCK, relative_error
-from bench.shapes import WINDOW
-from bench.timing import CUDA, DEVICE, Row, Timing, bandwidth, measure, measured
+from bench.attention.prefill_decode import STOCK, relative_error
+from bench.measure.shapes import WINDOW
+from bench.measure.timing import CUDA, DEVICE, Row, Timing, bandwidth, measure, measured
 from sparse_compile.masks import Mask, causal
 
 LLAMA3_8B = LlamaConfig(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from bench.shapes import WINDOW
-from bench.timing import DEVICE, Row, measure, measured
+from bench.measure.shapes import WINDOW
+from bench.measure.timing import DEVICE, Row, measure, measured
 from sparse_compile.masks import causal, per_head
 
 HEADS = 32

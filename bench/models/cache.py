@@ -13,8 +13,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig
 
 import sparse_compile as sc
-from bench.attention import LAYERS, STOCK
-from bench.filled import (
+from bench.attention.prefill_decode import LAYERS, STOCK
+from bench.measure.shapes import DTYPE, LLAMA2, LLAMA3, SMALL, Shape, compiled, operands
+from bench.measure.timing import CUDA, DEVICE, Row, Timing, bandwidth, in_graph, measure
+from bench.models.filled import (
     DENSE,
     GIB,
     GQA,
@@ -33,9 +35,7 @@ from bench.filled import (
     static_cache,
     weights,
 )
-from bench.model import STEPS, build, kernels_of
-from bench.shapes import DTYPE, LLAMA2, LLAMA3, SMALL, Shape, compiled, operands
-from bench.timing import CUDA, DEVICE, Row, Timing, bandwidth, in_graph, measure
+from bench.models.model import STEPS, build, kernels_of
 from sparse_compile.masks import Mask, causal
 from sparse_compile.masks.density import largest_density
 

@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bench.lab.words import NOISE
+from bench.lab.data.words import NOISE
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OFFSETS = (0, 1, 5, 17)  # one for each successor
 CHAINS, STEPS = 2048, 1024  # the noise is so many chains, one after the other
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.lab.budgets import PAGE, SINK, heads_within
+from bench.lab.evaluation.budgets import PAGE, SINK, heads_within
 from sparse_compile import KVFormat, Policy
 from sparse_compile.head_profile import Profile, masks_by_layer
 from sparse_compile.masks import Mask, causal, page_topk, sink, sliding_window

@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from bench.report import read
+from bench.measure.report import read
 
 Rows = list[dict[str, str]]
 COLUMNS = 4

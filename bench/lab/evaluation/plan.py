@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
-from bench.lab import methods
-from bench.lab.jobs import Asking, Cell, Job, Reading, Size
-from bench.lab.methods import BUDGETS, FULL, RANDOM_SEEDS, Method
-from bench.lab.tasks import TASKS
+from bench.lab.data.tasks import TASKS
+from bench.lab.evaluation import methods
+from bench.lab.evaluation.jobs import Asking, Cell, Job, Reading, Size
+from bench.lab.evaluation.methods import BUDGETS, FULL, RANDOM_SEEDS, Method
 from sparse_compile import KVFormat
 from sparse_compile.head_profile import Profile
 

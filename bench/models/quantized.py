@@ -11,11 +11,11 @@ import torch
 from transformers import QuantizedCache
 
 import sparse_compile as sc
-from bench.cache import decode_steps, last_steps, run_steps
-from bench.filled import GIB, GQA, TINY_HALF, Case, digest_bytes, forget, graphs, row, weights
-from bench.model import LLAMA3_8B, STEPS, TINY, build, kernels_of
-from bench.shapes import DTYPE, LLAMA3, SMALL, Shape
-from bench.timing import DEVICE, Row, Timing, bandwidth, measure
+from bench.measure.shapes import DTYPE, LLAMA3, SMALL, Shape
+from bench.measure.timing import DEVICE, Row, Timing, bandwidth, measure
+from bench.models.cache import decode_steps, last_steps, run_steps
+from bench.models.filled import GIB, GQA, TINY_HALF, Case, digest_bytes, forget, graphs, row, weights
+from bench.models.model import LLAMA3_8B, STEPS, TINY, build, kernels_of
 from sparse_compile.masks import Mask, causal, page_topk
 
 LAYERS = 8  # of attention alone: what does not fit into any cache

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.filled import GIB, peak, reset_peak, weights
-from bench.model import LLAMA3_8B, TINY, build
-from bench.timing import CUDA, Row, Timing, measured
+from bench.measure.timing import CUDA, Row, Timing, measured
+from bench.models.filled import GIB, peak, reset_peak, weights
+from bench.models.model import LLAMA3_8B, TINY, build
 from sparse_compile.calibration import Passkeys, train_gates
 
 WARM_UP = 2  # steps that compile, and find the memory they need

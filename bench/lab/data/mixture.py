@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.lab.answers import Brackets, Counting, Sums
-from bench.lab.haystack import Text, noise
-from bench.lab.items import Items, Task, filled
-from bench.lab.tasks import Copy, Needles, Recall, Variables
+from bench.lab.data.answers import Brackets, Counting, Sums
+from bench.lab.data.haystack import Text, noise
+from bench.lab.data.items import Items, Task, filled
+from bench.lab.data.tasks import Copy, Needles, Recall, Variables
 
 GROUPS = 8  # of a batch: the rows of one come from one task
 OTHERS = 0.3  # what all tokens of a row that are not asked count, beside the asked ones

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.timing import CUDA, DEVICE, Row, Timing, measured
+from bench.measure.timing import CUDA, DEVICE, Row, Timing, measured
 
 LAYERS = 32
 
@@ -58,8 +58,8 @@ def _once(result: dict[str, Any]) -> Timing:
 def _in_a_process(name: str, layers: int, length: int, caches: str) -> dict[str, Any]:
     """The first call of a model in a process of its own."""
     settings = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches, "TRITON_CACHE_DIR": f"{caches}/triton"}
-    command = [sys.executable, "-m", "bench.compiling", name, str(layers), str(length)]
-    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "bench.models.compiling", name, str(layers), str(length)]
+    root = Path(__file__).parents[2]
     done = subprocess.run(command, env=settings, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"compiling {name} failed:\n{done.stderr[-2000:]}")

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.lab.budgets import dense_bytes, held_bytes, read_bytes
-from bench.lab.haystack import repository_text
-from bench.lab.items import Items
-from bench.lab.methods import Method
+from bench.lab.data.haystack import repository_text
+from bench.lab.data.items import Items
+from bench.lab.data.tasks import TASKS
+from bench.lab.data.words import START
+from bench.lab.evaluation.budgets import dense_bytes, held_bytes, read_bytes
+from bench.lab.evaluation.methods import Method
+from bench.lab.evaluation.rows import Row, wilson
 from bench.lab.model import build, config, load
-from bench.lab.rows import Row, wilson
 from bench.lab.session import Session
-from bench.lab.tasks import TASKS
-from bench.lab.words import START
-from bench.timing import environment
+from bench.measure.timing import environment
 
 SEED = 1 << 33  # of the items: no training and no scoring has it
 LONGEST = 900  # seconds that a job may take

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bench.lab.haystack import Haystack
-from bench.lab.words import START
+from bench.lab.data.haystack import Haystack
+from bench.lab.data.words import START
 
 
 @dataclass(frozen=True, eq=False)

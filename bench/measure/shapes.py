@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import sparse_compile as sc
-from bench.timing import CUDA, DEVICE
+from bench.measure.timing import CUDA, DEVICE
 from sparse_compile.masks import Mask, causal, sink, sliding_window
 
 

@@ -8,12 +8,12 @@ from functools import partial
 
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.attention import SDPA, STOCK, relative_error
-from bench.cache import decode_steps, last_steps, stock_steps
-from bench.filled import DENSE, GIB, GQA, MODE, TINY_HALF, digest_bytes, forget, graphs, row
-from bench.model import build, kernels_of
-from bench.shapes import DTYPE, LLAMA2, LLAMA3, SMALL, Shape, compiled, operands, prefill
-from bench.timing import CUDA, Row, bandwidth, in_graph, matmul_rate, measure, measured
+from bench.attention.prefill_decode import SDPA, STOCK, relative_error
+from bench.measure.shapes import DTYPE, LLAMA2, LLAMA3, SMALL, Shape, compiled, operands, prefill
+from bench.measure.timing import CUDA, Row, bandwidth, in_graph, matmul_rate, measure, measured
+from bench.models.cache import decode_steps, last_steps, stock_steps
+from bench.models.filled import DENSE, GIB, GQA, MODE, TINY_HALF, digest_bytes, forget, graphs, row
+from bench.models.model import build, kernels_of
 from sparse_compile.masks import causal, page_topk
 from sparse_compile.masks.selection.page_topk import PageTopK
 

@@ -1,0 +1,1 @@
+"""The quality bench: methods, plans, jobs, rows and findings."""

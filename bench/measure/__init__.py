@@ -1,0 +1,1 @@
+"""Timing, bounds of the machine, shapes, and rows of results."""
