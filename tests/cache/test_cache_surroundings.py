@@ -1,0 +1,69 @@
+"""What surrounds a SparseCache: the report, explain, copies, gradients."""
+
+import copy
+
+import pytest
+import torch
+
+import sparse_compile as sc
+from sparse_compile.masks import causal, per_head, sink, sliding_window
+from support.oracles.cache import llama, random_tokens
+
+STREAMING = causal & (sink(2) | sliding_window(6))
+POLICY = sc.Policy(STREAMING, layers={0: per_head([causal, STREAMING])})
+
+
+def test_the_bytes_of_layers_and_heads_are_in_the_report() -> None:
+    torch._dynamo.reset()
+    model, token = llama(), 2 * 16 * 4  # keys and values of one head and token
+    cache = sc.SparseCache(model.config, POLICY, max_length=64, page_size=8, dtype=torch.float32)
+    model = sc.compile(model, POLICY, inner="eager")
+    with torch.no_grad():
+        model(random_tokens(20), past_key_values=cache)
+    first, second = model.sparse_compile_report.sites
+    assert first.kv_head_nbytes == cache.kept[0].head_nbytes == (64 * token, 8 * token)
+    assert second.kv_head_nbytes == cache.kept[1].head_nbytes == (8 * token, 8 * token)
+    assert first.kv_nbytes == cache.kept[0].nbytes == 72 * token
+    assert first.kv_dense_nbytes == second.kv_dense_nbytes == 128 * token == cache.dense_nbytes // 2
+    assert "SparseCache: 0.0 MiB of keys and values, dense 0.0 MiB" in str(model.sparse_compile_report)
+    assert '"kv_head_nbytes": [' in model.sparse_compile_report.to_json()
+
+
+def test_a_cache_that_was_explained_holds_the_tokens() -> None:
+    torch._dynamo.reset()
+    model, ids = llama(), random_tokens(30)
+    cache = sc.SparseCache(model.config, POLICY, max_length=64, page_size=8, dtype=torch.float32)
+    report = sc.explain(model, ids[:, :20], policy=POLICY, past_key_values=cache)
+    assert [site.action for site in report.sites] == ["sparse", "sparse"]
+    assert cache.get_seq_length() == 20
+    fast = sc.compile(model, POLICY, inner="eager")
+    with torch.no_grad():
+        fast(ids[:, 20:], past_key_values=cache)
+    assert cache.get_seq_length() == 30
+
+
+def test_a_copy_goes_on_by_itself() -> None:
+    torch._dynamo.reset()
+    model, ids = llama(), random_tokens(30)
+    cache = sc.SparseCache(model.config, POLICY, max_length=64, page_size=8, dtype=torch.float32)
+    fast = sc.compile(model, POLICY, inner="eager")
+    with torch.no_grad():
+        fast(ids[:, :20], past_key_values=cache)
+        other = copy.deepcopy(cache)
+        first, second = (fast(ids[:, 20:], past_key_values=each).logits for each in (cache, other))
+    assert torch.equal(first, second)
+    assert (cache.get_seq_length(), other.get_seq_length()) == (30, 30)
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_there_are_no_gradients_through_a_cache(inner: str) -> None:
+    torch._dynamo.reset()
+    model, ids = llama(num_hidden_layers=1), random_tokens(12)
+    cache = sc.SparseCache(model.config, STREAMING, max_length=64, page_size=8, dtype=torch.float32)
+    fast = sc.compile(model, STREAMING, inner=inner)
+    for token in ids.split(4, dim=1):
+        logits = fast(token, past_key_values=cache).logits
+    assert not logits.requires_grad
+    assert not any(buffer.requires_grad for layer in cache.kept for buffer in layer.buffers)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        logits.sum().backward()

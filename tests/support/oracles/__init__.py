@@ -1,0 +1,1 @@
+"""Slow, plain truths to hold the library against."""

@@ -1,0 +1,1 @@
+"""Caches in use, step by step, beside their oracles."""
