@@ -5,21 +5,38 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from sparse_compile.cache.device_positions import Positions
+from sparse_compile.cache.host_state import Books
+from sparse_compile.cache.layer import SparseCacheLayer
+from sparse_compile.cache.planning import Geometry
 from sparse_compile.masks.json_format import encode
 from sparse_compile.passes.storage.layer_plan import Ring, Storage
-
-if TYPE_CHECKING:
-    from sparse_compile.cache.sparse_cache import SparseCache
 
 FORMAT = "sparse_compile.SparseCache"
 VERSION = 1
 
 
-def save(cache: SparseCache, path: str | Path) -> None:
+class Contents(Protocol):
+    """What a file says of a ``SparseCache``, which imports this file."""
+
+    geometry: Geometry
+    mode: str
+    max_length: int
+    max_batch: int
+    kept: tuple[SparseCacheLayer, ...]
+    positions: Positions
+    books: Books
+
+    def parts(self, rows: int, columns: int | None = None) -> dict[str, Tensor]: ...
+
+    def reset(self) -> None: ...
+
+
+def save(cache: Contents, path: str | Path) -> None:
     """See ``SparseCache.save``."""
     from safetensors.torch import save_file
 
@@ -29,7 +46,7 @@ def save(cache: SparseCache, path: str | Path) -> None:
     save_file(tensors, str(path), metadata=header)
 
 
-def load(cache: SparseCache, path: str | Path) -> None:
+def load(cache: Contents, path: str | Path) -> None:
     """See ``SparseCache.load``."""
     from safetensors import SafetensorError, safe_open
 
@@ -78,7 +95,7 @@ def _kept(storage: Storage) -> list[Any]:
     return [storage.heads, "pages", *([] if storage.selecting is None else [storage.selecting.page_size]), *forms]
 
 
-def _identity(cache: SparseCache) -> str:
+def _identity(cache: Contents) -> str:
     """A digest of all that decides what the tensors mean; not of ``max_length``, which may differ."""
     layers: list[Any] = []
     for layer in cache.kept:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from sparse_compile.cache import serialization
 from sparse_compile.cache.device_positions import Positions
 from sparse_compile.cache.host_state import Books
 from sparse_compile.cache.kv_format import ByLayer, check_formats, formats_of
@@ -295,15 +296,11 @@ class SparseCache(Cache):
 
     def save(self, path: str | Path) -> None:
         """Write what the cache holds to a safetensors file, to go on from the same prompt later."""
-        from sparse_compile.cache.serialization import save
-
-        save(self, path)
+        serialization.save(self, path)
 
     def load(self, path: str | Path) -> None:
         """Read ``save`` back into a cache of the same model, policy and mode, of any ``max_length`` that is enough.
 
         Raises ``ValueError`` for files that are broken or belong to another cache; the cache then holds what it held before.
         """
-        from sparse_compile.cache.serialization import load
-
-        load(self, path)
+        serialization.load(self, path)
