@@ -1,4 +1,4 @@
-"""The language of attention patterns: masks, score mods, and their algebra. Imports torch and nothing else."""
+"""Describe attention patterns with masks, score mods and their algebra. This package depends only on torch."""
 
 from sparse_compile.masks import block_mask as _block_mask  # noqa: F401  # each registers methods of Mask
 from sparse_compile.masks import density as _density  # noqa: F401

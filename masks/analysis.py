@@ -1,4 +1,4 @@
-"""Which keys a cache has to keep: what queries may still see of the past, asked of the mask itself."""
+"""Find which past keys a mask can still show, and thus which keys a cache has to hold."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sparse_compile.masks.mask import Mask
 from sparse_compile.masks.patterns.positional import causal
 from sparse_compile.masks.unknown_tensors import without_tensors
 
-# Positions that are asked one by one; of longer texts as many again, evenly spread.
+# The first positions of a text, which are all checked. In longer texts, up to as many again are sampled evenly.
 ASKED = 1 << 20
 
 
 class Past(NamedTuple):
-    """Queries see no key but the first ``sink`` and the last ``recent``, their own included."""
+    """Queries see only the first ``sink`` keys and the last ``recent`` keys, including their own."""
 
     sink: int
     recent: int
@@ -24,10 +24,11 @@ class Past(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def visible_past(mask: Mask, length: int) -> Past | None:
-    """The least that ``causal & mask`` can do with in a text of ``length`` positions; None if that is no less than all.
+    """Return the smallest (sink, recent) that covers every key ``causal & mask`` shows, or None if all keys are needed.
 
-    Found by asking for the bounds of single queries, not by knowing patterns: ``chunked(n)`` and ``dilated(n, step)`` forget as
-    a window does. Parts that read tensors count as visible. The mask is the same for all heads.
+    The text has ``length`` positions. The result follows from the bounds of single queries and not from known patterns, so
+    ``chunked(n)`` and ``dilated(n, step)`` also have a limited past, as a window does. Parts that read tensors count as
+    visible. The mask must be the same for all heads.
 
         >>> visible_past(sink(4) | sliding_window(16), 1000)
         Past(sink=4, recent=16)
@@ -40,7 +41,7 @@ def visible_past(mask: Mask, length: int) -> Past | None:
     start, stop = seen.start, seen.stop  # [positions, n]
     end = at.unsqueeze(-1) + 1
     exists = stop > start
-    # What begins the text and does not reach the query is a sink; whatever lies beyond it has to be recent.
+    # An interval that starts at 0 and ends before the query is a sink. All keys beyond the sink have to be recent.
     heads = exists & (start == 0) & (stop < end)
     sink = int(torch.where(heads, stop, 0).max())
     rest = exists & (stop > sink)

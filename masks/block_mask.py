@@ -1,4 +1,4 @@
-"""Block tables of a mask, from its bounds: which key blocks a query block visits, and which of those are wholly visible."""
+"""Build block tables from the bounds of a mask: the key blocks that each query block visits, partial and full ones."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch.nn.attention.flex_attention import BlockMask
 from sparse_compile.masks.intervals import Intervals
 from sparse_compile.masks.mask import Mask, check_sizes, view
 
-# Tables as wide as the keys are what every kernel accepts; beyond this size they cost more than they are worth.
+# Every kernel accepts tables as wide as the keys. Above this size, such tables cost more than they are worth.
 WIDE_TABLE_BYTES = 16 << 20
 
 
 class Tables(NamedTuple):
     """FlexAttention's block lists: int32 counts ``[B, H, rows]`` and block indices ``[B, H, rows, width]``.
 
-    ``kv_*`` lists partial blocks, where the mask itself is asked; ``full_*`` lists blocks that are wholly visible. Entries
-    past the count are in range and never visited. Both index tables have one shape and stride: the Triton prefill kernel
-    reads the full table with the strides of the partial one.
+    ``kv_*`` lists partial blocks, in which the kernel calls the ``mask_mod``. ``full_*`` lists fully visible blocks. Entries
+    past the count are in range and never visited. Both index tables have the same shape and strides, because the Triton
+    prefill kernel reads the full table with the strides of the partial one.
     """
 
     kv_num_blocks: Tensor
@@ -32,10 +32,10 @@ class Tables(NamedTuple):
 def block_tables(
     mask: Mask, lo: Tensor, hi: Tensor, kv_len: int, *, kv_block: int, kv_start: Tensor | int = 0, width: int | None = None
 ) -> Tables:
-    """Tables for query blocks at positions ``lo..hi`` (int64 ``[rows]``) over keys at ``kv_start .. kv_start + kv_len``.
+    """Build tables for query blocks at positions ``lo..hi`` (int64 ``[rows]``) over ``kv_len`` keys from ``kv_start`` on.
 
-    ``width`` is the number of table columns: all key blocks if None. Nothing here depends on data on the host, so it runs
-    under CUDA graphs. The last key block counts as full only if it is whole.
+    ``width`` is the number of table columns; None means all key blocks. Nothing here reads data on the host, so the function
+    runs under CUDA graphs. A last key block that ``kv_len`` cuts off never counts as full.
     """
     bounds = mask.bounds(lo, hi)
     runs = Runs.of((bounds.maybe - kv_start).clamp(0, kv_len), kv_block)
@@ -44,12 +44,15 @@ def block_tables(
 
 
 def split_tables(index: Tensor, count: Tensor, surely: Intervals, kv_block: int) -> Tables:
-    """Listed blocks ``[B, H, rows, width]``, of which the first ``count`` count, with those within ``surely`` apart."""
+    """Split listed blocks into partial and full ones; ``surely`` covers the full ones.
+
+    ``index`` is ``[B, H, rows, width]``, of which the first ``count`` ``[B, H, rows]`` entries are valid.
+    """
     width = index.shape[-1]
     column = torch.arange(width, device=index.device, dtype=torch.int32)
     start = index * kv_block
     full = (surely.overlap(start, start + kv_block) == kv_block) & (column < count.unsqueeze(-1))
-    # What is sure may differ between batches and heads where what is possible does not.
+    # ``surely`` may differ between batch rows and heads even if the listed blocks do not.
     index, count = index.expand(full.shape), count.expand(full.shape[:-1])
     # One scatter moves full blocks to the right half of a table and all others to the left half, in order.
     ahead = full.cumsum(dim=-1, dtype=torch.int32)
@@ -63,19 +66,19 @@ def split_tables(index: Tensor, count: Tensor, surely: Intervals, kv_block: int)
 def visited_blocks(
     mask: Mask, lo: Tensor, hi: Tensor, kv_len: int, *, kv_block: int, kv_start: Tensor | int = 0, width: int
 ) -> tuple[Tensor, Tensor]:
-    """As ``block_tables``, with full blocks among the others: counts ``[B, H, rows]`` and indices ``[B, H, rows, width]``."""
+    """List all blocks of ``block_tables``, full or not: counts ``[B, H, rows]`` and indices ``[B, H, rows, width]``."""
     keys = (mask.bounds(lo, hi).maybe - kv_start).clamp(0, kv_len)
     index, count = Runs.of(keys, kv_block).listed(width)
     return count, index
 
 
 def live_width(mask: Mask, lo: Tensor, hi: Tensor, kv_len: int, kv_block: int) -> int:
-    """The most key blocks that any of the query blocks visits. Waits for the device."""
+    """Return the largest number of key blocks that any query block visits. Waits for the device."""
     return Runs.of(mask.bounds(lo, hi).maybe.clamp(0, kv_len), kv_block).widest()
 
 
 def query_blocks(q_len: int, q_block: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
-    """First and last query of each block, as indices: int64 ``[rows]`` each; one tensor if every block is a single query."""
+    """Return the first and last query index of each block: int64 ``[rows]`` each, one tensor if blocks are single queries."""
     lo = torch.arange(0, q_len, q_block, device=device)
     return lo, lo if q_len == 1 or q_block == 1 else (lo + q_block - 1).clamp(max=q_len - 1)
 
@@ -123,13 +126,13 @@ def block_mask(
         BLOCK_SIZE=(q_block, kv_block),
         mask_mod=mask_mod,
         seq_lengths=(q_len, kv_len),
-        # The query-side tables serve the backward pass and are found by way of a dense grid.
+        # Only the backward pass needs the query-side tables, and torch builds them from a dense grid of blocks.
         compute_q_blocks=not narrow,
     )
 
 
 class Runs(NamedTuple):
-    """Which blocks hold any key of a set: runs of blocks, ``[B, H, rows, n]``; ``end`` counts the blocks of a row so far."""
+    """Runs of blocks that hold a key of a set: ``[B, H, rows, n]``. ``end`` is the running count of the blocks in a row."""
 
     first: Tensor
     size: Tensor
@@ -137,13 +140,13 @@ class Runs(NamedTuple):
 
     @staticmethod
     def of(keys: Intervals, kv_block: int) -> Runs:
-        """``keys`` lie within the keys of the call."""
+        """Find the blocks of ``kv_block`` keys. ``keys`` must be clamped to the keys of the attention."""
         start, stop = keys.start, keys.stop
         while start.dim() < 4:
             start, stop = start.unsqueeze(0), stop.unsqueeze(0)
         first = start // kv_block
         last = torch.where(stop > start, (stop + (kv_block - 1)) // kv_block, first)
-        if first.shape[-1] > 1:  # neighbours may share a block
+        if first.shape[-1] > 1:  # adjacent intervals may share a block
             reached = last.cummax(dim=-1).values
             first = torch.cat([first[..., :1], torch.maximum(first[..., 1:], reached[..., :-1])], dim=-1)
             last = torch.maximum(first, last)
@@ -151,11 +154,14 @@ class Runs(NamedTuple):
         return Runs(first, size, size.cumsum(dim=-1))
 
     def widest(self) -> int:
-        """The most blocks of any row, and at least 1. Waits for the device."""
+        """Return the largest number of blocks in any row, at least 1. Waits for the device."""
         return max(int(self.end[..., -1].max()), 1)
 
     def listed(self, width: int) -> tuple[Tensor, Tensor]:
-        """The blocks in ascending order ``[B, H, rows, width]``, zeros after them, and their number ``[B, H, rows]``; int32."""
+        """Return int32 block indices ``[B, H, rows, width]`` and counts ``[B, H, rows]``.
+
+        The blocks of a row ascend, and zeros follow after them.
+        """
         column = torch.arange(width, device=self.first.device, dtype=torch.int32)
         begin = (self.end - self.size).int()
         shift = self.first.int() - begin
@@ -168,9 +174,9 @@ class Runs(NamedTuple):
 
 
 def transposed(count: Tensor, index: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """The same blocks listed by key block: counts ``[B, H, columns]`` and query blocks ``[B, H, columns, rows]``, int32.
+    """List the same blocks by key block: counts ``[B, H, columns]`` and query blocks ``[B, H, columns, rows]``, int32.
 
-    The backward pass of FlexAttention walks the blocks this way. Found by way of a grid of blocks.
+    The backward pass of FlexAttention visits the blocks in this order. The lists are built from a dense grid of blocks.
     """
     rows, width = index.shape[-2:]
     listed = torch.arange(width, device=index.device) < count.unsqueeze(-1)
@@ -181,7 +187,7 @@ def transposed(count: Tensor, index: Tensor, columns: int) -> tuple[Tensor, Tens
 
 
 def _compact(index: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts and the chosen indices moved to the front, in order; the rest of the columns is 0."""
+    """Move the chosen indices to the front, in order, and fill the other columns with 0. Also return the counts."""
     count = chosen.sum(dim=-1, dtype=torch.int32)
     slot = torch.where(chosen, chosen.cumsum(dim=-1) - 1, index.shape[-1])
     table = torch.zeros(*index.shape[:-1], index.shape[-1] + 1, dtype=torch.int32, device=index.device)

@@ -1,4 +1,4 @@
-"""A tensor that a mask or a score mod reads, as a value: it compares, hashes, prints and may stand for one not yet there."""
+"""A tensor that a mask or a score mod reads, as a value that compares, hashes and prints. It may be a symbol."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class Captured:
-    """A tensor by content, or a symbol: the name of a tensor that is given when the compiled model runs.
+    """A tensor that compares by content, or a symbol: the name of a tensor that the compiled model receives when it runs.
 
-    What has a name compares and hashes by name alone, also once its tensor is there: while a graph is traced, and on an
-    accelerator, contents must not be asked for.
+    A captured tensor with a name compares and hashes by its name alone, even after its tensor is filled in. Contents must
+    not be read while a graph is traced, nor on an accelerator.
 
     >>> Captured.of([[True, False]])
     [[True, False]]
@@ -28,7 +28,7 @@ class Captured:
 
     @staticmethod
     def of(value: Captured | Tensor | list[Any], dtype: str | None = None) -> Captured:
-        """From a tensor, nested lists, or what is one already. ``dtype`` is the name of one, for lists."""
+        """Capture a tensor or nested lists, or return a ``Captured`` unchanged. ``dtype`` names the dtype for lists."""
         if isinstance(value, Captured):
             return value
         if isinstance(value, Tensor):
@@ -37,31 +37,31 @@ class Captured:
 
     @staticmethod
     def symbol(name: str) -> Captured:
-        """A name for a tensor given later; ``Mask.bind`` puts the tensor in its place."""
+        """Return a name for a tensor that comes later. ``Mask.bind`` replaces the name by the tensor."""
         return Captured(None, name)
 
     def filled(self, tensor: Tensor) -> Captured:
-        """This symbol with its tensor."""
+        """Return this symbol with its tensor."""
         return Captured(tensor, self.name)
 
     @property
     def is_symbol(self) -> bool:
-        """Whether only the name is known."""
+        """Whether there is a name but no tensor yet."""
         return self._tensor is None
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor itself. Raises ``ValueError`` for a symbol."""
+        """The tensor itself. Raises ``ValueError`` for a symbol without a tensor."""
         if self._tensor is None:
             raise ValueError(f"{self.name} stands for a tensor of the compiled graph: bind the mask to a tensor first")
         return self._tensor
 
     def to(self, device: torch.device | str | None) -> Captured:
-        """The same tensor on ``device``."""
+        """Return the same tensor on ``device``, or this object if ``device`` is None."""
         return self if device is None else Captured(self.tensor.to(device))
 
     def tolist(self) -> list[Any]:
-        """The content as nested lists."""
+        """Return the content as nested lists."""
         content: list[Any] = self.tensor.tolist()
         return content
 
@@ -77,9 +77,9 @@ class Captured:
         return hash(self.name or self.digest())
 
     def digest(self) -> str:
-        """A name for the content, the same in every process."""
+        """Return a hash of the content that is the same in every process."""
         content = self.tensor.cpu().contiguous()
-        # Not by way of numpy, which torch does not install.
+        # Do not go through numpy: torch does not install it.
         digest = hashlib.sha1(ctypes.string_at(content.data_ptr(), content.nbytes))
         digest.update(f"{tuple(content.shape)} {content.dtype}".encode())
         return digest.hexdigest()

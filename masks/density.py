@@ -1,4 +1,4 @@
-"""How many pairs a mask shows, exactly and without visiting them where its bounds already tell."""
+"""Count the pairs that a mask shows exactly, visiting only pairs that its bounds leave undecided."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def density(mask: Mask, q_len: int, kv_len: int, q_offset: int, batch: int | Non
 
 
 def largest_density(mask: Mask, q_len: int, kv_len: int, q_offset: int, heads: int, block: tuple[int, int]) -> float:
-    """The density of a mask in which every selector takes its whole budget; without selectors, the density.
+    """Return the density of a mask if every selector uses its whole budget; without selectors, this is the density.
 
-    ``block`` are the queries that choose together and the keys of a page.
+    ``block`` holds the number of queries that share a selection, and the number of keys in a page.
     """
     return _counted(mask, q_len, kv_len, q_offset, mask.sizes()[0], heads, block)
 
@@ -43,7 +43,7 @@ def _counted(
 
 
 def _visible(mask: Mask, q_len: int, kv_len: int, q_offset: int, block: tuple[int, int]) -> int:
-    """The visible pairs; under a selector no more for each query than the pages it may have hold."""
+    """Count the visible pairs. With a selector, count at most as many for each query as its pages can hold."""
     selector, shown = selector_of(mask), offered(mask)
     total, at_once = 0, ROWS_AT_ONCE // block[0] * block[0]
     for first in range(q_offset, q_offset + q_len, at_once):
@@ -60,21 +60,24 @@ def _visible(mask: Mask, q_len: int, kv_len: int, q_offset: int, block: tuple[in
 
 
 def _limits(mask: Mask, selector: PageTopK, rows: Tensor, kv_len: int, block: tuple[int, int]) -> Tensor:
-    """The most keys that the pages of each query hold, ``[..., rows]``: those of the budget, or of what is kept anyway."""
+    """Return the most keys that the pages of each query can hold: ``[..., rows]``.
+
+    The pages are those of the budget, or those that are always read if these are more.
+    """
     queries, page = block
     lo = rows[::queries]
     hi = (lo + (queries - 1)).clamp(max=int(rows[-1]))
     kept = static_part(mask).bounds(lo, hi).maybe | Intervals.of(lo, hi + 1)
     pages = Runs.of(kept.clamp(0, kv_len), page).end[..., -1]
     keys = pages.clamp(min=-(-selector.tokens // page)) * page
-    # Of the pages that hold the queries themselves, each sees a part.
+    # A query may see only some keys of the pages that hold its block of queries; the others do not count.
     start, stop = ((x.repeat_interleave(queries)[: rows.numel()] // page) * page for x in (lo, hi + page))
     seen = offered(mask).bounds(rows, rows).maybe.overlap(start.unsqueeze(-1), stop.unsqueeze(-1)).squeeze(-1)
     return keys.repeat_interleave(queries, dim=-1)[..., : rows.numel()] - (stop - start - seen)
 
 
 def _one_by_one(mask: Mask, rows: Tensor, kv_len: int, limit: Tensor | None) -> int:
-    """Ask the mask about every pair of the given query positions."""
+    """Count visible pairs by evaluating the mask for every pair of the query positions ``rows``."""
     batch, heads = mask.sizes()
     b = torch.arange(batch).view(-1, 1, 1, 1)
     h = torch.arange(heads).view(1, -1, 1, 1)

@@ -1,4 +1,4 @@
-"""What is left of a mask when some of the tensors it reads are not known: everything it may still show."""
+"""Replace the parts of a mask that read unknown tensors, so that the rest can be analyzed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from sparse_compile.masks.operators import Not, full
 
 
 def without_symbols(mask: Mask, *, visible: bool = True) -> Mask:
-    """The mask with every part that reads a tensor of the running graph taken as visible (under ``~``: as hidden)."""
+    """Replace every part that reads a symbol (a tensor of the running graph) by ``full``, or by ``~full`` under a ``~``.
+
+    The result shows at least what the mask shows. With ``visible=False`` it is the other way round: the result shows at most
+    what the mask shows.
+    """
     return _without(mask, lambda captured: captured.is_symbol, visible)
 
 
 def without_tensors(mask: Mask, *, visible: bool = True) -> Mask:
-    """The mask with every part that reads any tensor taken as visible, or with ``visible=False`` as hidden."""
+    """Do the same as ``without_symbols`` for every part that reads a tensor, even if the tensor is there."""
     return _without(mask, lambda captured: True, visible)
 
 

@@ -1,4 +1,4 @@
-"""Block tables in closed form, against ``create_block_mask``."""
+"""Benchmark block tables in closed form against ``create_block_mask``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ HEADS = 32
 
 
 def run_masks(*, smoke: bool = False) -> list[Row]:
-    """Tables of 32 heads, half of them streaming: each group of equal heads has its own, and dense causal heads need none."""
+    """Time the block tables of 32 heads, half of them streaming.
+
+    Each group of equal heads has its own table. Dense causal heads need none.
+    """
     length, other = (16384, 2048) if smoke else (1 << 20, 1 << 17)
     mask = per_head([causal, WINDOW] * (HEADS // 2))
 

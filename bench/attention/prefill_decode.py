@@ -1,4 +1,4 @@
-"""One layer's attention: prefill and decode, against the fastest dense kernel, stock ``torch.compile`` and the bound."""
+"""Benchmark one layer's attention in prefill and decode, against the fastest dense kernel, stock compilation and the bound."""
 
 from __future__ import annotations
 
@@ -31,18 +31,21 @@ from sparse_compile.masks import Mask, causal, per_head, sink, sliding_window
 from sparse_compile.passes.choose import kernel_choice
 
 NARROW = causal & (sink(64) | sliding_window(256))
-LAYERS = 8  # of a decode step: a model builds tables once for all of its layers
+LAYERS = 8  # layers of a timed decode step, because a model builds its tables once for all layers
 SDPA = "SDPA, dense causal"
 STOCK = "stock torch.compile"
 
 
 def half_streaming(shape: Shape) -> Mask:
-    """Every other KV head sees sink 64 and window 256 only."""
+    """Return a mask under which every other KV head sees only a sink of 64 and a window of 256."""
     return per_head([causal if head % 2 else NARROW for head in range(shape.kv_heads)])
 
 
 def run_prefill(*, smoke: bool = False) -> list[Row]:
-    """Causal prefill attention: exact, half of the heads streaming, all streaming; and the windows of Mistral and Gemma 3."""
+    """Time causal prefill attention: exact, with half of the heads streaming, and with all heads streaming.
+
+    Further rows time the sliding windows of Mistral and Gemma 3.
+    """
     rows: list[Row] = []
     shape = SMALL if smoke else LLAMA3
     for length in (512,) if smoke else (131072, 32768, 8192):
@@ -69,7 +72,7 @@ def _prefill_rows(shape: Shape, length: int) -> Iterator[Row]:
 
 
 def _window_rows(shape: Shape, window: int, length: int) -> Iterator[Row]:
-    """A model's own sliding window, exact, without a policy."""
+    """Time a model's own sliding window, which is exact and needs no policy."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         at = torch.arange(length, device=q.device)
@@ -92,14 +95,14 @@ def _window_rows(shape: Shape, window: int, length: int) -> Iterator[Row]:
     note = f"difference from stock {error:.1e}"
     case = ("prefill", "own window, exact", shape, mask, density, (length, length), backend, timing)
     yield _row(*case, STOCK, slow, bound, note)
-    if not CUDA:  # the promise for CPU is against SDPA with the same dense mask
+    if not CUDA:  # on CPU, the speedup is promised over SDPA with the same dense mask
         seen = mask.dense(length, length)
         dense = measure(lambda: scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True))
         yield _row(*case, "SDPA, dense mask", dense)
 
 
 def run_decode(*, smoke: bool = False) -> list[Row]:
-    """One query token over a static cache that is full: exact, half of the KV heads streaming, all streaming."""
+    """Time one query token over a full static cache: exact, with half of the KV heads streaming, and with all streaming."""
     rows: list[Row] = []
     if smoke:
         return list(_decode_rows(SMALL, 32768, 1))
@@ -141,7 +144,7 @@ def _decode_rows(shape: Shape, length: int, batch: int) -> Iterator[Row]:
 
 
 def _back_to_back(run: Callable[[], Any], length: int) -> Timing:
-    """One of several calls in a row: in a model, launching a kernel hides behind the one before."""
+    """Time one of several calls in a row: in a model, the launch of a kernel hides behind the kernel before it."""
     times = max(1, 65536 // length) if CUDA else 1
 
     def several() -> None:
@@ -158,7 +161,7 @@ def _per_layer(step: Callable[[], Any]) -> Timing:
 
 @contextmanager
 def _flash(wanted: bool) -> Iterator[None]:
-    """Whether FLASH counts as installed."""
+    """Leave FLASH as it is if ``wanted``, and otherwise hide it as if it were not installed."""
     if wanted:
         yield
         return
@@ -167,7 +170,7 @@ def _flash(wanted: bool) -> Iterator[None]:
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """The norm of the difference over the norm of what is wanted."""
+    """Return the norm of the difference divided by the norm of ``wanted``."""
     return float((got.float() - wanted.float()).norm() / wanted.float().norm())
 
 

@@ -1,1 +1,1 @@
-"""Small models trained here on synthetic retrieval, and the tasks that ask them: quality without a download."""
+"""Small models trained on synthetic retrieval tasks, and benchmarks of their quality, without a download."""

@@ -1,1 +1,1 @@
-"""Timing, bounds of the machine, shapes, and rows of results."""
+"""Timing, the physical bounds of the machine, attention shapes, and rows of results."""

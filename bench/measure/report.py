@@ -1,4 +1,4 @@
-"""Plots and the table of the README, from the CSV files of a run."""
+"""Draw plots and write the README's table from the CSV files of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def report(folder: Path = RESULTS) -> None:
 
 
 def read(folder: Path, name: str) -> list[dict[str, str]]:
-    """The rows of one CSV; none if it is not there."""
+    """Return the rows of one CSV, or no rows if the file does not exist."""
     path = folder / f"{name}.csv"
     if not path.exists():
         return []
@@ -28,14 +28,14 @@ def read(folder: Path, name: str) -> list[dict[str, str]]:
 
 
 def with_table(text: str, folder: Path = RESULTS) -> str:
-    """``text`` with what stands between the markers written anew."""
+    """Return ``text`` with a new table between the markers."""
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     return f"{before}{BEGIN}\n{markdown(folder)}\n{END}{after}"
 
 
 def markdown(folder: Path) -> str:
-    """The figures worth a line in the README."""
+    """Return the README's table of headline results."""
     names = ("model", "cache", "select-attention", "select-model", "quantized-attention", "quantized-model")
     rows = [row for name in names for row in read(folder, name) if _is_headline(name, row)]
     lines = ["| what | keys | kernel | ms | against | ratio | of the bound |", "|---|---|---|---|---|---|---|"]
@@ -53,7 +53,7 @@ def markdown(folder: Path) -> str:
     return "\n".join(lines)
 
 
-LONGEST, MOST = "1000000", "6000000"  # context of a Llama-3-8B over a cache, and of one in int4
+LONGEST, MOST = "1000000", "6000000"  # contexts of Llama-3-8B: over a SparseCache, and over one in int4
 DROPPED = ("prefill, eager", "prefill, all streaming", "decode step, all streaming, batch 1")
 
 
@@ -69,7 +69,7 @@ def _is_headline(name: str, row: dict[str, str]) -> bool:
     if name == "cache":
         return row["shape"] == "Llama-3-8B" and row["kv_len"] == LONGEST and "dense" not in row["what"]
     short = row["kv_len"] in ("8192", "16384")
-    whole = row["shape"] == "Llama-3-8B"  # others are cut to a few layers
+    whole = row["shape"] == "Llama-3-8B"  # the other models are cut to a few layers
     return whole and row["what"] not in DROPPED and row["baseline"] != "eager" and not short
 
 
@@ -79,7 +79,7 @@ def _short(number: str) -> str:
 
 
 def plot(folder: Path) -> None:
-    """Milliseconds against length, and the achieved share of the bound against density. Needs matplotlib."""
+    """Plot milliseconds against length, and the achieved share of the bound against density. Needs matplotlib."""
     from matplotlib import pyplot
 
     for name in ("prefill", "decode"):

@@ -1,4 +1,4 @@
-"""Attention as models call it, at the shapes of known models."""
+"""Attention calls as models make them, at the shapes of known models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ DTYPE = torch.bfloat16 if CUDA else torch.float32
 def operands(
     shape: Shape, q_len: int, kv_len: int, *, batch: int = 1, dtype: torch.dtype = DTYPE
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random q, k, v; heads lie inside positions for the query and the keys of a prefill, as projections leave them."""
+    """Return random q, k and v.
+
+    The query, and the keys and values of a prefill, are ``[B, N, H, D]`` in memory, as projections leave them. The keys and
+    values of a decode step are ``[B, H, N, D]``, as in a cache.
+    """
 
     def draw(heads: int, length: int) -> Tensor:
         return torch.randn(batch, length, heads, shape.head_dim, dtype=dtype, device=DEVICE).transpose(1, 2)
@@ -52,18 +56,18 @@ def operands(
 
 
 def prefill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of a prompt."""
+    """Run causal attention of a prompt."""
     return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-    """One query at ``position`` (0-d) over a static cache, masked as transformers masks it."""
+    """Run attention of one query at ``position`` (0-d) over a static cache, with the mask that transformers builds."""
     seen = torch.arange(k.shape[2], device=k.device)[None] <= (position + torch.arange(1, device=k.device))[:, None]
     return scaled_dot_product_attention(q, k, v, attn_mask=seen[None, None], enable_gqa=q.shape[1] != k.shape[1])
 
 
 def compiled(function: Any, policy: Mask | None, **options: Any) -> tuple[Any, sc.Backend]:
-    """``function`` under our backend, and the backend."""
+    """Compile ``function`` with our backend, and return it with the backend."""
     torch._dynamo.reset()
     backend = sc.Backend(policy, **options)
     return torch.compile(function, backend=backend, dynamic=False), backend

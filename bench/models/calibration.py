@@ -1,4 +1,4 @@
-"""What it takes to train the gates of a model of eight billion parameters on one GPU: time of a step, and memory."""
+"""Measure the time of a step and the memory when training the gates of an 8B model on one GPU."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from bench.models.filled import GIB, peak, reset_peak, weights
 from bench.models.model import LLAMA3_8B, TINY, build
 from sparse_compile.calibration import Passkeys, train_gates
 
-WARM_UP = 2  # steps that compile, and find the memory they need
-PUBLISHED = 2000  # steps
+WARM_UP = 2  # untimed first steps, which compile and allocate memory
+PUBLISHED = 2000  # steps of the published training
 
 
 def run_gates(*, smoke: bool = False) -> list[Row]:
-    """Random weights, one text of passkeys a step; the time of a step has both forward passes and the backward one."""
+    """Time training steps on random weights, with one text of passkeys per step.
+
+    The time of a step covers both forward passes and the backward pass.
+    """
     config, length, steps = (TINY, 256, 6) if smoke else (LLAMA3_8B, 8192, 8)
     sizes: dict[str, Any] = {"count": 2, "size": 4} if smoke else {}
     data = Passkeys.of_tokens(config.vocab_size, longest=length, shortest=length, **sizes)
@@ -40,7 +43,7 @@ def run_gates(*, smoke: bool = False) -> list[Row]:
 
 
 def gates_row(taken: list[float], most: float, held: float, length: int, shape: str) -> Row:
-    """A row of steps that took so many milliseconds, with the peak of memory and the weights in GiB."""
+    """Make a row of steps that took ``taken`` milliseconds each, with the peak of memory and the weights in GiB."""
     low, *_, high = statistics.quantiles(taken, n=5, method="inclusive")
     middle = statistics.median(taken)
     hours = PUBLISHED * middle / 3.6e6

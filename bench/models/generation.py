@@ -1,4 +1,4 @@
-"""Texts through a SparseCache: a long prompt in chunks, and ``generate``; against a dense cache and stock transformers."""
+"""Benchmark a long prompt in chunks and ``generate`` over a SparseCache, against a dense cache and stock transformers."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from bench.models.filled import (
 from bench.models.model import build, kernels_of
 from sparse_compile.masks import Mask
 
-TOKENS = 128  # that generate() makes, of which the last LATE are timed
+TOKENS = 128  # tokens that generate() produces; the last LATE of them are timed
 LATE = 60
 
 
 def run_cache_prefill(*, smoke: bool = False) -> list[Row]:
-    """A long prompt in chunks."""
+    """Time the prefill of a long prompt in chunks."""
     case, length, chunk = (TINY_HALF, 1024, 512) if smoke else (GQA, 327680, 32768)
     model = build(case.config)
     timing, kernel, note = _prefill(model, case, case.mask, length, chunk)
@@ -64,7 +64,7 @@ def run_cache_prefill(*, smoke: bool = False) -> list[Row]:
 
 
 def _prefill(model: Any, case: Case, mask: Mask | None, length: int, chunk: int) -> tuple[Timing, str, str]:
-    """The time of one prompt, after a first chunk that compiles; the kernels, and a note."""
+    """Time one prompt, after a first chunk that compiles. Returns the timing, the kernels and a note."""
     forget()
     cache = case.cache(mask, length)
     backend = sc.Backend(mask)
@@ -87,7 +87,7 @@ def _prefill(model: Any, case: Case, mask: Mask | None, length: int, chunk: int)
 
 
 def run_cache_generate(*, smoke: bool = False) -> list[Row]:
-    """``generate`` from a cache that is full but for the last token of the prompt: time per token."""
+    """Time ``generate`` per token, from a cache that holds the whole prompt but its last token."""
     case, length = (TINY_HALF, 512) if smoke else (GQA, 131072)
     model = build(case.config)
     forget()
@@ -142,7 +142,7 @@ def _generate(model: Any, cache: Any, length: int) -> Timing:
 
 
 class _Clock(StoppingCriteria):
-    """When each token was there, without waiting for it."""
+    """Records when each token is produced, without waiting for it."""
 
     def __init__(self) -> None:
         self.marks: list[Any] = []
@@ -156,7 +156,7 @@ class _Clock(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def milliseconds(self) -> list[float]:
-        """From each token to the next."""
+        """Return the times from each token to the next."""
         pairs = zip(self.marks[:-1], self.marks[1:], strict=True)
         if not CUDA:
             return [(end - start) * 1e3 for start, end in pairs]

@@ -1,4 +1,4 @@
-"""Whole stock transformers models with random weights: prefill and a decode step, against eager and stock compilation."""
+"""Benchmark prefill and decode of whole transformers models with random weights, against eager and stock compilation."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ TINY = LlamaConfig(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=256
 )
 
-STEPS = 16  # of a decode measurement
+STEPS = 16  # decode steps of one measurement
 
 
 def run_model(*, smoke: bool = False) -> list[Row]:
-    """Decode steps and prompts."""
+    """Time decode steps and prompts."""
     return run_decode_model(smoke=smoke) + run_prefill_model(smoke=smoke)
 
 
 def run_decode_model(*, smoke: bool = False) -> list[Row]:
-    """One step of Llama-3-8B's shape over a full static cache, under CUDA graphs."""
+    """Time one decode step of Llama-3-8B's shape over a full static cache, under CUDA graphs."""
     if smoke:
         return _decode(build(TINY), "tiny Llama", 256, 1)
     model = build(LLAMA3_8B)
@@ -54,7 +54,10 @@ def run_decode_model(*, smoke: bool = False) -> list[Row]:
 
 
 def run_prefill_model(*, smoke: bool = False) -> list[Row]:
-    """Llama-3-8B's shape whole; two layers of Mistral's and six of Gemma 3's for their own windows."""
+    """Time prompts with all layers of Llama-3-8B's shape.
+
+    Two layers of Mistral's shape and six of Gemma 3's are timed for their own sliding windows.
+    """
     if smoke:
         return _prefill(build(TINY), "tiny Llama", 256)
     rows = _prefill(build(LLAMA3_8B), "Llama-3-8B", 32768)
@@ -76,7 +79,7 @@ def build(config: Any) -> Any:
 
 
 def _timed(run: Callable[[], Any], *, share: int = 1, **options: Any) -> tuple[Timing, float]:
-    """The timing of ``run``, or of one of the ``share`` equal parts of it, and the seconds of its first call."""
+    """Return the timing of ``run``, or of one of its ``share`` equal parts, and the seconds of its first call."""
     began = time.perf_counter()
     run()
     if CUDA:
@@ -130,7 +133,7 @@ def _decode(model: Any, name: str, length: int, batch: int, policies: tuple[Mask
     ids = torch.randint(config.vocab_size, (batch, 1), device=DEVICE)
 
     def steps(model: Any) -> Tensor:
-        """The last steps that fit, one after the other, as a loop of generation issues them."""
+        """Run the last steps that fit one after the other, as a generation loop does."""
         for layer in cache.layers:
             layer.cumulative_length.fill_(length - STEPS)
         for _ in range(STEPS):

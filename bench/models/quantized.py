@@ -1,4 +1,4 @@
-"""A cache in fewer bits: attention of a decode step, steps beside transformers' QuantizedCache, and millions of tokens."""
+"""Benchmark a quantized cache: attention alone, a step against transformers' QuantizedCache, and millions of tokens."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from bench.models.filled import GIB, GQA, TINY_HALF, Case, digest_bytes, forget,
 from bench.models.model import LLAMA3_8B, STEPS, TINY, build, kernels_of
 from sparse_compile.masks import Mask, causal, page_topk
 
-LAYERS = 8  # of attention alone: what does not fit into any cache
+LAYERS = 8  # layers of attention alone, so many that their data do not fit into the GPU's caches
 COMPACT = sc.KVFormat("int4", "int4", key_group=64, value_group=64)
 
 
 def run_quantized_attention(*, smoke: bool = False) -> list[Row]:
-    """Attention of a decode step over pages in fewer bits, appending included, against the same in bfloat16."""
+    """Time attention of a decode step over quantized pages, appending included, against the same in bfloat16."""
     cases: list[tuple[Mask | None, tuple[Any, ...]]] = [
         (None, ("int8", "fp8", sc.KVFormat("int8", "int4"), "int4", COMPACT)),
         (causal & page_topk(256 if smoke else 4096), ("int8", "int4", COMPACT)),
@@ -32,7 +32,8 @@ def run_quantized_attention(*, smoke: bool = False) -> list[Row]:
     for mask, formats in cases:
         shape, length = (SMALL, 2048) if smoke else (LLAMA3, 131072)
         for kv in formats:
-            # Beside each format anew: where page selection was the first of a process, it took 2 % less than ever after.
+            # bfloat16 is timed again beside each format, because the first page selection of a process was 2 % faster than all
+            # later ones.
             plain, first = _attention(shape, length, mask, None)
             _, made = _attention(shape, length, mask, kv)
             rows += [first(), made(plain)]
@@ -40,7 +41,7 @@ def run_quantized_attention(*, smoke: bool = False) -> list[Row]:
 
 
 def _attention(shape: Shape, length: int, mask: Mask | None, kv: Any) -> tuple[Timing, Any]:
-    """The time of one layer, and what makes a row of it."""
+    """Return the time of one layer, and a function that makes a row of it."""
     timing, cache, backend = last_steps(shape, mask, length, layers=LAYERS, steps=STEPS, room=64, kv=kv)
     density = 1.0 if mask is None else 4096 / length
     kept, share = cache.nbytes - digest_bytes(cache), cache.nbytes / cache.dense_nbytes
@@ -78,21 +79,21 @@ def _name(kv: Any) -> str:
 
 @dataclass(frozen=True)
 class Encoded(Case):
-    """A case whose cache is kept in ``kv``."""
+    """A case whose cache is quantized to the format ``kv``."""
 
     kv: Any = None
 
     def cache(self, mask: Mask | None, length: int, device: torch.device | str = DEVICE) -> Any:
-        """A SparseCache in fewer bits."""
+        """Make a quantized SparseCache."""
         sizes: dict[str, Any] = {"max_length": length, "max_batch": self.batch, "dtype": DTYPE, "device": device}
         return sc.SparseCache(self.config, mask, **sizes, kv=self.kv)
 
     def read(self, cache: Any, density: float) -> float:
-        """All that there is, where nothing is chosen."""
+        """Return the bytes of the whole cache without page summaries: a step without page selection reads all of it."""
         return float(cache.nbytes - digest_bytes(cache))
 
     def what(self, mask: Mask | None) -> str:
-        """What is compared."""
+        """Describe the mask and the format for the ``what`` column of a row."""
         return f"{super().what(mask)}, {_name(self.kv)}"
 
 
@@ -102,12 +103,15 @@ def _encoded(case: Case, kv: Any, contexts: tuple[int, ...]) -> Encoded:
 
 
 def run_quantized_model(*, smoke: bool = False) -> list[Row]:
-    """Half of the KV heads stream, the others in int4, weights in int8: a decode step at six million tokens."""
+    """Time a decode step at one and at six million tokens.
+
+    Half of the KV heads stream, the others are cached in int4, and the weights are int8.
+    """
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     case = _encoded(TINY_HALF, "int4", (1024,)) if smoke else _encoded(GQA, COMPACT, (1_000_000, 6_000_000))
     case = replace(case, name=f"{case.name}, weights in int8")
-    bandwidth()  # while the memory is free
+    bandwidth()  # measured first, while the memory is free
     model = build(case.config)
     quantize_(model, Int8WeightOnlyConfig())
     sparse = decode_steps(model, case, case.mask, case.contexts)
@@ -119,7 +123,7 @@ def run_quantized_model(*, smoke: bool = False) -> list[Row]:
 
 
 def run_quantized_cache(*, smoke: bool = False) -> list[Row]:
-    """A decode step over a cache in int8, against transformers' QuantizedCache, which runs un-compiled."""
+    """Time a decode step over an int8 cache, against transformers' QuantizedCache, which runs without compilation."""
     case, length = (_encoded(TINY_HALF, "int8", (512,)), 512) if smoke else (_encoded(GQA, "int8", (32768,)), 32768)
     case = replace(case, config=TINY if smoke else LLAMA3_8B)
     model = build(case.config)

@@ -1,4 +1,4 @@
-"""Page selection: attention of a decode step, steps of a whole model by context, and prompts."""
+"""Benchmark page selection: attention of a decode step, steps of a whole model by context, and prompts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from bench.models.model import build, kernels_of
 from sparse_compile.masks import causal, page_topk
 from sparse_compile.masks.selection.page_topk import PageTopK
 
-LAYERS = 32  # of a decode step: what a model has, and shares its positions and classes of pages among
-STEPS = 8  # in a CUDA graph: a whole number of rounds of every=4
+LAYERS = 32  # layers of a decode step, as in a model, which computes positions and page classes once for all of them
+STEPS = 8  # steps in a CUDA graph, a multiple of every=4
 
 
 def run_select_attention(*, smoke: bool = False) -> list[Row]:
-    """Selector and attention of a decode step, appending included, against SDPA over all keys."""
+    """Time page selection and attention of a decode step, appending included, against SDPA over all keys."""
     if smoke:
         return [_attention(SMALL, 2048, page_topk(256), layers=2)]
     return [
@@ -71,9 +71,12 @@ LSERVE = replace(GQA, contexts=CONTEXTS, dense=131072, stock=(), seeing=causal &
 
 
 def run_select_model(*, smoke: bool = False) -> list[Row]:
-    """LServe's setting: half of the KV heads stream, the others choose 4096 keys every four steps; alone, and by context."""
+    """Time LServe's setting: half of the KV heads stream, and the others select 4096 keys every four steps.
+
+    Rows at one context compare with a dense cache and with stock transformers. Further rows show the growth with the context.
+    """
     case = replace(TINY_HALF, seeing=causal & page_topk(256, every=4)) if smoke else LSERVE
-    bandwidth()  # while the memory is free
+    bandwidth()  # measured first, while the memory is free
     model = build(case.config)
     sparse = decode_steps(model, case, case.mask, (case.dense,))
     dense = decode_steps(model, case, None, (case.dense,))
@@ -90,7 +93,7 @@ def run_select_model(*, smoke: bool = False) -> list[Row]:
 
 
 def run_select_prefill(*, smoke: bool = False) -> list[Row]:
-    """Blocks of queries choose blocks of keys, the choice included, against SDPA over all of them."""
+    """Time prompts in which blocks of queries select blocks of keys, selection included, against SDPA over all keys."""
     if smoke:
         return list(_prompt(SMALL, 1024, (256,)))
     return list(_prompt(LLAMA3, 131072, (8192, 16384, 24576)))

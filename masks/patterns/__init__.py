@@ -1,1 +1,1 @@
-"""The patterns of the language: by position, by tensor, on grids, per head, and over remapped positions."""
+"""Mask patterns: by position, from tensors, on grids, per head, and over remapped positions."""

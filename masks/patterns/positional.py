@@ -1,4 +1,4 @@
-"""The patterns that depend on positions alone."""
+"""Mask patterns that depend only on positions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_compile.masks.mask import Index, Mask
 
 
 def at_least(rule: str, value: int, least: int = 1) -> None:
-    """Raise unless ``value`` is an integer of at least ``least``; ``rule`` names whose value it is."""
+    """Raise unless ``value`` is an integer of at least ``least``; ``rule`` names the value in the message."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{rule} needs an integer, got {value!r}")
     if value < least:
@@ -21,18 +21,18 @@ def at_least(rule: str, value: int, least: int = 1) -> None:
 
 
 def before(stop: Edge, rows: Tensor) -> Intervals:
-    """Keys before ``stop`` (exclusive), one interval per row."""
+    """Return the keys before ``stop`` (exclusive), one interval per row."""
     return Intervals.of(-INF, stop, rows)
 
 
 def since(start: Edge, rows: Tensor) -> Intervals:
-    """Keys from ``start`` on, one interval per row."""
+    """Return the keys from ``start`` on, one interval per row."""
     return Intervals.of(start, INF, rows)
 
 
 @dataclass(frozen=True, repr=False)
 class Causal(Mask):
-    """Each query sees itself and what came before: ``j <= i``.
+    """Each query sees its own key and all earlier keys: ``j <= i``.
 
     >>> print(causal.draw(3, 3))
     █··
@@ -79,9 +79,10 @@ class Sink(Mask):
 
 @dataclass(frozen=True, repr=False)
 class SlidingWindow(Mask):
-    """Each query sees the last ``size`` keys, its own included, and with nothing else all later ones: ``j > i - size``.
+    """Each query sees the last ``size`` keys, including its own, and all later keys: ``j > i - size``.
 
-    Combined with ``causal`` it is ``config.sliding_window`` of transformers.
+    Combine it with ``causal`` to hide the later keys: ``causal & sliding_window(size)`` is ``config.sliding_window`` of
+    transformers.
 
         >>> print((causal & sliding_window(2)).draw(3, 3))
         █··
@@ -108,7 +109,7 @@ class SlidingWindow(Mask):
 
 @dataclass(frozen=True, repr=False)
 class Chunked(Mask):
-    """Queries and keys see each other within chunks of ``size`` positions: ``i // size == j // size`` (Llama 4).
+    """Each query sees the keys of its own chunk of ``size`` positions: ``i // size == j // size`` (Llama 4).
 
     >>> print(chunked(2).draw(4, 4))
     ██··
@@ -137,10 +138,11 @@ class Chunked(Mask):
 
 @dataclass(frozen=True, repr=False)
 class Strided(Mask):
-    """Every query sees each ``step``-th key, counted from ``offset``: ``(j - offset) % step == 0``.
+    """Every query sees every ``step``-th key, counted from ``offset``: ``(j - offset) % step == 0``.
 
-    Positions are absolute, so a cache holds ``1/step`` of the keys (S2-Attention, https://arxiv.org/abs/2407.17678).
-    Block tables list every block, which is exact for steps up to the block size and too many beyond.
+    Positions are absolute, so a cache needs only ``1/step`` of the keys (S2-Attention, https://arxiv.org/abs/2407.17678).
+    Block tables list every block. This is exact for steps up to the block size; with larger steps, some listed blocks have
+    no visible key.
 
         >>> print((causal & strided(2)).draw(4, 4))
         █···
@@ -169,7 +171,8 @@ class Strided(Mask):
 class Dilated(Mask):
     """Each query sees ``size`` keys at distances 0, ``step``, 2 ``step``, ... on either side (Longformer's dilated window).
 
-    ``(i - j) % step == 0 and abs(i - j) < size * step``. With ``step`` 1 it is a window around the query.
+    The rule is ``(i - j) % step == 0 and abs(i - j) < size * step``. With a ``step`` of 1, the pattern is a window around
+    the query.
 
         >>> print(dilated(2, 2).draw(4, 4))
         █·█·

@@ -1,1 +1,1 @@
-"""Masks that look at queries and keys: what they choose, how pages are scored, and the slow reference."""
+"""Page selection by queries and keys: the selector, page scores, budget checks, and a slow reference."""

@@ -1,1 +1,1 @@
-"""The KV cache that holds what a policy still sees: its plan, its layers, its positions, its files."""
+"""The KV cache that stores only what a policy can still see: planning, layers, positions and files."""

@@ -1,4 +1,4 @@
-"""Where the tokens of a cache stand: in columns, in the text, and in the slots of its rings."""
+"""Device tensors that hold the positions of cached tokens: columns, text positions and ring slots."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Positions:
-    """The positions of a cache, shared by its layers; see ``cache_update`` for the tensors."""
+    """The position tensors that all layers of a cache share. ``cache_update`` documents each tensor."""
 
     def __init__(
         self,
@@ -30,16 +30,16 @@ class Positions:
         self.anchor = torch.zeros_like(self.columns) if selects else None
 
     def tensors(self) -> list[Tensor]:
-        """All of them."""
+        """All position tensors."""
         optional = [tensor for tensor in (self.anchor, self.page_texts) if tensor is not None]
         return [self.columns, self.texts, *self.stream, *optional, *self.rings]
 
     def clear(self) -> None:
-        """No token at all."""
+        """Reset the positions to those of an empty cache."""
         for tensor in self.tensors():
             tensor.fill_(-1 if tensor.dim() == 2 else 0)
 
     def choose_anew(self) -> None:
-        """The next step scores its pages, whatever was scored before."""
+        """Make the next decode step score its pages again instead of reusing earlier scores."""
         if self.anchor is not None:
             self.anchor.copy_(self.columns)

@@ -1,4 +1,4 @@
-"""Which heads need everything: gates that are trained, and what heads are seen to do."""
+"""Calibration: find the KV heads that need full attention, by training gates or by measuring attention."""
 
 from sparse_compile.calibration.gate_training import Batches, train_gates
 from sparse_compile.calibration.head_statistics import Observations, echo_profile, observe

@@ -1,4 +1,4 @@
-"""The command line, as a user types it."""
+"""Run the command line as a user types it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks run everywhere, small; and what the README says of them is what the results say."""
+"""Test that the benchmarks run at small sizes on any machine, and that the README's table shows the results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_smoke_run_measures_and_writes(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_on_cpu_windows_and_long_caches_beat_sdpa_under_the_same_dense_mask() -> None:
-    """Several times faster where keys are skipped; where all are read, allow for a noisy machine."""
+    """Skipping keys is several times faster. Where all keys are read, the bar allows for a noisy machine."""
     window = next(row for row in BENCHES["prefill"](smoke=True) if row.baseline == "SDPA, dense mask")
     assert window.ratio > 1
     for row in BENCHES["decode"](smoke=True):
@@ -67,5 +67,5 @@ def test_small_weights_count_as_what_they_take() -> None:
     model = build(TINY)
     plain = weights(model)
     quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False))
-    embedding = model.get_input_embeddings().weight.nbytes  # stays as it is
+    embedding = model.get_input_embeddings().weight.nbytes  # not quantized
     assert weights(model) - embedding < 0.3 * (plain - embedding)

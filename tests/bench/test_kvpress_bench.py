@@ -1,4 +1,4 @@
-"""The comparison with kvpress, as far as it runs without kvpress: items and tables go through files, budgets are kept."""
+"""Test the comparison with kvpress as far as it runs without kvpress: files of items and tables, and budgets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lab's tasks are what a slow reader says, and its training, scores and checkpoints hold together."""
+"""Test the lab's tasks against a slow reader of contexts, and its training, scores and checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from bench.lab.recipe import SMOKE, Recipe
 from support.oracles import lab as lab_oracle
 
 PLACED = [task for task in TASKS.values() if task.placed]
-WIDTH = {"variables": 9, "copy": 33, "recall": 64}  # of what depth places, with what must follow it; a needle has 6
+WIDTH = {"variables": 9, "copy": 33, "recall": 64}  # tokens of what depth places, with what must follow it; a needle has 6
 
 tasks = st.one_of(
     st.sampled_from(list(TASKS.values())),
@@ -53,7 +53,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 class NextToken:
-    """A model that knows what comes next, except at places where it is told to be wrong."""
+    """A model that predicts every next token, except where ``wrong`` is true."""
 
     def __init__(self, tokens: Tensor, wrong: Tensor | None = None) -> None:
         self.tokens, self.wrong = tokens, torch.zeros_like(tokens, dtype=torch.bool) if wrong is None else wrong
@@ -174,7 +174,7 @@ def test_perplexity_counts_every_position_once() -> None:
     text = repository_text()
     model = build(0, config(layers=2, hidden=64)).eval()
     found = perplexity_by_position(model, text, 64, 16, rows=3)
-    assert found.shape == (4,) and ((found > 500) & (found < 1200)).all()  # nothing is known: as likely as all 832
+    assert found.shape == (4,) and ((found > 500) & (found < 1200)).all()  # untrained: about the chance of 832 tokens
     with pytest.raises(ValueError, match="multiple of 7"):
         perplexity_by_position(model, text, 64, 7)
 

@@ -1,4 +1,4 @@
-"""SparseCache against whole texts under dense masks: prefill, decode, chunks, turns, padding."""
+"""Compare SparseCache with whole texts under dense masks: prefill, decode, chunks, turns and padding."""
 
 from __future__ import annotations
 
@@ -175,8 +175,8 @@ def test_padded_rows_in_chunks_equal_each_row_alone_even_if_a_chunk_is_all_paddi
 def test_padding_between_two_turns_is_no_part_of_the_text(name: str) -> None:
     policy = POLICIES[name]
     ids, padding = left_padded(40, [4, 0])
-    padding[1, 12:15] = 0  # the end of the first prompt
-    padding[0, 20:27] = 0  # the beginning of the second
+    padding[1, 12:15] = 0  # padding at the end of the first prompt
+    padding[0, 20:27] = 0  # padding at the start of the second prompt
     got = Session(policy, max_batch=2).feed_padded(ids, padding, [15, *ones(5), 11, *ones(9)])
     assert_rows_alone(got, ids, padding, policy)
 
@@ -212,7 +212,7 @@ def test_generate_with_padding_equals_each_row_alone(name: str) -> None:
     for row, pad in enumerate((7, 0)):
         text = both[row : row + 1, pad:]
         wanted = whole(text, policy)[:, :-1]
-        wanted[:, :, 2] = -torch.inf  # the end of the text, which min_new_tokens forbids
+        wanted[:, :, 2] = -torch.inf  # the end-of-text token, which min_new_tokens forbids
         assert text[0, 18 - pad :].tolist() == wanted[0, 17 - pad :].argmax(dim=-1).tolist()
 
 

@@ -1,4 +1,4 @@
-"""What a SparseCache refuses, with the rule, the value and the remedy; it holds what it held before, and goes on right."""
+"""Errors of a SparseCache state the rule, the value and the remedy. They leave the cache unchanged and usable."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_two_policies_both_apply() -> None:
 
 
 def test_a_window_that_only_the_config_knows_of_is_refused() -> None:
-    """The config says that a window is enough, and the model shows more."""
+    """By the config a window is enough, but the masks of the model show more."""
     config = AutoConfig.for_model("mistral", **SMALL, num_key_value_heads=2, sliding_window=8)
     cache = sc.SparseCache(config, max_length=24, page_size=1)
     model = sc.compile(llama(), inner="eager")

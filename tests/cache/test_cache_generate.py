@@ -1,4 +1,4 @@
-"""SparseCache in ``generate()``: the tokens of a DynamicCache, fewer bytes, and no compilation after the first steps."""
+"""``generate()`` with a SparseCache: same tokens as a DynamicCache, fewer bytes, no compilation after the first steps."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def compiled(name: str, **options: Any) -> tuple[Any, sc.SparseCache]:
 
 
 def exactly(steps: int, **options: Any) -> dict[str, Any]:
-    """Arguments of ``generate`` for so many tokens."""
+    """Arguments that make ``generate`` produce exactly ``steps`` tokens."""
     return {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, **options}
 
 
@@ -79,7 +79,7 @@ def test_greedy_tokens_of_padded_rows_are_those_of_a_dynamic_cache(name: str) ->
 
 @pytest.mark.parametrize("decoder", [d for d in DECODERS if d.name not in (*MODELS, "mpt", "falcon alibi")], ids=str)
 def test_other_architectures_generate_as_with_a_dynamic_cache(decoder: Decoder) -> None:
-    """Eager attention, soft caps and learned sinks too. MPT and Falcon's ALiBi cannot be traced over a static length."""
+    """This covers eager attention, soft caps and learned sinks. MPT and Falcon ALiBi cannot be traced over a static length."""
     wanted = decoder.build().generate(**padded(20), **exactly(6), output_logits=True, return_dict_in_generate=True)
     model = sc.compile(decoder.build(), inner="eager")
     cache = sc.SparseCache(model.config, max_length=64, page_size=4, max_batch=2, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What surrounds a SparseCache: the report, explain, copies, gradients."""
+"""A SparseCache in its surroundings: the report, explain, copies and gradients."""
 
 import copy
 
@@ -15,7 +15,7 @@ POLICY = sc.Policy(STREAMING, layers={0: per_head([causal, STREAMING])})
 
 def test_the_bytes_of_layers_and_heads_are_in_the_report() -> None:
     torch._dynamo.reset()
-    model, token = llama(), 2 * 16 * 4  # keys and values of one head and token
+    model, token = llama(), 2 * 16 * 4  # bytes of the keys and values of one head and token
     cache = sc.SparseCache(model.config, POLICY, max_length=64, page_size=8, dtype=torch.float32)
     model = sc.compile(model, POLICY, inner="eager")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""In a model built with known retrieval heads, both ways to calibrate rank exactly those first."""
+"""In a model with known retrieval heads, both calibration methods rank exactly those heads first."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def first(profile: Profile, count: int) -> set[tuple[int, int]]:
 
 
 def margin(profile: Profile, heads: set[tuple[int, int]]) -> float:
-    """The lowest score of these heads less the highest of all others."""
+    """The lowest score of these heads minus the highest score of all others."""
     scores = {(layer, head): score for layer, row in enumerate(profile.scores) for head, score in enumerate(row)}
     return min(scores[at] for at in heads) - max(score for at, score in scores.items() if at not in heads)
 
@@ -38,7 +38,7 @@ def test_the_planted_model_answers_by_its_planted_heads_alone() -> None:
         with torch.no_grad():
             guessed = model(tokens).logits[0, :-1].argmax(-1)
         right.append(float((guessed == tokens[0, 1:])[asked[0, 1:]].float().mean()))
-    assert right[0] > 0.6  # the marks of the passkeys cannot be known, nor what follows a word that stands twice
+    assert right[0] > 0.6  # markers of passkeys, and the word after a repeated word, cannot be predicted
     assert right[1] < 0.1
 
 
@@ -78,7 +78,7 @@ def test_echo_heads_and_induction_heads_are_told_apart() -> None:
     assert first(profile, 2) == {(0, 1), (1, 3)}
     echo, induction = (torch.tensor(profile.numbers[name]) for name in ("echo", "induction"))
     assert (int(echo.argmax()), int(induction.argmax())) == (1, KV_HEADS + 3)
-    # One half, two thirds and three quarters of the copies of a token are earlier ones.
+    # In the 2nd, 3rd and 4th repeat, 1/2, 2/3 and 3/4 of the visible copies of a token are earlier ones.
     assert float(echo.max()) == pytest.approx((1 / 2 + 2 / 3 + 3 / 4) / 3, abs=0.1)
     assert float(echo[1, 3]) < 0.05
     assert float(induction[0, 1]) < 0.05

@@ -1,4 +1,4 @@
-"""Block tables lose nothing, claim nothing that is hidden, and list no more than they must."""
+"""Block tables miss no visible pair, show no hidden pair, and list no unnecessary blocks."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ def test_flex_attention_agrees_with_sdpa_and_the_dense_mask(row: Row) -> None:
     result = flex_attention(q, k, v, block_mask=block_mask(row, (4, 4), q_offset=3))
     visible = pairs(row, q_offset=3)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    sees = visible.any(-1, keepdim=True)  # SDPA may answer NaN or 0 where a query sees nothing
+    sees = visible.any(-1, keepdim=True)  # SDPA may return NaN or 0 where a query sees nothing
     assert isinstance(result, Tensor)
     torch.testing.assert_close(result.where(sees, 0.0), expected.where(sees, 0.0))
 
@@ -316,7 +316,7 @@ def test_a_streaming_group_of_a_million_takes_under_64_mb() -> None:
 
 def test_a_streaming_group_of_a_million_is_right() -> None:
     found = list(DUO.head_groups(32))[1].block_mask(MILLION, MILLION)
-    row = 5000  # queries 640,000 to 640,127: the sink, and from key 638,977 on
+    row = 5000  # queries 640,000 to 640,127 see the sink and keys from 638,977 on
     visited = {block for *_, r, block in partial_blocks(found) if r == row} | {b for *_, r, b in full_blocks(found) if r == row}
     assert visited == {0, *range(638_977 // 128, row + 1)}
 

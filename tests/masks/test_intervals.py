@@ -1,4 +1,4 @@
-"""Sets of keys as intervals, against Python's sets."""
+"""Sets of keys as intervals behave like Python sets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Pairs = list[tuple[int, int]]
 
 LAST = 24
 KEYS = range(LAST)
-pairs = st.lists(st.tuples(st.integers(0, LAST), st.integers(0, LAST)), max_size=5)  # in any order, overlapping, empty
+pairs = st.lists(st.tuples(st.integers(0, LAST), st.integers(0, LAST)), max_size=5)  # unordered, overlapping, or empty
 some_rows = st.lists(pairs, min_size=3, max_size=3)
 
 
@@ -22,14 +22,14 @@ def keys_of(row: Pairs) -> set[int]:
 
 
 def intervals(rows: list[Pairs]) -> Intervals:
-    """``[rows, n]``, as the algebra writes them: shorter rows filled with empty intervals."""
+    """Build intervals ``[rows, n]`` as the algebra does. Shorter rows are filled with empty intervals."""
     width = max([1, *(len(row) for row in rows)])
     filled = torch.tensor([row + [(7, 7)] * (width - len(row)) for row in rows])
     return normalise(filled[..., 0], filled[..., 1])
 
 
 def sets(found: Intervals) -> list[set[int]]:
-    """The keys of each row; fails where intervals overlap, as their sizes would then count a key twice."""
+    """Return the keys of each row. Fails if intervals overlap, because their sizes would then count a key twice."""
     rows = []
     for starts, stops in zip(found.start.tolist(), found.stop.tolist(), strict=True):
         keys = [key for start, stop in zip(starts, stops, strict=True) for key in KEYS if start <= key < stop]
@@ -39,7 +39,7 @@ def sets(found: Intervals) -> list[set[int]]:
 
 
 def windows(count: int) -> tuple[Tensor, Tensor]:
-    """Some ``[start, stop)`` to ask about, for each of ``count`` rows."""
+    """Return some ranges ``[start, stop)`` for each of ``count`` rows."""
     start = torch.arange(0, LAST, 5).expand(count, -1)
     return start, start + 5
 

@@ -1,4 +1,4 @@
-"""The rules of page selection: bounds that hold, choices as a loop makes them, and the pages that published systems choose."""
+"""The rules of page selection: score bounds hold, and selections equal those of a loop and of published systems."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @st.composite
 def page_and_query(draw: st.DrawFn, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A query ``[D]`` and the keys ``[n, D]`` of a page, with large, tiny, equal and negative zero entries."""
+    """Draw a query ``[D]`` and the keys ``[n, D]`` of a page, with large, tiny, equal and negative zero entries."""
     dim, count = draw(st.integers(1, 5)), draw(st.integers(1, 4))
     most = 65504.0 if dtype == torch.float16 else 1e18
     numbers = st.one_of(st.sampled_from(HALF if dtype == torch.float16 else EDGES), st.floats(-4, 4), st.floats(-most, most))
@@ -43,10 +43,10 @@ def page_and_query(draw: st.DrawFn, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 
 def rounding(query: Tensor, *digests: Tensor) -> float:
-    """The most by which an fp32 sum of ``query * digest`` is off: products of these are no larger than their largest.
+    """Return a bound on the rounding error of an fp32 sum whose products are at most the largest ``query * digest``.
 
-    Each of n = 2 D terms takes at most n roundings of relative 2**-24 (Higham's gamma_n), and may underflow, which loses at
-    most the least denormal.
+    Each of the n = 2 D terms has at most n roundings of relative size 2**-24 (Higham's gamma_n). A term may also underflow,
+    which loses at most the smallest denormal number.
     """
     terms = 2 * query.numel()
     largest = torch.stack([(query.double() * digest.double()).abs() for digest in digests]).amax(dim=0).sum()
@@ -54,7 +54,7 @@ def rounding(query: Tensor, *digests: Tensor) -> float:
 
 
 def minmax(query: Tensor, keys: Tensor) -> float:
-    """The score of one page."""
+    """Return the minmax score of a page."""
     digest = describe(keys[None, None], torch.ones(1, len(keys), dtype=torch.bool), len(keys), "minmax")
     assert digest.dtype == keys.dtype and digest.shape == (1, 1, 1, digest_width("minmax", query.numel()))
     return score_digests(query[None, None, None], digest, "minmax").item()
@@ -86,7 +86,7 @@ def test_the_mean_score_is_the_mean_of_the_products(dtype: torch.dtype, data: st
     digest = describe(keys[None, None], torch.ones(1, len(keys), dtype=torch.bool), len(keys), "mean")
     got = score_digests(query[None, None, None], digest, "mean").item()
     wanted = sum(float(query.double() @ key.double()) for key in keys) / len(keys)
-    # The mean is rounded to its dtype once, after an fp32 sum of n keys and a division; then the products as above.
+    # The mean is an fp32 sum of n keys and a division, rounded once to its dtype. The products then round as above.
     sizes = keys.double().abs().mean(dim=0)
     unit, least = torch.finfo(dtype).eps / 2, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     described = (query.double().abs() * (sizes * (unit + (len(keys) + 1) * 2**-24) * 1.01 + least)).sum()
@@ -138,11 +138,11 @@ def test_scores_are_pooled_over_query_heads_then_over_logical_pages() -> None:
     assert pool(scores, "sum", 1).tolist() == [5, 5, 0, -4]
 
 
-# -- what is kept ---------------------------------------------------------------------------------------------------
+# -- which pages are selected ---------------------------------------------------------------------------------------
 
 
 def chosen(scores: Sequence[float], classes: Sequence[int], budget: int, width: int) -> list[int]:
-    """By one loop: infinities are the largest and least numbers, and NaN the least."""
+    """Select pages in one loop. Infinities count as the largest and smallest finite numbers, and NaN as the smallest."""
     most = torch.finfo(torch.float32).max
     worth = [-most if math.isnan(score) else min(max(score, -most), most) for score in scores]
     pages = [page for page, kind in enumerate(classes) if kind == KEPT]
@@ -191,7 +191,7 @@ def test_nothing_offered_is_nothing_chosen() -> None:
 
 
 def keys_read(mask: Mask, q: Tensor, k: Tensor, page_size: int) -> list[list[int]]:
-    """The keys that each query head reads in one decode step of ``q`` ``[Hq, D]`` and ``k`` ``[Hkv, N, D]``."""
+    """Return the keys that each query head reads in one decode step of ``q`` ``[Hq, D]`` and ``k`` ``[Hkv, N, D]``."""
     last = k.shape[1] - 1
     chosen = mask.selected(q[None, :, None], k[None], q_offset=last, page_size=page_size)
     return [row.nonzero().flatten().tolist() for row in chosen.dense(1, last + 1, q_offset=last, heads=len(q))[0, :, 0]]
@@ -218,7 +218,7 @@ def test_quests_kernels_choose_the_same_pages(budget: int) -> None:
 
 @pytest.mark.parametrize("budget", [48, 64, 128])
 def test_quests_evaluation_chooses_the_same_but_for_the_newest_page(budget: int) -> None:
-    """It does not force the newest page: where it left it out, that page takes the place of the worst one."""
+    """Quest's evaluation does not force the newest page. If it left that page out, the worst page makes room for it here."""
     exchanged = 0
     for length in [length for length in LENGTHS if length >= budget]:
         q, k = random_step(3, 3, length)
@@ -249,7 +249,10 @@ def test_lserve_chooses_the_same_pages(heads: int, kv_heads: int, group: str) ->
 
 @pytest.mark.parametrize("first", [0, 16], ids=["no sink", "a page of sink"])
 def test_block_topk_of_kinetics_reads_the_same_keys(first: int) -> None:
-    """With one local key, which keeps the newest page alone; its own sink of 4 shifts its blocks, so that no page is one."""
+    """Kinetics runs with one local key, which keeps only the newest page, and with a sink of no page or one page.
+
+    Its own sink of 4 keys would shift its blocks, so that no block would be a page.
+    """
     for length in [1, 15, 16, 17, 64, 65, 100, 160, 161, 199]:
         q, k = random_step(6, 2, length)
         for topk in (1, 2, 5):

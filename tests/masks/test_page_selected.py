@@ -1,4 +1,4 @@
-"""``mask.selected(q, k)`` shows what the rule says, written out in loops: static part, newest page, then the best pages."""
+"""``mask.selected(q, k)`` equals the rule written out in loops: static part, newest page, then the best pages."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def random_qk(
 def written_out(
     heads: list[Head], q: Tensor, k: Tensor, *, q_offset: int, page_size: int = 4, q_block: int = 1, valid: Tensor | None = None
 ) -> Tensor:
-    """What every pair sees, bool ``[B, Hq, Q, KV]``."""
+    """Return which pairs are visible: bool ``[B, Hq, Q, KV]``."""
     (batch, q_heads, q_len, _), (_, kv_heads, kv_len, _) = q.shape, k.shape
     group, texts, everything = q_heads // kv_heads, list(range(kv_len)), [True] * kv_len
     seen = torch.zeros(batch, q_heads, q_len, kv_len, dtype=torch.bool)
@@ -112,7 +112,7 @@ def test_the_newest_page_and_the_static_part_are_kept_however_bad_they_are() -> 
     q = torch.ones(1, 1, 1, 2)
     k = torch.arange(32, 0, -1.0).view(1, 1, 32, 1).expand(-1, -1, -1, 2)  # the oldest are the best
     shown = (causal & (sliding_window(6) | page_topk(16, page=4))).selected(q, k, q_offset=30, page_size=4)
-    # The window of 25..30 touches pages 6 and 7; of the budget of four pages two are left.
+    # The window 25..30 touches pages 6 and 7, which leaves two of the four pages of the budget.
     assert shown.dense(1, 31, q_offset=30)[0, 0, 0].nonzero().flatten().tolist() == [*range(8), *range(24, 31)]
 
 
@@ -224,7 +224,7 @@ def test_a_mask_without_a_selector_is_returned() -> None:
 
 @pytest.mark.parametrize("order", [0, 1])
 def test_a_query_head_without_a_selector_leaves_the_others_of_its_kv_head_a_choice(order: int) -> None:
-    """A dense head has every page of its KV head kept; a streaming one has its pages kept for all."""
+    """A dense head makes its KV head read every page. A streaming head makes all heads of its KV head read its pages."""
     q, k = random_qk(1, 2, 1, 1, 30)
     for other, pages in ((causal, range(8)), (STREAMING, [0, 6, 7])):
         masks = [other, causal & page_topk(4, page=4)]

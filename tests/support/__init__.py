@@ -1,1 +1,1 @@
-"""What tests share: models, ways to run them, oracles, sessions, masks."""
+"""Code that tests share: models, ways to run them, oracles, sessions and masks."""

@@ -1,4 +1,4 @@
-"""Run something eagerly and through the backend, and compare what comes out."""
+"""Run a model eagerly and through the backend, and compare the results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparse_compile.masks import Mask
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the model gives eagerly and compiled, and the report of the backend."""
+    """The eager and compiled outputs of a model, and the report of the backend."""
 
     wanted: Tensor
     got: Tensor
@@ -37,7 +37,7 @@ class Comparison:
 
     @property
     def reasons(self) -> list[str]:
-        """Why calls were left."""
+        """The reasons why calls were left as they are."""
         return [site.reason for site in self.report.left]
 
 
@@ -61,14 +61,14 @@ def compare(
 
 
 def assert_read(result: Comparison, mask: str, calls: int = 1) -> None:
-    """Exact, nothing left, so many calls rewritten, each with this mask."""
+    """Assert that ``calls`` calls were rewritten with this mask, that none was left, and that the output is exact."""
     assert result.reasons == []
     assert result.masks == [mask] * calls
     assert result.error < 1e-5
 
 
 def assert_left(result: Comparison, reason: str) -> None:
-    """Exact, one call in the report, left for this reason."""
+    """Assert that the output is exact, and that the report has one call, left for this reason."""
     assert result.masks == []
     assert len(result.reasons) == 1
     assert reason in result.reasons[0]
@@ -81,7 +81,7 @@ def copied(inputs: Any) -> Any:
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """The largest difference, relative to the largest value; infinite where one has a number and the other has none."""
+    """The largest difference relative to the largest value. It is infinite if only one side is NaN somewhere."""
     if not torch.equal(got.isnan(), wanted.isnan()):
         return float("inf")
     return float((got - wanted).nan_to_num().abs().max() / wanted.nan_to_num().abs().max())
@@ -95,7 +95,7 @@ def words(text: str) -> str:
 def qkv(
     q_len: int = 12, kv_len: int | None = None, *, heads: int = 4, kv_heads: int | None = None, batch: int = 2, dim: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random queries, keys and values ``[batch, heads, length, dim]``, the same every time."""
+    """Random queries, keys and values ``[batch, heads, length, dim]`` with a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(batch, heads, q_len, dim, generator=generator)
     shape = (batch, kv_heads or heads, kv_len or q_len, dim)

@@ -33,14 +33,14 @@ class Decoder:
     attention: str = "sdpa"
 
     def build(self) -> Any:
-        """The model in evaluation mode, the same weights every time."""
+        """The model in eval mode, with the same weights every time."""
         torch.manual_seed(0)
         config = AutoConfig.for_model(self.name.split(" ")[0], **self.config)
         factory: Any = AutoModelForCausalLM
         return factory.from_config(config, attn_implementation=self.attention).eval()
 
     def sharp(self) -> Any:
-        """The model frozen, its weights so large that heads differ and that it matters where they look."""
+        """The frozen model with weights so large that heads differ and attention is selective."""
         model = self.build()
         with torch.no_grad():
             for weight in model.parameters():
@@ -91,7 +91,7 @@ DECODERS = [
 
 
 def tokens(batch: int = 2, length: int = 24) -> Tensor:
-    """Random token ids ``[batch, length]``, the same every time."""
+    """Random token ids ``[batch, length]`` with a fixed seed."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
 
 

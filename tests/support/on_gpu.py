@@ -1,4 +1,4 @@
-"""What the tests on CUDA share: their marks, and the logits of a text through a cache."""
+"""Code that CUDA tests share: their marks, and the logits of a text through a cache."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from support.models import left_padding, tokens
 ON_GPU = [
     pytest.mark.gpu,
     pytest.mark.usefixtures("fresh"),
-    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # fp32 is compared here, so tf32 stays off
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # tests compare fp32, so tf32 stays off
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
     pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
 ]
 
 
 def logits_of_chunks(model: Any, cache: Any, ids: Tensor, chunks: list[int]) -> Tensor:
-    """``[B, Q, vocabulary]`` of a text that comes in chunks; the last ones may be steps that replay a CUDA graph."""
+    """The logits ``[B, Q, vocabulary]`` of a text in chunks. The last chunks may be steps that replay a CUDA graph."""
     logits = []
     with torch.no_grad():
         for part in ids.split(chunks, dim=1):
@@ -30,7 +30,7 @@ def logits_of_chunks(model: Any, cache: Any, ids: Tensor, chunks: list[int]) -> 
 
 
 def logits_of_padded(model: Any, cache: Any, length: int, pad: int) -> Tensor:
-    """``[20, B, vocabulary]`` of ``generate`` after rows of ``length`` tokens, of which one has ``pad`` of padding."""
+    """The ``generate`` logits ``[20, B, vocabulary]`` after rows of ``length`` tokens, one with ``pad`` of padding."""
     inputs = {"attention_mask": left_padding(length=length, pad=pad).cuda(), "past_key_values": cache}
     out = model.generate(
         tokens(length=length).cuda(), **inputs, max_new_tokens=20, min_new_tokens=20, do_sample=False, output_logits=True,

@@ -1,4 +1,4 @@
-"""Decode steps over a ``SparseCache`` on CUDA, as they should be: one graph, nothing that waits, no address that changes."""
+"""Assert that decode steps over a ``SparseCache`` on CUDA are one graph without synchronization or changed addresses."""
 
 from __future__ import annotations
 

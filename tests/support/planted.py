@@ -1,8 +1,8 @@
-"""A Llama whose weights are set by hand, so that it is known which heads retrieve, and that no other does.
+"""A Llama with handmade weights, so that tests know exactly which heads retrieve.
 
-The residual stream holds the code of a token, the code of the token before it (what layer 0 finds), and what heads found. RoPE
-turns the first pairs of channels fast, by which heads find a distance, and the last half of them not at all in a text (its base
-is huge), by which heads compare contents.
+The residual stream holds the code vector of a token, the code vector of the token before it (which layer 0 finds), and the
+code vectors that heads have found. RoPE rotates the first pairs of channels fast, and heads use these to find a distance. Its
+base is huge, so the last half of the pairs does not rotate within a text, and heads use these to compare contents.
 """
 
 from __future__ import annotations
@@ -16,18 +16,23 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 3, 8, 4, 64
 VOCABULARY, CODE, BOS = 256, 32, 0
-TOKEN, BEFORE, FOUND, REST = slice(0, 32), slice(32, 64), slice(64, 96), slice(96, 128)  # of the hidden channels
+TOKEN, BEFORE, FOUND, REST = slice(0, 32), slice(32, 64), slice(64, 96), slice(96, 128)  # slices of the hidden channels
 ONE, IS_BOS, HIDDEN = 128, 129, 136
-STILL = [*range(16, 32), *range(48, 64)]  # channels of a head that RoPE leaves alone
+STILL = [*range(16, 32), *range(48, 64)]  # channels of a head that RoPE does not rotate
 
 INDUCTION = {(1, 1), (1, 3), (2, 0)}
 
 
 def planted(roles: Mapping[tuple[int, int], str] | None = None) -> Any:
-    """``roles`` are those of KV heads ``(layer, head)``; all others look at themselves, at the first token, or nowhere.
+    """Build the model. ``roles`` maps KV heads ``(layer, head)`` to a role; others attend to themselves, to BOS or to nothing.
 
-    ``previous`` finds the token before, ``induction`` what followed the current token earlier, ``echo`` its earlier copies. Of
-    the two query heads of a KV head the second alone has the role; the first looks at itself.
+    | role        | attends to                                                   |
+    |-------------|--------------------------------------------------------------|
+    | `previous`  | the token before the current token                           |
+    | `induction` | the tokens that followed earlier copies of the current token |
+    | `echo`      | earlier copies of the current token                          |
+
+    Only the second of the two query heads of a KV head has the role. The first attends to the current token.
     """
     roles = {(0, 2): "previous"} | dict.fromkeys(INDUCTION, "induction") if roles is None else roles
     sizes: dict[str, Any] = {"hidden_size": HIDDEN, "intermediate_size": 8, "head_dim": HEAD_DIM, "vocab_size": VOCABULARY}
@@ -68,7 +73,7 @@ def _plant(attention: Any, head: int, role: str, weight: float | None = None) ->
     k = attention.k_proj.weight.view(KV_HEADS, HEAD_DIM, HIDDEN)[kv]
     v = attention.v_proj.weight.view(KV_HEADS, HEAD_DIM, HIDDEN)[kv]
     out = attention.o_proj.weight.view(HIDDEN, HEADS, HEAD_DIM)[:, head]
-    moving = range(4)  # 1, 0.42, 0.18 and 0.075 radians a token: no distance but one pleases all four
+    moving = range(4)  # 1, 0.42, 0.18 and 0.075 radians per token: only one distance aligns all four
     eye = torch.eye(CODE)
     k[moving, ONE] = 2.0
     v[:CODE, TOKEN] = eye
@@ -85,6 +90,6 @@ def _plant(attention: Any, head: int, role: str, weight: float | None = None) ->
     elif role == "echo":
         q[STILL, TOKEN], k[STILL, TOKEN] = 4 * eye, 4 * eye
     to = {"previous": BEFORE, "induction": FOUND, "echo": FOUND}.get(role, REST)
-    # What a head that looks nowhere brings is the mean of everything: next to nothing.
+    # A head that attends to nothing returns the mean of all values, which is almost zero.
     size = {"itself": 0.2, "previous": 1.0, "bos": 0.2, "nowhere": 0.02, "induction": 0.5, "echo": 0.5}[role]
     out[to, :CODE] = (size if weight is None else weight) * eye

@@ -1,4 +1,4 @@
-"""A tokenizer that is built here: whole words, each a token."""
+"""A tokenizer built without downloads, with whole words as tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SAID = "Remember this , the passkey is : What is the passkey ? It is : one two t
 
 
 def word_tokenizer(*, bos: bool = True, letters: bool = False) -> Any:
-    """Words, or with ``letters`` every letter a token: such words take more room."""
+    """Build the tokenizer. With ``letters`` every letter is a token, so words take more tokens."""
     known = [*"abcdefghijklmnopqrstuvwxyzRWI ,:?\n"] if letters else [*SAID, *WORDS, *ORDINALS]
     names = list(dict.fromkeys(["<s>", "<unk>", *known]))
     tokenizer = Tokenizer(models.WordLevel({name: at for at, name in enumerate(names)}, unk_token="<unk>"))

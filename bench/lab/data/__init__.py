@@ -1,1 +1,1 @@
-"""Tasks, texts and the words that they are made of."""
+"""Tasks, texts and the vocabulary."""

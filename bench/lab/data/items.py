@@ -1,4 +1,4 @@
-"""What a task makes: contexts with questions and answers, and where in a context things are put."""
+"""The items of a task (contexts with questions and answers), and functions that place tokens in a context."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Items:
     turns: tuple[tuple[Tensor, Tensor], ...]  # ([B, q], [B, a]) in order
 
     def tokens(self) -> Tensor:
-        """``[B, N]``: the context, then question and answer of every turn."""
+        """Return ``[B, N]``: the context, then the question and the answer of every turn."""
         return torch.cat([self.context, *(part for turn in self.turns for part in turn)], dim=1)
 
     def asked(self) -> Tensor:
-        """``[B, N]``, true at the tokens of answers."""
+        """Return ``[B, N]``, true at the tokens of answers."""
         parts = [torch.zeros_like(self.context, dtype=torch.bool)]
         for question, answer in self.turns:
             parts += [torch.zeros_like(question, dtype=torch.bool), torch.ones_like(answer, dtype=torch.bool)]
@@ -36,35 +36,36 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """What results call it."""
+        """The name of the task in results."""
         ...
 
     @property
     def placed(self) -> bool:
-        """Whether there is something that ``depth`` can place."""
+        """Whether ``depth`` can place something."""
         ...
 
     def make(self, batch: int, length: int, rng: torch.Generator, *, depth: float | None = None) -> Items:
-        """Items of exactly ``length`` tokens on the generator's device.
+        """Make items of exactly ``length`` tokens on the generator's device.
 
-        ``depth`` puts what is asked first at this part of the context (0 its beginning, 1 its end), up to the size of a
-        needle; None anywhere. ``ValueError`` if ``length`` is too small, or ``depth`` is given and nothing is placed.
+        ``depth`` places what the first question asks for: 0 is the beginning of the context, 1 is its end. The place is exact
+        up to the size of a needle. None places it anywhere. Raises ``ValueError`` if ``length`` is too small, or if ``depth``
+        is given to a task that places nothing.
         """
         ...
 
 
 def drawn(batch: int, count: int, words: range, rng: torch.Generator) -> Tensor:
-    """``[batch, count]`` of ``words``, with repetitions."""
+    """Draw ``[batch, count]`` of ``words``, with repetitions."""
     return torch.randint(words.start, words.stop, (batch, count), generator=rng, device=rng.device)
 
 
 def distinct(batch: int, count: int, words: range, rng: torch.Generator) -> Tensor:
-    """``[batch, count]`` of ``words``, without repetitions in a row."""
+    """Draw ``[batch, count]`` of ``words``, without repetitions within a row of the batch."""
     return torch.rand(batch, len(words), generator=rng, device=rng.device).argsort(-1)[:, :count] + words.start
 
 
 def filled(haystack: Haystack, batch: int, length: int, rng: torch.Generator, *, needed: int = 0) -> Tensor:
-    """A context ``[batch, length]``: START and the haystack, with room for ``needed`` tokens."""
+    """Return a context ``[batch, length]``: START and a haystack, which must have room for ``needed`` tokens."""
     if length < needed + 1:
         raise ValueError(f"a context with room for {needed} tokens needs length > {needed}, got {length}")
     start = torch.full((batch, 1), START, device=rng.device)
@@ -72,13 +73,16 @@ def filled(haystack: Haystack, batch: int, length: int, rng: torch.Generator, *,
 
 
 def spread(batch: int, count: int, width: int, room: int, rng: torch.Generator) -> Tensor:
-    """``[batch, count]``: beginnings of ``count`` stretches of ``width`` in ``room`` tokens, ascending, disjoint."""
+    """Return ``[batch, count]``: ascending beginnings of disjoint stretches of ``width`` tokens within ``room`` tokens."""
     free = torch.randint(room - count * width + 1, (batch, count), generator=rng, device=rng.device)
     return free.sort(-1).values + width * torch.arange(count, device=rng.device)
 
 
 def at_depth(batch: int, count: int, width: int, room: int, depth: float | None, rng: torch.Generator) -> Tensor:
-    """As ``spread``, with the first stretch at ``depth`` of where it leaves room for those that follow."""
+    """Return what ``spread`` returns, with the first stretch at ``depth``.
+
+    Depth 0 is the first place, and 1 the last place that leaves room for the other stretches. None is any place.
+    """
     if depth is None:
         return spread(batch, count, width, room, rng)
     if not 0 <= depth <= 1:
@@ -89,9 +93,10 @@ def at_depth(batch: int, count: int, width: int, room: int, depth: float | None,
 
 
 def inserted(pinned: Tensor, others: int, width: int, room: int, rng: torch.Generator) -> Tensor:
-    """``[batch, pinned + others]``: beginnings of disjoint stretches in ``room``, the first columns where ``pinned`` says.
+    """Return ``[batch, pinned + others]``: beginnings of disjoint stretches within ``room`` tokens.
 
-    ``pinned`` ascends. A pinned stretch moves back by less than ``width`` where it would cut another one in two.
+    The first columns are those of ``pinned``, which ascends. A pinned stretch moves back by less than ``width`` where it would
+    cut another one in two.
     """
     batch, count = pinned.shape
     begins = spread(batch, others, width, room - count * width, rng)
@@ -105,6 +110,6 @@ def inserted(pinned: Tensor, others: int, width: int, room: int, rng: torch.Gene
 
 
 def written(context: Tensor, begins: Tensor, told: Tensor) -> Tensor:
-    """``context`` with ``told`` ``[B, count, width]`` at ``begins`` ``[B, count]``, counted behind START."""
+    """Return ``context`` with ``told`` ``[B, count, width]`` written at ``begins`` ``[B, count]``, counted from after START."""
     where = 1 + begins[:, :, None] + torch.arange(told.shape[2], device=told.device)
     return context.scatter(1, where.flatten(1), told.flatten(1))

@@ -1,4 +1,4 @@
-"""What the rows of heads say: ``quality-heads.csv``, one line for each claim about gates, echo and chance."""
+"""Summarize what the rows say about heads in ``quality-heads.csv``: one line per claim about gates, echo and chance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparse_compile.head_profile import Profile
 
 @dataclass(frozen=True)
 class Finding:
-    """A number, the bar it is held against (``bar`` says which way), and whether it holds."""
+    """A number, the bar that it has to reach (``bar`` says from which side), and whether it does."""
 
     what: str
     value: float
@@ -24,7 +24,11 @@ class Finding:
 
 
 def found(out: Path, gates: Profile, echo: Profile, *, needles: tuple[str, ...], length: int) -> Iterator[Finding]:
-    """All that can be said from ``quality.csv`` in ``out`` and the profiles; lines whose rows are not there are left out."""
+    """Yield the findings from ``quality.csv`` in ``out`` and from the profiles.
+
+    Without rows of full attention there are none. Without rows of gates or echo, their comparison with full attention is left
+    out. A mean without rows is NaN.
+    """
     at = {
         (row["method"], row["prefill"], row["task"]): 100 * float(row["accuracy"])
         for row in read(out, "quality")
@@ -76,7 +80,7 @@ def _profiles(gates: Profile, echo: Profile) -> Iterator[Finding]:
 
 
 def published(gates: Profile, echo: Profile) -> Iterator[Finding]:
-    """The same of gates that were trained under the published penalty, most of which stay open."""
+    """Yield the comparison with echo for gates trained under the published penalty, most of which stay open."""
     opened = _opened(gates)
     what = f"heads with gates above 0.5 ({len(opened)}, at penalty {gates.numbers.get('penalty')}) among as many by echo, %"
     if opened:
@@ -88,7 +92,7 @@ def _opened(gates: Profile) -> set[tuple[int, int]]:
 
 
 def _shared(heads: set[tuple[int, int]], echo: Profile) -> float:
-    """The share of ``heads``, in %, that ``echo`` ranks among as many."""
+    """Return the share of ``heads``, in %, that are among the equally many best heads of ``echo``."""
     as_many = _places(echo.heads(len(heads) / (len(echo.scores) * len(echo.scores[0]))).full)
     return 100 * len(heads & as_many) / len(heads)
 

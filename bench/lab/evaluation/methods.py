@@ -1,4 +1,4 @@
-"""The methods that quality is asked of: a policy, a format and a prefill each, within a budget of bytes."""
+"""The methods of the quality bench: each has a policy, a KV format and a prefill mode, within a budget of bytes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from sparse_compile.head_profile import Profile, masks_by_layer
 from sparse_compile.masks import Mask, causal, page_topk, sink, sliding_window
 
 BUDGETS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
-QUARTER, RECENT = 1 / 4, 64  # of all KV heads, and the window of the others
+QUARTER, RECENT = 1 / 4, 64  # share of KV heads that see everything, and the window of the others
 RANDOM_SEEDS = range(5)
 
 
 @dataclass(frozen=True)
 class Method:
-    """How keys and values are kept, read and filled.
+    """How keys and values are cached, read and prefilled.
 
-    ``budget`` is the share of a dense cache that what it ``counts`` (bytes held, or bytes read by a step) should take; not a
-    number where it takes what it takes.
+    ``budget`` is the share of a dense cache that the method should take, or NaN if it has no budget. ``counts`` says which
+    bytes count: those ``held`` by the cache, or those ``read`` by a step.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Method:
     dtype: torch.dtype = torch.bfloat16
 
     def relaxed(self) -> Method:
-        """The same, with a prompt that sees itself whole before rings forget."""
+        """Return the same method with a relaxed prefill: the prompt sees all of itself before rings drop tokens."""
         return Method(self.name, self.policy, self.budget, self.counts, self.kv, "chunk_relaxed", self.dtype)
 
 
@@ -42,38 +42,41 @@ FULL = Method("full", Policy(causal), budget=1)
 
 
 def streaming(recent: int) -> Mask:
-    """The first tokens and the last ``recent``."""
+    """Return a mask of the first ``SINK`` tokens and the last ``recent`` ones."""
     return causal & (sink(SINK) | sliding_window(recent))
 
 
 def sink_and_recent(budget: float, length: int) -> Method:
-    """A sink and a window in every head."""
+    """Return a method that gives every head a sink and a window."""
     slots = int(budget * length) // PAGE * PAGE
     return Method("sink + recent", Policy(streaming(slots - SINK - 1)), budget)
 
 
 def by_heads(name: str, profile: Profile, budget: float, length: int) -> Method:
-    """The best heads of ``profile`` see everything, the others a sink and a window."""
+    """Return a method in which the best heads of ``profile`` see everything, and the others a sink and a window."""
     kv_heads = len(profile.scores) * len(profile.scores[0])
     full, recent = heads_within(budget, length, kv_heads)
     return Method(name, profile.policy(full / kv_heads, sink=SINK, recent=recent), budget)
 
 
 def quarter(name: str, profile: Profile) -> Method:
-    """A quarter of the KV heads sees everything, whatever bytes that takes."""
+    """Return a method in which a quarter of the KV heads see everything, however many bytes that takes."""
     return Method(f"{name}, a quarter of the heads", profile.policy(QUARTER, sink=SINK, recent=RECENT))
 
 
 def pages(score: str, budget: float, length: int) -> Method:
-    """A decode step reads the pages that promise most; all are held, and the digests of pages are read beside them."""
+    """Return a method whose decode steps read only the top-scoring pages.
+
+    The cache holds all pages. A step reads the page summaries as well.
+    """
     chosen = causal & page_topk(_whole_pages(budget * length), page=PAGE, score=score)
     return Method(f"pages, {score}", Policy(prefill=causal, decode=chosen), budget, counts="read")
 
 
 def heads_and_pages(profile: Profile, budget: float, length: int) -> Method:
-    """Heads as in ``by_heads``; those that see everything hold it, and read a quarter of it."""
+    """Return a method with full heads as in ``by_heads``. They hold all tokens and read a quarter of them."""
     kv_heads = len(profile.scores) * len(profile.scores[0])
-    count, recent = heads_within(budget, length, kv_heads, digests=1 / PAGE)  # two keys for every page of keys and values
+    count, recent = heads_within(budget, length, kv_heads, digests=1 / PAGE)  # a page summary is as large as two keys
     full, others = profile.heads(count / kv_heads).full, streaming(recent)
     chosen = causal & page_topk(_whole_pages(length / 4), page=PAGE)
     prefill, decode = (
@@ -84,24 +87,24 @@ def heads_and_pages(profile: Profile, budget: float, length: int) -> Method:
 
 
 def in_fewer_bits(kv: KVFormat | str, name: str) -> Method:
-    """Everything, in fewer bits."""
+    """Return a method that caches all tokens, quantized."""
     return Method(name, Policy(causal), kv=kv)
 
 
 def without(name: str, profile: Profile) -> Method:
-    """The best quarter of the heads of ``profile`` streams, and all others see everything."""
+    """Return a method in which the best quarter of the heads of ``profile`` stream, and all others see everything."""
     kept = tuple(tuple(not chosen for chosen in row) for row in profile.heads(QUARTER).full)
     return Method(name, Policy(layers=masks_by_layer(kept, streaming(RECENT))))
 
 
 def random_profile(like: Profile, seed: int) -> Profile:
-    """Scores by chance."""
+    """Return random scores for the heads of ``like``."""
     shape = len(like.scores), len(like.scores[0])
     return Profile(torch.rand(shape, generator=torch.Generator().manual_seed(seed)).tolist(), method="random")
 
 
 def random_others(best: Profile, seed: int) -> Profile:
-    """Scores by chance, all of them above those of the best quarter of ``best``."""
+    """Return random scores that rank the best quarter of the heads of ``best`` below all others."""
     kept = best.heads(QUARTER).full
     rows = zip(random_profile(best, seed).scores, kept, strict=True)
     return Profile([[score - is_best for score, is_best in zip(*row, strict=True)] for row in rows], method="random")

@@ -1,4 +1,4 @@
-"""Plots of the quality bench, from its CSVs: accuracy against bytes, needles by depth and length, perplexity by position."""
+"""Plot the CSVs of the quality bench: accuracy against bytes, needles by depth and length, perplexity by position."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLUMNS = 4
 
 
 def plot(folder: Path) -> None:
-    """Draw what ``folder`` has rows for. Needs matplotlib."""
+    """Draw each plot for which ``folder`` has rows. Needs matplotlib."""
     for name, draw in (("quality", _bytes), ("quality-depth", _depths), ("quality-perplexity", _perplexity)):
         rows = read(folder, name)
         if rows:
@@ -56,7 +56,7 @@ def _is_drawn(row: dict[str, str]) -> bool:
 
 
 def _line(row: dict[str, str]) -> tuple[str, str]:
-    """What stands as one line: random heads of all seeds, and all other methods by name."""
+    """Return the name and the prefill of a row's line. Random heads of all seeds share a line; other methods go by name."""
     name = row["method"].split(", a quarter")[0]
     return ("random heads" if name.startswith("random") else name), row["prefill"]
 

@@ -1,4 +1,4 @@
-"""Rows of results: accuracies with their intervals, and the CSV files that they stand in."""
+"""Rows of results: accuracies with their intervals, and the CSV files that hold them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-Z = 1.959964  # 95 %, two sides
+Z = 1.959964  # two-sided 95 %
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,9 @@ class Row:
     """How often a method is right on a task.
 
     ``held`` and ``read`` are shares of a dense cache of 16-bit numbers: what the cache of this length holds, and what the last
-    step reads. An item is right if all its turns are; ``turn_accuracy`` is that of single turns, ``by_turn`` of each, in order,
-    ``by_seed`` that of items for each seed. ``low`` and ``high`` are the 95 % interval of ``accuracy`` (Wilson).
+    step reads. An item is right if all its turns are right. ``turn_accuracy`` is the share of right turns, and ``by_turn`` is
+    that share for each turn, in order. ``by_seed`` is the share of right items for each seed. ``low`` and ``high`` are the 95 %
+    Wilson interval of ``accuracy``.
     """
 
     method: str
@@ -49,7 +50,7 @@ class Row:
 
     @property
     def cell(self) -> str:
-        """The task, its length, and what else is said of it."""
+        """The name of the cell: its task and length, and its depth and question if they are not the default."""
         depth = "" if math.isnan(self.depth) else f" at {self.depth:g}"
         return f"{self.task} {self.length}{depth}" + (f" {self.question}" if self.question != "decoded" else "")
 
@@ -58,7 +59,7 @@ IDENTITY = ("method", "budget", "prefill", "question", "task", "length", "depth"
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a share by Wilson's score (https://doi.org/10.2307/2276774).
+    """Return the 95 % interval of a share by Wilson's score (https://doi.org/10.2307/2276774).
 
     >>> [round(edge, 4) for edge in wilson(45, 50)]
     [0.7864, 0.9565]
@@ -70,14 +71,14 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 
 def written(value: Any) -> str:
-    """A cell of a CSV: four digits, and nothing for what is not a number."""
+    """Format a cell of a CSV: four digits for a float, and nothing for NaN."""
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.4g}"
     return str(value)
 
 
 class Table:
-    """A CSV that is written anew with every row that comes; rows of an earlier run stay unless they are measured again."""
+    """A CSV that is rewritten whenever rows are added. Rows of an earlier run stay unless they are measured again."""
 
     def __init__(self, path: Path, kind: type[Any] = Row) -> None:
         self.path, self.columns = path, [field.name for field in fields(kind)]
@@ -87,7 +88,7 @@ class Table:
                 self._keep(csv.DictReader(file))
 
     def add(self, rows: Iterable[Any]) -> None:
-        """Write these as well."""
+        """Add rows, and write the file."""
         self._keep({name: written(value) for name, value in asdict(row).items()} for row in rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("w", newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""A cache in fewer bits is rolled back, reordered, saved and copied: its codes are those of a cache that never saw the rest."""
+"""A quantized cache that is rolled back, reordered, saved or copied equals a cache that never saw the other tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SELECTING: list[list[Head]] = [[MINMAX, causal], [STREAMING, MINMAX]]
 
 
 def draft(length: int, batch: int = 1) -> Text:
-    """Tokens to take back, with keys and values that would be the least and the largest of every group."""
+    """Tokens to remove, whose keys and values would be the smallest and largest of every group."""
     text = random_text(length, batch=batch, seed=9)
     return Text(text.q, text.k * 100, text.v * 100)
 
@@ -40,7 +40,7 @@ def left_padding(pads: list[int], columns: int) -> Tensor:
 
 @pytest.mark.parametrize("at", [20, 50, 64, 93])
 def test_codes_after_a_rollback_are_as_if_the_tokens_had_never_been_there(at: int) -> None:
-    """Of as many tokens as the tail has beyond the group that is filled on: with pages of 32 tokens, 33."""
+    """This holds for as many tokens as the tail has beyond the group that is being filled: 33 with pages of 32 tokens."""
     text, session = random_text(128), Session(MIXED, max_length=128)
     for remove in (1, 5, 33):
         for lengths in ([remove], ones(remove)):
@@ -55,7 +55,7 @@ def test_codes_after_a_rollback_are_as_if_the_tokens_had_never_been_there(at: in
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_chunk_to_the_end_of_the_cache_after_a_rollback_leaves_full_groups_as_they_are(dtype: torch.dtype) -> None:
-    """It looks at more groups than it goes to, of which the tail has lost some."""
+    """The chunk reads more groups than it writes to, and the tail has already lost some of them."""
     session = Session("int8", max_length=128, dtype=dtype)
     for seed in range(4):
         text, lost = (Text(*(x.to(dtype) for x in some)) for some in (random_text(128, seed=seed), draft(33)))
@@ -108,7 +108,7 @@ def test_padded_rows_are_rolled_back() -> None:
 
 @pytest.mark.parametrize("kind", LEVELS)
 def test_after_a_rollback_beyond_the_tail_numbers_are_within_a_step_of_their_codes(kind: str) -> None:
-    """A group that is filled further was encoded twice, each time within half a step; groups before it stay as they are."""
+    """A group that is filled further is quantized twice, each time within half a step. Earlier groups do not change."""
     text, session = random_text(160), Session(kind, max_length=160)
     session.feed(text)
     for at in (120, 77, 40):
@@ -118,7 +118,7 @@ def test_after_a_rollback_beyond_the_tail_numbers_are_within_a_step_of_their_cod
         for then, now, (_, tokens) in zip(before, bits(session.cache), session.cache.kept[0].encoded() * 2, strict=True):
             assert torch.equal(then[:, :, : full // tokens], now[:, :, : full // tokens])
         session.held = text.at(0, at + 5)
-        keys, group = session.decoded(1)[0][:, :, full:], text.k[1][:, :, full : full + 32]  # with all that it ever had
+        keys, group = session.decoded(1)[0][:, :, full:], text.k[1][:, :, full : full + 32]  # with every token that it ever had
         least, largest = group.amin(dim=2), group.amax(dim=2)
         bound = (largest - least) / LEVELS[kind] * 1.01 + 2 * least.abs() * 2**-11
         far = (keys - group[:, :, : at + 5 - full]).abs().amax(dim=2)
@@ -155,7 +155,7 @@ def test_nothing_of_an_earlier_text_is_left_after_a_reset() -> None:
 
 
 def turned(session: Session, rows: Tensor) -> None:
-    """What the oracle holds, in the order of a cache that was reordered."""
+    """Reorder the contents of the oracle like those of the cache."""
     assert session.held is not None
     session.held, session.oracle.padding = session.held.rows(rows), session.oracle.padding[rows]
     session.oracle.forget_scores()

@@ -1,4 +1,4 @@
-"""Whole models over a cache in fewer bits: their logits and tokens, the bytes it takes, and its line in the report."""
+"""Whole models over a quantized cache: logits, tokens, bytes, and the line in the report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def logits_of(model: Any, cache: Any, ids: Tensor, lengths: list[int], padding: Tensor | None = None) -> Tensor:
-    """The logits of ``ids``, appended in pieces."""
+    """The logits of ``ids``, appended in pieces of these lengths."""
     logits, start = [], 0
     positions = None if padding is None else (padding.cumsum(dim=1) - 1).clamp(min=0)
     for length in lengths:
@@ -73,7 +73,7 @@ def test_logits_of_padded_rows_are_near_those_over_a_dynamic_cache(name: str) ->
 
 
 def by_hand(model: Any, cache: sc.SparseCache, ids: Tensor, steps: int) -> list[int]:
-    """Greedy tokens, by calling the model."""
+    """Greedy tokens from a loop that calls the model."""
     found, new = [], ids
     for _ in range(steps):
         with torch.no_grad():
@@ -134,8 +134,8 @@ def test_decode_steps_are_one_graph() -> None:
 
 # -- bytes --------------------------------------------------------------------------------------------------------------
 
-SLOTS, TAIL, DIM = 128, 64, 16  # of max_length=100 in pages of 32
-BYTES: list[tuple[ByLayer, int, int]] = [  # of the keys, and of the values, of a KV head
+SLOTS, TAIL, DIM = 128, 64, 16  # for max_length=100 and pages of 32
+BYTES: list[tuple[ByLayer, int, int]] = [  # kv, bytes of the keys and of the values of a KV head
     ("int8", SLOTS * DIM + 2 * 2 * SLOTS // 32 * DIM, SLOTS * DIM + 2 * 2 * SLOTS),
     ("int4", SLOTS * DIM // 2 + 2 * 2 * SLOTS // 32 * DIM, SLOTS * DIM // 2 + 2 * 2 * SLOTS),
     ("fp8", SLOTS * DIM + 2 * SLOTS, SLOTS * DIM + 2 * SLOTS),
@@ -154,7 +154,7 @@ def test_bytes_are_those_of_codes_scales_offsets_tails_and_positions(kv: ByLayer
 
 
 def test_bytes_are_those_of_digests_too() -> None:
-    """In the numbers of the cache's dtype: they are of the keys as they come."""
+    """Page summaries are in the cache's dtype, because they describe the unquantized keys."""
     policy = causal & (sink(2) | page_topk(32, page=8))
     plain, less = (sc.SparseCache(llama().config, policy, max_length=1024, page_size=16, kv=kv) for kv in (None, "int8"))
     chosen = [sum(t.nbytes for choice in layer.own for t in choice.used()) for layer in less.kept]

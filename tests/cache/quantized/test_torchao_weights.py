@@ -1,4 +1,4 @@
-"""Weights that torchao's ``quantize_`` made small, under the backend: the same logits, and every attention call rewritten."""
+"""Models with weights quantized by torchao keep their logits under the backend, and all attention calls are rewritten."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from sparse_compile.masks import causal, sink, sliding_window
 from support.oracles.cache import LAYERS, error, llama, random_tokens
 from support.sessions.cache import ones
 
-INT4 = torch.int4  # type: ignore[attr-defined]  # which torch's stubs leave out
-# With set_inductor_config they would change Inductor for the whole process. Int4WeightOnlyConfig has no weights for CPU.
+INT4 = torch.int4  # type: ignore[attr-defined]  # missing from torch's stubs
+# set_inductor_config=True would change Inductor for the whole process. Int4WeightOnlyConfig does not support CPU.
 CONFIGS = {
     "int8": Int8WeightOnlyConfig(set_inductor_config=False),
     "int4": IntxWeightOnlyConfig(weight_dtype=INT4, granularity=PerGroup(32)),
@@ -42,7 +42,7 @@ def _fresh() -> None:
 
 
 def small(name: str) -> Any:
-    """A tiny Llama with weights in fewer bits."""
+    """A tiny Llama with quantized weights."""
     model = llama()
     quantize_(model, CONFIGS[name])
     return model
@@ -69,7 +69,7 @@ def assert_all_rewritten(model: Any, graphs: int) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weights_are_in_fewer_bits(name: str) -> None:
-    """Or the other tests would show nothing."""
+    """Otherwise the other tests would show nothing."""
     assert 1e-3 < error(whole(small(name)), whole(llama())) < 1
 
 
@@ -125,7 +125,7 @@ def test_generate_over_a_cache_in_int8_finds_the_tokens_of_steps_by_hand() -> No
 def test_inductor_is_near_a_dynamic_cache_too() -> None:
     model, plain = sc.compile(small("int8")), small("int8")
     cache = sc.SparseCache(model.config, max_length=64, page_size=32, kv="int8")
-    steps = ones(40)  # which are one graph
+    steps = ones(40)  # all steps share one graph
     got, wanted = logits_of(model, cache, steps), logits_of(plain, DynamicCache(config=plain.config), steps)
     assert float((got - wanted).norm() / wanted.norm()) < 0.02
     assert_all_rewritten(model, 1)

@@ -1,4 +1,4 @@
-"""Decode steps that select pages give what attention to pages gives that loops choose from the model's own q and k."""
+"""Decode steps that select pages equal attention to the pages that loops select from the model's own q and k."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_budget_far_beyond_max_length_is_dense_attention() -> None:
 
 @pytest.mark.parametrize("tokens", [12, 16, 28])
 def test_the_static_part_is_kept_and_takes_its_share_of_the_budget(tokens: int) -> None:
-    """Sink and window touch up to four pages, one of which may exceed the smallest budget."""
+    """Sink and window touch up to four pages, one more than the smallest budget has."""
     Session([[Selecting(page_topk(tokens, page=4), STATIC)]] * 2).goes_as_written_out(random_tokens(40), [9, *ones(31)])
 
 
@@ -70,7 +70,7 @@ def test_every_score_and_group_is_selected_as_written_out(score: str, group: str
 
 
 def test_scores_and_groups_choose_differently() -> None:
-    """Or the test above would show nothing."""
+    """Otherwise the test above would show nothing."""
     ids, found = random_tokens(36), []
     for score in ("minmax", "mean", "keys"):
         for group in ("max", "mean"):

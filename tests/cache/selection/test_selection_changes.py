@@ -1,4 +1,4 @@
-"""A cache that selects pages is reset, rolled back, saved, loaded and copied, and goes on as written out in loops."""
+"""A cache that selects pages still equals the loops after a reset, rollback, save, load or copy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def test_nothing_of_an_earlier_text_is_left_after_a_reset() -> None:
-    """Keys of the earlier text are a hundred times as large, so that a minimum or maximum of them would win."""
+    """Keys of the earlier text are a hundred times larger, so a minimum or maximum that was left over would win."""
     session = Session(MIXED)
     weights = [layer.self_attn.k_proj.weight for layer in session.model.model.layers]
     ids = random_tokens(40)
@@ -41,7 +41,7 @@ def test_nothing_of_an_earlier_text_is_left_after_a_reset() -> None:
 
 
 def test_nothing_of_a_rejected_draft_is_left_after_a_rollback() -> None:
-    """Its tokens went to pages that stay, decode steps of them to later pages, and their keys are a hundred times as large."""
+    """The draft writes to pages that remain and, in decode steps, to later pages. Its keys are a hundred times larger."""
     session = Session(MIXED)
     weights = [layer.self_attn.k_proj.weight for layer in session.model.model.layers]
     ids = random_tokens(40)

@@ -1,4 +1,4 @@
-"""KV heads, layers and models that select pages beside others that do not, against the selection written out in loops."""
+"""KV heads and layers that select pages beside others that do not, in several models, compared with loops."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MIXES: dict[str, list[list[Head]]] = {
 
 @pytest.mark.parametrize("name", MIXES)
 def test_heads_and_layers_that_select_stand_beside_others(name: str) -> None:
-    """A prefill sees everything, so that streaming heads keep all keys: see the test below."""
+    """The prefill sees everything, so streaming heads cache all keys. The next test covers rings."""
     Session(MIXES[name]).goes_as_written_out(random_tokens(40), [17, *ones(23)])
 
 
@@ -45,13 +45,13 @@ def test_heads_that_select_stand_beside_rings(name: str) -> None:
 
 
 def test_by_query_head_a_kv_head_chooses_once() -> None:
-    """Given for each query head, both of a KV head the same."""
+    """The policy names a mask for each query head, and both query heads of a KV head have the same one."""
     Session(both_layers(SELECTING, SELECTING, STREAMING, STREAMING)).goes_as_written_out(random_tokens(36), [17, *ones(19)])
 
 
 @pytest.mark.parametrize("other", [causal, STREAMING], ids=["dense", "streaming"])
 def test_a_query_head_without_a_selector_beside_one_that_selects(other: Mask) -> None:
-    """What it sees is kept for its KV head: everything, if it is dense."""
+    """Its KV head always reads what that query head sees, which is everything if it is dense."""
     selecting = Selecting(page_topk(20, page=4))
     Session(both_layers(selecting, other, other, selecting)).goes_as_written_out(random_tokens(36), [17, *ones(19)])
 

@@ -1,4 +1,4 @@
-"""A prefill that selects: blocks of 128 queries choose blocks of 128 keys by their mean query, as written out in loops."""
+"""A prefill that selects: blocks of 128 queries select blocks of 128 keys by their mean query, compared with loops."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_budget_of_the_whole_prompt_is_dense_attention() -> None:
 
 
 def test_the_static_part_of_any_query_of_a_block_is_kept() -> None:
-    """A sink in the first block, a window that reaches back by two, and a budget of two that they exceed."""
+    """The sink is in the first block, the window reaches back two blocks, and both exceed the budget of two blocks."""
     layers: list[list[Head]] = [[Selecting(page_topk(160), sink(3) | sliding_window(150))]] * 2
     prefill_session(layers).goes_as_written_out(random_tokens(420), [100, 320])
 

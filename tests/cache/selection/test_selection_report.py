@@ -1,4 +1,4 @@
-"""What is told of page selection: the report, ``explain``, bytes, and how much attention the chosen keys hold."""
+"""Reports on page selection: the report, ``explain``, bytes, and the attention mass of the selected keys."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_report_counts_the_budget_and_says_that_a_prefill_is_lossy() -> None
     policy = causal & (sink(4) | page_topk(128, page=8))
     report = sc.explain(llama(), random_tokens(512), policy=policy, use_cache=False)
     site = report.sites[0]
-    # Of the first block its own half; of the others also the block of the sink, which takes the budget.
+    # Every block sees the lower half of itself. Blocks after the first also see the sink's block, which uses up the budget.
     assert site.density == pytest.approx((4 * 128 * 129 / 2 + 3 * 128 * 128) / 512**2)
     assert "lossy" in site.reason
     assert site.policy_mask == "causal & (sink(4) | page_topk(128, page=8))"
@@ -35,7 +35,7 @@ def test_the_report_counts_the_budget_and_says_that_a_prefill_is_lossy() -> None
     ids=str,
 )
 def test_the_density_is_what_is_visible(mask: Mask) -> None:
-    """Exactly, where every page of the budget can be had and is wholly visible."""
+    """The density is exact if the budget is always used up by pages that are visible as a whole."""
     q, k = torch.randn(1, 1, 700, 8), torch.randn(1, 1, 700, 8)
     seen = (causal & mask).selected(q, k, page_size=128, q_block=128).dense(700, 700)
     assert largest_density(causal & mask, 700, 700, 0, 1, (128, 128)) == pytest.approx(float(seen.float().mean()))
@@ -68,7 +68,7 @@ def test_digests_count_among_the_bytes() -> None:
 
 
 def test_padded_rows_need_no_whole_pages() -> None:
-    """Masks have a place for every column of the last page, also where ``max_length`` ends within it."""
+    """Masks cover every column of the last page, even if ``max_length`` ends within it."""
     results = []
     for length in (50, 56):
         torch._dynamo.reset()

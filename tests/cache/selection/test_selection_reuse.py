@@ -1,4 +1,4 @@
-"""Scores that serve several steps or several layers: pages are chosen as written out in loops."""
+"""Scores that serve several steps or layers select the same pages as loops."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STREAMING = causal & (sink(2) | sliding_window(6))
 pytestmark = pytest.mark.usefixtures("fresh")
 
 
-# -- scores used again ----------------------------------------------------------------------------------------------
+# -- reused scores --------------------------------------------------------------------------------------------------
 
 
 def test_scores_are_used_for_so_many_steps() -> None:
@@ -44,7 +44,7 @@ def test_other_scores_are_used_again_as_well(score: str) -> None:
 
 
 def test_scores_longer_in_use_than_the_budget_has_pages_keep_the_newest_page() -> None:
-    """Ten steps fill five pages of two keys, of which the budget has three."""
+    """Ten steps fill five pages of two keys, but the budget is three pages."""
     session = Session([[Selecting(page_topk(6, page=2, every=10))]] * 2, page_size=2)
     session.goes_as_written_out(random_tokens(50), [15, *ones(35)])
 
@@ -63,7 +63,7 @@ def test_a_prompt_token_by_token_is_scored_from_the_first_on() -> None:
 
 
 def test_the_static_part_of_old_scores_is_of_now() -> None:
-    """The window moves on while scores stay."""
+    """The window moves on while the scores stay the same."""
     selecting = Selecting(page_topk(20, page=2, every=5), sliding_window(6))
     Session([[selecting, causal]] * 2).goes_as_written_out(random_tokens(46), [18, *ones(28)])
 

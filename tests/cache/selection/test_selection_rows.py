@@ -1,4 +1,4 @@
-"""Rows of a batch, padded ones too, select each for itself, whatever is done to them: as written out in loops."""
+"""Each row of a batch selects its own pages like the loops, with padding and after the rows change."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_generate_takes_the_most_likely_tokens_under_the_selection() -> None:
     text = session.model.generate(ids, attention_mask=padding, past_key_values=session.cache, **stop)
     padding = torch.nn.functional.pad(padding, (0, 20), value=1)
     wanted = session.oracle.feed(text, [18, *ones(20)], padding)[:, :-1]
-    wanted[:, :, 2] = -torch.inf  # the end of the text, which min_new_tokens forbids
+    wanted[:, :, 2] = -torch.inf  # the end-of-text token, which min_new_tokens forbids
     assert torch.equal(text[:, 18:], wanted[:, 17:].argmax(dim=-1))
 
 

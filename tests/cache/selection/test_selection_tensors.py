@@ -1,4 +1,4 @@
-"""Selection beside masks that read tensors: documents, padding and prefixes that a policy brings along."""
+"""Page selection combined with masks that read tensors of the policy: documents, padding and prefixes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
 def attend(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None = None, **_: Any
 ) -> tuple[Tensor, None]:
-    """Dense attention under what ``Mask.selected`` says."""
+    """Dense attention under the mask that ``Mask.selected`` returns."""
     at = k.shape[2] - q.shape[2]
     layer = module.layer_idx
     assert isinstance(layer, int)

@@ -1,1 +1,1 @@
-"""Masks to test with."""
+"""Masks for tests."""

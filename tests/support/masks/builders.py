@@ -1,4 +1,4 @@
-"""Ways in which models build masks, shared by the tests of lifting."""
+"""Ways in which models build masks, for the tests that lift masks out of graphs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Build = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A way to build a mask, and what it is in the language."""
+    """A way to build a mask, and the same mask in the mask language."""
 
     build: Build
     mask: str
 
 
 def attend(build: Build) -> Callable[..., Tensor]:
-    """Attention under the mask that ``build`` makes of the other inputs, in the graph."""
+    """Return an attention function whose graph builds the mask with ``build`` from the other inputs."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *inputs: Any) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=build(*inputs))
@@ -36,7 +36,7 @@ def i_and_j(q_len: int = N, kv_len: int = N) -> tuple[Tensor, Tensor]:
 
 
 def hidden(visible: Tensor) -> Tensor:
-    """The usual float mask."""
+    """Return the usual float mask: 0 where visible, -inf where hidden."""
     return torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
 
 
@@ -45,7 +45,7 @@ def from_tril() -> Tensor:
 
 
 def valid(batch: int = 2, length: int = N) -> Tensor:
-    """A padding mask as tokenizers give it: the first row has three padding tokens on the left, the second two on the right."""
+    """Return a tokenizer's padding mask. Row 0 has three padding tokens on the left, and row 1 has two on the right."""
     mask = torch.ones(batch, length, dtype=torch.int64)
     mask[0, :3] = 0
     mask[1, -2:] = 0

@@ -1,4 +1,4 @@
-"""One row per pattern and value of the mask language: an example, its meaning in one line of Python, and a drawing."""
+"""One row per pattern and parameter of the mask language: an example, its meaning in one line of Python, and a drawing."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ Oracle = Callable[[int, int, int, int], bool]  # (b, h, i, j): is the pair visib
 
 @dataclass(frozen=True)
 class Row:
-    """A mask, what it means, and an attention it fits: ``q_len`` queries from position ``0`` to ``3`` on, ``kv_len`` keys.
+    """A mask, its meaning, and an attention that it fits: ``q_len`` queries that start at 0 to 3, and ``kv_len`` keys.
 
-    ``tight`` claims that block tables list no block without a visible pair and miss no wholly visible one. ``drawing`` is
-    what ``draw`` prints for as many queries and keys as it has lines and columns.
+    ``tight`` claims that block tables list no block without a visible pair, and list every fully visible block as full.
+    ``drawing`` is what ``draw`` prints for as many queries and keys as it has lines and columns.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Row:
 
 
 def near(x: int, y: int, size: int, kernel: int, dilation: int = 1, causal: bool = False) -> bool:
-    """NATTEN on one axis: ``kernel`` coordinates of the remainder of ``x``, moved inwards at the borders."""
+    """Return whether ``x`` sees ``y`` on an axis of NATTEN. The window keeps the remainder and moves inward at the borders."""
     line = range(x % dilation, size, dilation)
     at = line.index(x)
     first = at - kernel + 1 if causal else min(max(at - kernel // 2, 0), len(line) - kernel)
@@ -63,7 +63,7 @@ def near_on_grid(
     dilation: tuple[int, ...] | None = None,
     causal: tuple[bool, ...] | None = None,
 ) -> bool:
-    """NATTEN on a grid whose tokens are numbered row by row; nothing is near beyond the grid."""
+    """Return whether ``i`` sees ``j`` on a NATTEN grid that is numbered row by row. Tokens beyond the grid see nothing."""
     dilation, causal = dilation or (1,) * len(grid), causal or (False,) * len(grid)
     for axis in reversed(range(len(grid))):
         (i, x), (j, y) = divmod(i, grid[axis]), divmod(j, grid[axis])

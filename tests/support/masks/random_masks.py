@@ -31,7 +31,7 @@ POSITIONS, BATCH, HEADS = 16, 2, 4
 
 @dataclass(frozen=True)
 class Shape:
-    """A piece of an attention that every random mask fits."""
+    """The shape of an attention that every random mask fits."""
 
     q_len: int
     kv_len: int
@@ -47,7 +47,7 @@ small = st.integers(1, 9)
 
 @st.composite
 def _tensors(draw: st.DrawFn, below: int, *sizes: SearchStrategy[int]) -> Tensor:
-    """Tensors of integers from 0, of random shape; the content comes from a seed, as drawing each entry is slow."""
+    """Draw integer tensors of random shape. Their entries come from a drawn seed, because drawing each entry is slow."""
     shape = [draw(size) for size in sizes]
     return torch.randint(below, shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 999))))
 
@@ -85,8 +85,8 @@ explicits: SearchStrategy[Mask] = st.builds(
 
 @st.composite
 def trees(draw: st.DrawFn, depth: int, leaves: SearchStrategy[Mask]) -> Mask:
-    """Trees of ``&``, ``|``, ``~`` over ``leaves``, up to ``depth`` operators deep."""
-    # Drawn first: in a one_of of all patterns and operators, one tree in five would have an operator.
+    """Draw trees of ``&``, ``|``, ``~`` over ``leaves``, up to ``depth`` operators deep."""
+    # Draw the operator first. With a one_of over all patterns and operators, only one tree in five would have an operator.
     match draw(st.sampled_from("&|~&|.")) if depth else ".":
         case "&":
             return draw(trees(depth - 1, leaves)) & draw(trees(depth - 1, leaves))

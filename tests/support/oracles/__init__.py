@@ -1,1 +1,1 @@
-"""Slow, plain truths to hold the library against."""
+"""Slow, plain reference implementations to compare the library with."""

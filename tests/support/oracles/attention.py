@@ -1,4 +1,4 @@
-"""The oracle of the model tests: attention written out with every score, under the model's mask and one more."""
+"""The oracle for model tests: attention with every score written out, under the model's mask and an extra mask."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def attend(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What every transformers model calls as ``attn_implementation="oracle"``, for whole sequences without a cache."""
+    """Compute attention for whole sequences without a cache; models call this with ``attn_implementation="oracle"``."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -50,7 +50,7 @@ def attend(
 
 
 def hide(scores: Tensor) -> Tensor:
-    """Scores under the extra mask, one pair at a time."""
+    """Hide scores by the extra mask, one pair at a time."""
     q_len, kv_len = scores.shape[-2:]
     heads = scores.shape[1]
     mask = extra["mask"].for_heads(heads)

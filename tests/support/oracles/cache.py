@@ -1,4 +1,4 @@
-"""The oracle of the cache tests: a whole text at once, no cache, each layer under a mask written out pair by pair."""
+"""The oracle for cache tests: a whole text in one pass without a cache, each layer under a dense mask."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_compile.masks import Mask, causal
 from support.models import SMALL, VOCABULARY
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 2, 16, 2
-visible: list[Tensor] = []  # of each layer, bool [1, heads, q_len, kv_len]
+visible: list[Tensor] = []  # one per layer: bool [1, heads, q_len, kv_len]
 
 
 def attend(
@@ -25,7 +25,7 @@ def attend(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What a transformers model calls as ``attn_implementation="cache_oracle"``."""
+    """Compute attention; transformers models call this with ``attn_implementation="cache_oracle"``."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -39,7 +39,7 @@ AttentionInterface.register("cache_oracle", attend)
 
 
 def llama(attention: str = "sdpa", **changes: Any) -> Any:
-    """A tiny Llama whose attention matters: the usual initial weights are so small that every key counts alike."""
+    """Build a tiny Llama with larger initial weights than usual; with small ones, every key would count alike."""
     torch.manual_seed(0)
     sizes = {**SMALL, "num_key_value_heads": KV_HEADS, "initializer_range": 0.2, **changes}
     factory: Any = AutoModelForCausalLM
@@ -47,12 +47,12 @@ def llama(attention: str = "sdpa", **changes: Any) -> Any:
 
 
 def random_tokens(length: int, batch: int = 1, seed: int = 1) -> Tensor:
-    """Token ids ``[batch, length]``."""
+    """Return random token ids ``[batch, length]``."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def under(ids: Tensor, masks: list[Tensor]) -> Tensor:
-    """The logits ``[batch, length, vocabulary]`` of the model of ``llama()``, with one mask for each layer."""
+    """Return the logits ``[batch, length, vocabulary]`` of the model from ``llama()``, with one mask per layer."""
     model = llama("cache_oracle")
     visible[:] = masks
     with torch.no_grad():
@@ -63,10 +63,10 @@ def under(ids: Tensor, masks: list[Tensor]) -> Tensor:
 def whole(
     ids: Tensor, policy: sc.Policy | Mask | None, *, decoded: range = range(0), relaxed: list[int] | None = None
 ) -> Tensor:
-    """The logits of a text under a policy, in one pass.
+    """Return the logits of a text under a policy, in one pass.
 
-    The tokens ``decoded`` are under the policy's decode mask. ``relaxed`` are the lengths of chunks that see themselves, and
-    what the mask shows to the position before the chunk.
+    The policy's decode mask applies to the tokens in ``decoded``. ``relaxed`` lists the lengths of prefill chunks. The
+    queries of a chunk see the chunk itself, and the keys that the mask shows to the position before the chunk.
     """
     policy, length = sc.Policy(policy), ids.shape[1]
     masks = []
@@ -94,5 +94,5 @@ def _relax(seen: Tensor, chunks: list[int]) -> Tensor:
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
-    """The largest difference, relative to the largest value; NaN is no agreement."""
+    """Return the largest difference relative to the largest value. NaN stays NaN, so that it fails every comparison."""
     return float((got - wanted).abs().max() / wanted.abs().max())

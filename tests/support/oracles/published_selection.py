@@ -1,7 +1,7 @@
-"""The published rules of page selection, one function each: dense, slow, float64, pages and channels in loops.
+"""The published rules of page selection, one function each: dense, slow, in float64, with loops over pages and channels.
 
-Each is given the queries ``[Hq, D]`` and keys ``[Hkv, N, D]`` of one decode step, and says which pages are read: for each query
-head in ascending order, or for each KV head where the rule pools them.
+Each function takes the queries ``[Hq, D]`` and keys ``[Hkv, N, D]`` of one decode step. It returns the pages that are read in
+ascending order, for each query head, or for each KV head if the rule pools the query heads.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ Pages = list[list[int]]
 
 
 def pages_of(length: int, page: int) -> list[range]:
-    """The keys of each page; the last may be partial."""
+    """Return the keys of each page; the last page may be partial."""
     return [range(start, min(start + page, length)) for start in range(0, length, page)]
 
 
 def upper_bound(query: Tensor, keys: Tensor) -> float:
-    """Quest, algorithm 1: ``sum_d max(q_d * min_d, q_d * max_d)`` over the keys ``[n, D]`` of a page."""
+    """Return the score of Quest, algorithm 1, for a page of keys ``[n, D]``: ``sum_d max(q_d * min_d, q_d * max_d)``."""
     total = 0.0
     for channel, q in enumerate(query.tolist()):
         values = [key[channel] for key in keys.tolist()]
@@ -26,7 +26,7 @@ def upper_bound(query: Tensor, keys: Tensor) -> float:
 
 
 def best(scores: dict[int, float], count: int) -> list[int]:
-    """The pages with the highest scores, of equal ones the lower page."""
+    """Return the pages with the highest scores; the lower page wins a tie."""
     return sorted(sorted(scores, key=lambda page: (-scores[page], page))[:count])
 
 
@@ -35,10 +35,11 @@ def bounds_of(query: Tensor, keys: Tensor, pages: list[range]) -> dict[int, floa
 
 
 def quest_evaluation(q: Tensor, k: Tensor, budget: int, page: int = 16) -> Pages:
-    """The accuracy numbers of Quest (``evaluation/quest_attention.py``), for each query head; keys are repeated (GQA).
+    """Select as the code of Quest's accuracy numbers (``evaluation/quest_attention.py``), for each query head.
 
-    At least three pages, none of them forced. The budget is at most the length, so that short texts lose pages (Quest #22).
-    Padding of the last page has the least value there is, and counts for no maximum.
+    Keys are repeated over the query heads (GQA). At least three pages are read, and none is forced. The budget is at most the
+    length of the text, so that short texts lose pages (Quest #22). Padding of the last page has the smallest possible value
+    and never becomes a maximum.
     """
     pages = pages_of(k.shape[1], page)
     count = min(max(3, min(budget, k.shape[1]) // page), len(pages))
@@ -47,7 +48,7 @@ def quest_evaluation(q: Tensor, k: Tensor, budget: int, page: int = 16) -> Pages
 
 
 def quest_kernel(q: Tensor, k: Tensor, budget: int, page: int = 16) -> Pages:
-    """The speed numbers of Quest (``quest/``), for each head of an MHA: the last page, and the best of the others."""
+    """Select as the code of Quest's speed numbers (``quest/``), for each head of an MHA: the last page and the best others."""
     assert q.shape[0] == k.shape[0]
     pages = pages_of(k.shape[1], page)
     count = budget // page
@@ -58,9 +59,10 @@ def quest_kernel(q: Tensor, k: Tensor, budget: int, page: int = 16) -> Pages:
 
 
 def lserve(q: Tensor, k: Tensor, budget: int, physical: int = 64, logical: int = 16) -> Pages:
-    """The page selector of LServe, for each query head: a physical page is worth what its best logical page is.
+    """Select as LServe, for each query head: a physical page has the score of its best logical page.
 
-    ``max(3, budget / 64) - 1`` of all pages but the last, and the last. Everything while the text fits into the budget.
+    The last page and the best ``max(3, budget / 64) - 1`` of the other pages are read. If the text fits into the budget, all
+    pages are read.
     """
     pages, length = pages_of(k.shape[1], physical), k.shape[1]
     if length <= budget:
@@ -78,10 +80,11 @@ def lserve(q: Tensor, k: Tensor, budget: int, physical: int = 64, logical: int =
 
 
 def kinetics(q: Tensor, k: Tensor, topk: int, *, sink: int = 0, local: int = 1, block: int = 16) -> Pages:
-    """The block top-k of Kinetics, as the keys that each KV head reads: blocks are counted from the sink on.
+    """Return the keys that each KV head reads with the block top-k of Kinetics. Blocks are counted from the end of the sink.
 
-    A block is worth the mean of its logits, over its keys and the query heads of the KV head. Sink and the last ``local`` keys
-    are kept, with what is left over of whole blocks. Everything while no more than that is there.
+    The score of a block is the mean of its logits over its keys and the query heads of the KV head. The sink, the last
+    ``local`` keys, and the keys before these that fill no whole block are always read. If the text is no longer than the sink,
+    the local keys and ``topk`` blocks (rounded up to whole blocks), all keys are read.
     """
     length, group = k.shape[1], q.shape[0] // k.shape[0]
     if length <= -(-(sink + local + topk * block) // block) * block:

@@ -1,1 +1,1 @@
-"""Caches in use, step by step, beside their oracles."""
+"""Caches that are used step by step and compared with their oracles."""

@@ -1,4 +1,4 @@
-"""A compiled tiny model with a cache, fed text in pieces; and the policies that the tests of the cache go through."""
+"""A compiled tiny model with a cache that reads text in pieces, and the policies that cache tests use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_compile.masks import Mask, causal, chunked, dilated, full, per_head,
 from support.oracles.cache import error, llama, random_tokens, whole
 
 STREAMING = causal & (sink(2) | sliding_window(6))
-CAPACITY = 8  # of a ring of STREAMING with pages of one token
+CAPACITY = 8  # slots of a ring of STREAMING with pages of one token
 DUO = per_head([causal, STREAMING])
 NO_RETRIEVAL_BELOW = sc.Policy(DUO, layers={0: STREAMING})
 POLICIES: dict[str, sc.Policy | Mask | None] = {
@@ -52,7 +52,7 @@ class Session:
             return torch.cat([self.model(piece, past_key_values=self.cache, **inputs).logits for piece in pieces], dim=1)
 
     def feed_padded(self, ids: Tensor, padding: Tensor, lengths: Sequence[int]) -> Tensor:
-        """The logits of rows whose zeros in ``padding`` are no tokens."""
+        """The logits of rows; zeros in ``padding`` mark padding."""
         logits, stop = [], 0
         positions = (padding.cumsum(dim=1) - 1).clamp(min=0)
         with torch.no_grad():
@@ -73,7 +73,7 @@ def ones(count: int) -> list[int]:
 
 
 def assert_rows_alone(got: Tensor, ids: Tensor, padding: Tensor, policy: sc.Policy | Mask | None, **options: Any) -> None:
-    """Each row gives what its tokens give without padding and without the other rows."""
+    """Assert that each row has the logits of its tokens without padding and without the other rows."""
     for row, text, tokens in zip(got, ids, padding.bool(), strict=True):
         assert error(row[tokens], whole(text[tokens].unsqueeze(0), policy, **options)[0]) < 1e-5
 

@@ -1,4 +1,4 @@
-"""A cache that holds the first tokens of a text, to be refused something and to go on as if nothing had happened."""
+"""A cache that holds the first tokens of a text. Tests provoke an error, then check that the cache continues unchanged."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def assert_untouched(cache: sc.SparseCache, before: list[Tensor]) -> None:
 
 
 def assert_goes_on(model: Any, cache: sc.SparseCache, policy: sc.Policy | Mask) -> None:
-    """The rest of the text has the logits it would have had."""
+    """Assert that the rest of the text has the logits that it would have had without the error."""
     assert cache.get_seq_length() == HELD
     got = torch.cat([call(model, cache, TEXT[:, at : at + 1]) for at in range(HELD, 22)], dim=1)
     assert error(got, whole(TEXT, policy)[:, HELD:]) < 1e-5

@@ -1,4 +1,4 @@
-"""Attention alone over a cache in fewer bits, fed queries, keys and values in pieces, and written out beside it."""
+"""Attention without a model over a quantized cache, compared with attention that is written out, on text in pieces."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ class Text(NamedTuple):
     v: Tensor
 
     def at(self, start: int, stop: int | None = None) -> Text:
-        """The tokens from ``start`` to before ``stop``."""
+        """The tokens from ``start`` up to, but not including, ``stop``."""
         return Text(*(x[..., start:stop, :] for x in self))
 
     def then(self, more: Text) -> Text:
-        """Followed by other tokens."""
+        """This text followed by other tokens."""
         return Text(*(torch.cat(pair, dim=3) for pair in zip(self, more, strict=True)))
 
     def rows(self, rows: Tensor) -> Text:
-        """Some of its rows."""
+        """The rows with these indices."""
         return Text(*(x[:, rows] for x in self))
 
 
 def random_text(length: int, *, batch: int = 1, heads: int = 4, kv_heads: int = 2, seed: int = 1, **sizes: int) -> Text:
-    """Numbers among which attention chooses; some channels of keys are larger, and some are far from zero."""
+    """Random numbers for which attention is selective. Some key channels are larger, and some are far from zero."""
     generator, dim = torch.Generator().manual_seed(seed), sizes.get("dim", DIM)
     shape = sizes.get("layers", LAYERS), batch
     q, k, v = (torch.randn(*shape, n, length, dim, generator=generator) for n in (heads, kv_heads, kv_heads))
@@ -53,7 +53,7 @@ def random_text(length: int, *, batch: int = 1, heads: int = 4, kv_heads: int = 
 
 
 class Layer(nn.Module):
-    """What transformers does between the projections of a layer."""
+    """The part of a transformers layer between its projections."""
 
     def __init__(self, number: int, window: int | None) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """The attention of a model alone; ``windows`` are the sliding windows of its layers."""
+    """The attention layers of a model without the rest; ``windows`` are their sliding windows."""
 
     def __init__(self, windows: Sequence[int | None]) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Attention(nn.Module):
 
 
 class Session:
-    """Attention compiled for KV heads like these with a cache in ``kv``, and the same over what its codes stand for."""
+    """Attention compiled for these KV heads with a cache in ``kv``, and the same attention over the dequantized numbers."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Session:
         kinds = ["sliding_attention" if window else "full_attention" for window in windows]
         sizes: dict[str, Any] = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
         sizes |= {"num_hidden_layers": len(windows), "layer_types": kinds, "sliding_window": max(w or 0 for w in windows)}
-        torch._dynamo.reset()  # or the graphs of other sessions count as those of this one
+        torch._dynamo.reset()  # otherwise graphs of other sessions count for this one
         self.config = LlamaConfig(**{**SMALL, **sizes})
         self.options = {"page_size": 32, "max_length": 96, "kv": kv, **options}
         layers = layers or [[causal]] * len(windows)
@@ -124,16 +124,16 @@ class Session:
         self.held = self.held.at(0, -remove)
 
     def feed(self, text: Text, lengths: Sequence[int] | None = None, padding: Tensor | None = None) -> Tensor:
-        """What attention gives, ``[layers, B, Hq, N, D]``, by the library alone; ``padding`` is that of all columns."""
+        """The library's attention output ``[layers, B, Hq, N, D]``; ``padding`` covers all columns."""
         outs = []
         for piece in zip(*(x.split(list(lengths or [text.q.shape[3]]), dim=3) for x in text), strict=True):
             with torch.no_grad():
-                # Clones, or Dynamo compiles again for other strides.
+                # Clone, because Dynamo compiles again for other strides.
                 outs.append(self.model(Text(*(x.clone() for x in piece)), self.cache, padding))
         return torch.cat(outs, dim=3)
 
     def goes_as_written_out(self, text: Text, lengths: Sequence[int] | None = None, padding: Tensor | None = None) -> Tensor:
-        """Feed, and assert that every piece gives what attention to the numbers gives that the cache has after it."""
+        """Feed the text, and assert that each piece equals attention to the numbers that the cache holds after it."""
         outs, start = [], 0
         for length in lengths or [text.q.shape[3]]:
             piece = text.at(start, start + length)
@@ -146,7 +146,7 @@ class Session:
         return torch.cat(outs, dim=3)
 
     def written_out(self, piece: Text, padding: Tensor | None = None) -> Tensor:
-        """Dense attention of new tokens, which the cache already has."""
+        """Dense attention of new tokens that are already in the cache."""
         self.held = piece if self.held is None else self.held.then(piece)
         (batch, _, length), columns = piece.q.shape[1:4], self.held.k.shape[3]
         new = torch.ones(batch, length, dtype=torch.int64) if padding is None else padding[:, columns - length : columns].long()
@@ -166,7 +166,7 @@ class Session:
             column = torch.arange(raw.shape[2])
             seen &= column > column[-length:, None] - window
         if length > 1:
-            k[:, :, -length:], v[:, :, -length:] = piece.k[layer], piece.v[layer]  # a chunk sees itself as it is
+            k[:, :, -length:], v[:, :, -length:] = piece.k[layer], piece.v[layer]  # a chunk sees itself unquantized
         group = q.shape[1] // k.shape[1]
         scores = q @ k.repeat_interleave(group, 1).transpose(2, 3) / q.shape[3] ** 0.5
         weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
@@ -174,12 +174,12 @@ class Session:
         return out.float()
 
     def by_keys(self, layer: int) -> bool:
-        """Whether a layer scores pages by the keys themselves."""
+        """Whether a layer scores pages by the keys themselves instead of page summaries."""
         found = [s.selecting for s in self.cache.kept[layer].plan.storages if isinstance(s, Pages)]
         return any(selecting is not None and selecting.by_keys for selecting in found)
 
     def decoded(self, layer: int) -> tuple[Tensor, Tensor]:
-        """All keys and values of a layer as the cache has them, in double precision; those in rings as they came."""
+        """All keys and values of a layer as the cache stores them, dequantized to double precision. Rings are unquantized."""
         assert self.held is not None
         numbers = self.held.k[layer].double(), self.held.v[layer].double()
         columns = numbers[0].shape[2]
@@ -189,7 +189,7 @@ class Session:
         return numbers
 
     def encoded(self, layer: int) -> list[tuple[list[int], list[Tensor], Any, int]]:
-        """Heads, codes and format of what a layer keeps in fewer bits: keys (0) and values (1) of each storage."""
+        """Heads, tensors and format of the quantized keys (0) and values (1) of each storage group of a layer."""
         kept, found = self.cache.kept[layer], []
         for number, storage in enumerate(kept.plan.storages):
             if isinstance(storage, Pages) and storage.forms is not None:
@@ -199,7 +199,7 @@ class Session:
 
 
 def bits(cache: sc.SparseCache) -> list[Tensor]:
-    """A copy of all codes of the columns in use, scales and offsets included."""
+    """A copy of all quantized data of the columns in use, with scales and offsets."""
     rows = cache.books.batch or 0
     return [part.clone() for name, part in cache.parts(rows).items() if "code" in name]
 
@@ -210,7 +210,7 @@ def assert_same_bits(a: sc.SparseCache, b: list[Tensor] | sc.SparseCache) -> Non
 
 
 def assert_codes_of_whole_text(session: Session, text: Text, padding: Tensor | None = None) -> None:
-    """Each group has the codes of what it holds, as if all had come at once."""
+    """Assert that each group is quantized as if all of its tokens had been appended at once."""
     columns = text.k.shape[3]
     for layer in range(len(session.windows)):
         for heads, parts, form, which in session.encoded(layer):

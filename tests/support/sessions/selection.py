@@ -1,4 +1,4 @@
-"""A compiled tiny model with a cache that selects pages, fed text in pieces, beside the oracle."""
+"""A compiled tiny model with a cache that selects pages, compared with the oracle on text in pieces."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.oracles.selection import Head, Oracle, build, mask_of
 
 
 def policy_of(layers: Sequence[Sequence[Head]], prefill: Sequence[Sequence[Head]] | None = None) -> sc.Policy:
-    """The policy one writes for these KV heads of each layer; a prefill sees everything unless it is given."""
+    """The policy for these KV heads of each layer. The prefill sees everything unless ``prefill`` is given."""
     phases = [
         sc.Policy(layers={layer: mask_of(heads) for layer, heads in enumerate(phase)})
         for phase in (prefill or [[causal] for _ in layers], layers)
@@ -24,7 +24,7 @@ def policy_of(layers: Sequence[Sequence[Head]], prefill: Sequence[Sequence[Head]
 
 
 class Session:
-    """A model compiled for KV heads like these with a ``SparseCache``, and the oracle; both are fed alike and compared."""
+    """A model compiled for these KV heads with a ``SparseCache``, and the oracle. Both get the same tokens and are compared."""
 
     def __init__(
         self,
@@ -57,14 +57,14 @@ class Session:
         self.oracle.reorder(rows)
 
     def feed(self, ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """The logits of ``ids``, appended in pieces by the library alone."""
+        """The library's logits of ``ids``, appended in pieces of these lengths."""
         pieces = ids.split(list(lengths or [ids.shape[1]]), dim=1)
         with torch.no_grad():
-            # A clone, or Dynamo compiles again for another storage offset.
+            # Clone, because Dynamo compiles again for another storage offset.
             return torch.cat([self.model(piece.clone(), past_key_values=self.cache).logits for piece in pieces], dim=1)
 
     def feed_padded(self, ids: Tensor, lengths: Sequence[int], padding: Tensor) -> Tensor:
-        """The same for rows whose zeros in ``padding``, of all tokens so far, are no tokens."""
+        """The library's logits of rows; zeros in ``padding``, which covers all tokens so far, mark padding."""
         logits, stop = [], padding.shape[1] - ids.shape[1]
         positions = (padding.cumsum(dim=1) - 1).clamp(min=0)
         with torch.no_grad():
@@ -76,13 +76,13 @@ class Session:
         return torch.cat(logits, dim=1)
 
     def goes_as_written_out(self, ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """Feed both, assert that the logits are equal, and give them back."""
+        """Feed both, assert that their logits are equal, and return them."""
         wanted = self.oracle.feed(ids, lengths)
         assert error(self.feed(ids, lengths), wanted) < 1e-5, lengths
         return wanted
 
     def rows_go_as_written_out(self, ids: Tensor, lengths: Sequence[int], padding: Tensor) -> None:
-        """The same for padded rows, where they have tokens."""
+        """Do the same for padded rows, and compare only their tokens."""
         new = padding[:, -ids.shape[1] :]
         wanted, got = self.oracle.feed(ids, lengths, new), self.feed_padded(ids, lengths, padding)
         assert error(got[new.bool()], wanted[new.bool()]) < 1e-5, lengths
