@@ -1,6 +1,6 @@
-# Needs Python 3.11 or newer and make. The first run creates .venv; later runs start at once.
+# Needs make and Python 3.11 or newer. The first run creates .venv; later runs start at once.
 PYTHON ?= python3
-# Asked only where the default package index has no CPU build of torch.
+# Used only where the default package index has no CPU build of torch.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
@@ -26,11 +26,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# One thread per worker: two workers fill two cores, and threads that wait for each other spin.
+# Each worker gets one thread: two workers fill two cores, and threads that wait for each other spin.
 pytest: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal --durations 10
 
-# The wheel, built from the sdist, in a virtual environment outside the checkout that borrows only its dependencies from .venv.
+# Builds the wheel from the sdist and tests it in a virtual environment outside the checkout, which borrows only dependencies
+# from .venv.
 wheel: $(INSTALLED)
 	tests/wheel/run
 
@@ -38,7 +39,7 @@ clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# torch goes first: any other package that asks for it would take the build with CUDA.
+# torch is installed first, because a package that depends on it would install the CUDA build.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; \
 	  sys.exit(sys.version_info < (3, 11) and "sparse_compile needs Python 3.11 or newer, got %s: make PYTHON=..." % v)'

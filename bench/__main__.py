@@ -1,4 +1,7 @@
-"""``python -m bench NAME``: measure, print a table, write ``NAME.csv``; ``report``: plots and README table from the CSVs."""
+"""Run a benchmark: ``python -m bench NAME`` prints a table and writes ``NAME.csv``.
+
+``python -m bench report`` draws plots and writes the README's table from the CSVs.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +48,12 @@ BENCHES = {
 
 
 def main() -> None:
-    """Run one benchmark."""
+    """Run one benchmark, or make the report."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("name", choices=[*BENCHES, "quality", "report"])
-    parser.add_argument("--smoke", action="store_true", help="everything tiny, on any machine, in seconds")
+    parser.add_argument("--smoke", action="store_true", help="run with tiny sizes, in seconds, on any machine")
     parser.add_argument(
-        "--out", type=Path, help="where the CSV goes (default: bench/results, or a temporary folder of --smoke)"
+        "--out", type=Path, help="folder of the CSVs (default: bench/results, or a temporary folder with --smoke)"
     )
     arguments = parser.parse_args()
     if arguments.name == "report":

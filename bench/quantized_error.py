@@ -1,7 +1,8 @@
-"""``python -m bench.quantized_error``: the error of attention over keys and values in fewer bits, by format and groups.
+"""``python -m bench.quantized_error``: measure the error of attention over quantized keys and values, by format and groups.
 
-Random queries, keys and values; and keys of which 2 % of the channels are ten times larger, as those of trained models are.
-The error is the norm of the difference over the norm of exact attention; the largest and the mean of several draws.
+Queries, keys and values are random normal numbers. A second set of draws makes 2 % of the key channels ten times larger, as
+they are in trained models. The error is the norm of the difference divided by the norm of exact attention. Each row has the
+mean and the largest error of several draws.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _decoded(x: Tensor, form: Format) -> Tensor:
 
 
 def _bytes(form: Format) -> float:
-    """Bytes for each number, scales and offsets included; of bfloat16 2."""
+    """Return the bytes of each number, scales and offsets included. A bfloat16 number takes 2."""
     parts = form.parts(1, 64, DIM, torch.bfloat16)
     return sum(shape[0] * shape[1] * shape[2] * dtype.itemsize for shape, dtype in parts) / (64 * DIM)
 
@@ -57,8 +58,8 @@ def main() -> None:
             errors = []
             for q, k, v in _draws(outliers):
                 exact = scaled_dot_product_attention(q, k, v)
-                found = scaled_dot_product_attention(q, _decoded(k, forms[0]), _decoded(v, forms[1]))
-                errors.append(float((found - exact).norm() / exact.norm()))
+                quantized = scaled_dot_product_attention(q, _decoded(k, forms[0]), _decoded(v, forms[1]))
+                errors.append(float((quantized - exact).norm() / exact.norm()))
             rows.append(
                 {
                     "draw": "2 % of key channels x 10" if outliers else "normal",

@@ -1,4 +1,4 @@
-"""How much attention a selection keeps: the mass on the chosen keys beside that of the best, for each layer of a model."""
+"""Measure how much attention a page selection keeps in each layer: its mass beside that of the best possible keys."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ from sparse_compile.masks.selection.page_topk import GROUPS, SCORES, PageTopK
 
 @dataclass(frozen=True)
 class Recall:
-    """Shares of attention, means over heads and queries: on the chosen keys, and on as many that each head chooses exactly."""
+    """Shares of the attention of one layer, as means over heads and queries.
+
+    ``chosen`` is the share on the selected keys. ``best`` is the share on the same number of keys if each head selects the keys
+    with the most attention.
+    """
 
     layer: int
     chosen: float
@@ -29,16 +33,17 @@ class Recall:
 
     @property
     def recall(self) -> float:
-        """What is chosen of what could be."""
+        """The attention on the selected keys, as a share of that on the best keys."""
         return self.chosen / self.best
 
 
 def recall(model: Any, ids: Tensor, selector: PageTopK, *, page_size: int = 64, queries: int = 64) -> list[Recall]:
-    """What decode steps under ``selector`` would see of ``ids`` ``[1, N]``, at ``queries`` positions of its second half.
+    """Measure what decode steps under ``selector`` see of ``ids`` ``[1, N]``, at ``queries`` positions of its second half.
 
-    Works for every transformers model whose attention can be exchanged; text beyond the budget is needed to tell anything.
+    This works for every transformers model whose attention function can be replaced. ``ids`` must be longer than the budget,
+    because otherwise every key is selected.
     """
-    found: list[Recall] = []
+    recalls: list[Recall] = []
     length = ids.shape[1]
     positions = torch.linspace(length // 2, length - 1, min(queries, length - length // 2)).long().unique().tolist()
 
@@ -48,13 +53,13 @@ def recall(model: Any, ids: Tensor, selector: PageTopK, *, page_size: int = 64, 
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
         shares = [_shares(q[:, :, at : at + 1], k[:, :, : at + 1], scale, causal & selector, page_size) for at in positions]
         chosen, best = (sum(side) / len(side) for side in zip(*shares, strict=True))
-        found.append(Recall(module.layer_idx, chosen, best))
+        recalls.append(Recall(module.layer_idx, chosen, best))
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
         return out.transpose(1, 2).contiguous(), None
 
     with _attending(model, observe), torch.no_grad():
         model(ids, use_cache=False)
-    return found
+    return recalls
 
 
 def _shares(q: Tensor, k: Tensor, scale: float, mask: Mask, page_size: int) -> tuple[float, float]:
@@ -68,7 +73,7 @@ def _shares(q: Tensor, k: Tensor, scale: float, mask: Mask, page_size: int) -> t
 
 @contextmanager
 def _attending(model: Any, function: Any) -> Iterator[None]:
-    """``model`` with ``function`` in place of its attention."""
+    """Replace the attention of ``model`` by ``function``, and restore it afterwards."""
     AttentionInterface.register("sparse_compile_observe", function)
     before = model.config._attn_implementation
     model.set_attn_implementation("sparse_compile_observe")
@@ -79,7 +84,7 @@ def _attending(model: Any, function: Any) -> Iterator[None]:
 
 
 def load(path: Path) -> Any:
-    """The model of a folder, or of a config with random weights."""
+    """Load the model of a folder, or build one with random weights from a config."""
     if path.is_dir() and any(path.glob("*.safetensors")):
         return AutoModelForCausalLM.from_pretrained(path).eval()
     factory: Any = AutoModelForCausalLM
@@ -87,7 +92,7 @@ def load(path: Path) -> Any:
 
 
 def token_ids(path: Path, text: str, vocabulary: int) -> Tensor:
-    """A text as ids ``[1, N]``: by the tokenizer of a model's folder, or its bytes where there is none."""
+    """Turn a text into ids ``[1, N]`` with the tokenizer of a model's folder, or from its bytes if there is no tokenizer."""
     if (path / "tokenizer.json").is_file():
         ids: Tensor = AutoTokenizer.from_pretrained(path)(text, return_tensors="pt").input_ids
         return ids
@@ -95,30 +100,29 @@ def token_ids(path: Path, text: str, vocabulary: int) -> Tensor:
 
 
 def main() -> None:
-    """``python -m bench.recall MODEL TEXT``: a line for each layer, and ``recall.csv``."""
+    """Run ``python -m bench.recall MODEL TEXT``: print a line for each layer and write ``recall.csv``."""
     parser = argparse.ArgumentParser(prog="bench.recall", description=__doc__)
     parser.add_argument("model", type=Path, help="a transformers folder, or a config.json (random weights)")
     parser.add_argument("text", type=Path, help="a text file, longer than the budget")
-    parser.add_argument("--tokens", type=int, default=1024, help="the budget (default: 1024)")
-    parser.add_argument("--page", type=int, default=16, help="keys that are described as one (default: 16)")
-    parser.add_argument("--page-size", type=int, default=64, help="keys that are read as one (default: 64)")
+    parser.add_argument("--tokens", type=int, default=1024, help="budget: keys that each query reads (default: 1024)")
+    parser.add_argument("--page", type=int, default=16, help="keys in one page summary (default: 16)")
+    parser.add_argument("--page-size", type=int, default=64, help="keys in one page of the cache (default: 64)")
     parser.add_argument("--score", choices=SCORES, default="minmax")
     parser.add_argument("--group", choices=GROUPS, default="max")
-    parser.add_argument("--length", type=int, default=8192, help="tokens of the text (default: 8192)")
+    parser.add_argument("--length", type=int, default=8192, help="tokens of the text to use (default: 8192)")
     parser.add_argument("--out", type=Path, default=Path("recall.csv"))
-    told = parser.parse_args()
-    model = load(told.model)
-    ids = token_ids(told.model, told.text.read_text("utf-8"), model.config.vocab_size)[:, : told.length]
-    selector = PageTopK(told.tokens, page=told.page, score=told.score, group=told.group)
-    rows = recall(model, ids, selector, page_size=told.page_size)
-    print(f"{selector}, pages of {told.page_size}, {ids.shape[1]} tokens of {told.text}")
-    with told.out.open("w", newline="", encoding="utf-8") as file:
+    arguments = parser.parse_args()
+    model = load(arguments.model)
+    text = arguments.text.read_text("utf-8")
+    ids = token_ids(arguments.model, text, model.config.vocab_size)[:, : arguments.length]
+    selector = PageTopK(arguments.tokens, page=arguments.page, score=arguments.score, group=arguments.group)
+    rows = recall(model, ids, selector, page_size=arguments.page_size)
+    print(f"{selector}, pages of {arguments.page_size}, {ids.shape[1]} tokens of {arguments.text}")
+    with arguments.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*(field.name for field in fields(Recall)), "recall"])
         for row in rows:
-            print(
-                f"layer {row.layer}: {row.chosen:.1%} of the attention, the best keys {row.best:.1%}, recall {row.recall:.1%}"
-            )
+            print(f"layer {row.layer}: {row.chosen:.1%} of the attention (best keys: {row.best:.1%}), recall {row.recall:.1%}")
             writer.writerow([*astuple(row), row.recall])
 
 

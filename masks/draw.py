@@ -1,4 +1,4 @@
-"""Masks as text and as pictures."""
+"""Draw masks as text and as figures."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def plot(mask: Mask, q_len: int, kv_len: int, q_offset: int, block_size: int, he
         raise ImportError("plot needs matplotlib: pip install 'sparse-compile[plot]'") from missing
     check_sizes(q_offset=q_offset, q_len=q_len, kv_len=kv_len, block_size=block_size)
     if q_len * kv_len > MOST_PAIRS:
-        raise ValueError(f"plot shows at most {MOST_PAIRS} pairs, got {q_len} x {kv_len}: plot a part of it")
+        raise ValueError(f"plot shows at most {MOST_PAIRS} pairs, got {q_len} x {kv_len}: plot fewer queries or keys")
     one = mask.for_head(head, mask.sizes()[1])
     pairs = one.dense(q_len, kv_len, q_offset=q_offset, batch=one.sizes()[0])[0, 0]
     lo, hi = query_blocks(q_len, block_size, None)
@@ -52,8 +52,8 @@ def plot(mask: Mask, q_len: int, kv_len: int, q_offset: int, block_size: int, he
         pairs.numpy(), cmap=ListedColormap(["#f2f2f2", "#1f4e79"]), vmin=0, vmax=1, aspect="auto", interpolation="nearest"
     )
     left.set_title(f"pairs: {100 * float(pairs.float().mean()):.1f} % visible")
-    colours = ["#f2f2f2", "#f0a04b", "#1f4e79"]
-    right.imshow(classes.numpy(), cmap=ListedColormap(colours), vmin=0, vmax=2, aspect="auto", interpolation="nearest")
+    colors = ["#f2f2f2", "#f0a04b", "#1f4e79"]
+    right.imshow(classes.numpy(), cmap=ListedColormap(colors), vmin=0, vmax=2, aspect="auto", interpolation="nearest")
     shares = [100 * float((classes == k).float().mean()) for k in range(3)]
     right.set_title(f"blocks of {block_size}: {shares[0]:.0f} % skipped, {shares[1]:.0f} % partial, {shares[2]:.0f} % full")
     for axes, unit in ((left, "position"), (right, "block")):
@@ -64,7 +64,7 @@ def plot(mask: Mask, q_len: int, kv_len: int, q_offset: int, block_size: int, he
 
 
 def _classes(tables: Tables, blocks: int) -> torch.Tensor:
-    """0 where a block is skipped, 1 where it is partial, 2 where it is full: ``[query blocks, key blocks]``."""
+    """Return 0 for each skipped block, 1 for each partial one and 2 for each full one: ``[query blocks, key blocks]``."""
     rows = tables.kv_indices.shape[2]
     grid = torch.zeros(rows, blocks, dtype=torch.int64)
     for row in range(rows):

@@ -1,4 +1,4 @@
-"""Sets of keys as sorted, disjoint intervals: one set per (batch, head, run of queries), all at once and without host syncs."""
+"""Sets of keys as sorted, disjoint intervals, one per (batch, head, run of queries), computed without host syncs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# Stands for "no limit". Far beyond any position, and small enough that adding positions to it cannot overflow int64.
+# Means "no limit". It is far beyond any position, yet small enough that adding positions to it cannot overflow int64.
 INF = 1 << 60
 
 Edge = int | Tensor  # int64, broadcasts to [B|1, H|1, rows]
@@ -17,11 +17,11 @@ Edge = int | Tensor  # int64, broadcasts to [B|1, H|1, rows]
 
 @dataclass(frozen=True, eq=False)
 class Intervals:
-    """Half-open intervals ``[start, stop)`` of key positions, in columns: ``start <= stop <= start of the next``.
+    """Half-open intervals ``[start, stop)`` of key positions in columns, with ``start <= stop <= start of the next column``.
 
-    An edge is an int where it is the same for all rows: such arithmetic costs no kernel launch, and launches are what small
-    tables cost on an accelerator. ``rows`` is any tensor whose last axis are the rows. The number of columns depends only on
-    how the set was written, never on data, so nothing below waits for the device.
+    An edge is an int if it is the same for all rows. Arithmetic on ints needs no kernel launch, and launches dominate the
+    cost of small tables on an accelerator. ``rows`` is any tensor whose last axis has one entry per row. The number of
+    columns depends only on how the set was written, never on data, so no operation below waits for the device.
     """
 
     columns: tuple[tuple[Edge, Edge], ...]
@@ -29,36 +29,36 @@ class Intervals:
 
     @staticmethod
     def of(start: Edge, stop: Edge, rows: Tensor | None = None) -> Intervals:
-        """One interval per row; empty where ``stop <= start``. ``rows`` is needed if both are ints."""
+        """Return one interval per row, empty where ``stop <= start``. ``rows`` is required if both edges are ints."""
         if rows is None:
             rows = start if isinstance(start, Tensor) else stop if isinstance(stop, Tensor) else None
-        assert rows is not None, "the rows of a set need a tensor"
+        assert rows is not None, "two int edges need the rows tensor"
         return Intervals(((start, larger(start, stop)),), rows)
 
     @staticmethod
     def stacked(start: Tensor, stop: Tensor) -> Intervals:
-        """Sorted, disjoint intervals side by side on the last axis: ``[B|1, H|1, rows, n]`` each."""
+        """Build a set from sorted, disjoint intervals along the last axis: ``[B|1, H|1, rows, n]`` each."""
         start, stop = torch.broadcast_tensors(start, stop)
         return Intervals(tuple(zip(start.unbind(-1), stop.unbind(-1), strict=True)), start[..., 0])
 
     @staticmethod
     def everything(rows: Tensor) -> Intervals:
-        """All keys, for each of the rows ``[..., rows]``."""
+        """Return the set of all keys for each of the rows ``[..., rows]``."""
         return Intervals(((-INF, INF),), rows)
 
     @staticmethod
     def nothing(rows: Tensor) -> Intervals:
-        """No key, for each of the rows ``[..., rows]``."""
+        """Return the empty set for each of the rows ``[..., rows]``."""
         return Intervals(((0, 0),), rows)
 
     @cached_property
     def start(self) -> Tensor:
-        """int64 ``[..., rows, n]``."""
+        """The starts of all intervals: int64 ``[..., rows, n]``."""
         return self._side(0)
 
     @cached_property
     def stop(self) -> Tensor:
-        """int64 ``[..., rows, n]``."""
+        """The ends (exclusive) of all intervals: int64 ``[..., rows, n]``."""
         return self._side(1)
 
     def _side(self, side: int) -> Tensor:
@@ -73,9 +73,9 @@ class Intervals:
         met = [(start := larger(a[0], b[0]), larger(start, smaller(a[1], b[1]))) for a in self.columns for b in other.columns]
         if min(len(self.columns), len(other.columns)) == 1:
             return Intervals(tuple(met), rows)
-        found = Intervals(tuple(met), rows)
-        ordered = normalise(found.start, found.stop)
-        # Two disjoint lists of n and m intervals meet in at most n + m - 1 places; empty ones are last.
+        unordered = Intervals(tuple(met), rows)
+        ordered = normalise(unordered.start, unordered.stop)
+        # Lists of n and m disjoint intervals have at most n + m - 1 non-empty intersections, and empty ones are last.
         return Intervals(ordered.columns[: len(self.columns) + len(other.columns) - 1], ordered.rows)
 
     def __or__(self, other: Intervals) -> Intervals:
@@ -83,11 +83,11 @@ class Intervals:
         columns = (*self.columns, *other.columns)
         if len(columns) == 2:
             for (start, stop), (later, end) in (columns, columns[::-1]):
-                if isinstance(start, int) and start == -INF:  # surely the first of the two
+                if isinstance(start, int) and start == -INF:  # it begins before any other interval
                     later = larger(later, stop)
                     return Intervals(((start, stop), (later, larger(later, end))), rows)
-        found = Intervals(columns, rows)
-        return normalise(found.start, found.stop)
+        unordered = Intervals(columns, rows)
+        return normalise(unordered.start, unordered.stop)
 
     def __invert__(self) -> Intervals:
         starts = (-INF, *(stop for _, stop in self.columns))
@@ -95,29 +95,29 @@ class Intervals:
         return Intervals(tuple(zip(starts, stops, strict=True)), self.rows)
 
     def __sub__(self, shift: Edge) -> Intervals:
-        """The set moved down by ``shift``."""
+        """Return the set moved down by ``shift``."""
         if isinstance(shift, int) and shift == 0:
             return self
         return Intervals(tuple((_moved(a, shift), _moved(b, shift)) for a, b in self.columns), self.rows)
 
     def overlap(self, start: Tensor, stop: Tensor) -> Tensor:
-        """How many keys of ``[start, stop)`` (each ``[..., rows, w]``) belong to the set: ``[..., rows, w]``."""
+        """Count the keys of ``[start, stop)`` (each ``[..., rows, w]``) that belong to the set: ``[..., rows, w]``."""
         total = torch.zeros((), dtype=start.dtype, device=start.device)
         for low, high in self.columns:
             total = total + torch.sub(smaller(_column(high), stop), larger(_column(low), start)).clamp(min=0)
         return total
 
     def clamp(self, low: int, high: int) -> Intervals:
-        """The part of the set within ``[low, high)``."""
+        """Return the part of the set within ``[low, high)``."""
         return Intervals(tuple((_within(a, low, high), _within(b, low, high)) for a, b in self.columns), self.rows)
 
     def count(self) -> Tensor:
-        """The number of keys in each set: ``[B|1, H|1, rows]``."""
+        """Return the number of keys in each set: ``[B|1, H|1, rows]``."""
         return (self.stop - self.start).sum(-1)
 
 
 def larger(a: Edge, b: Edge) -> Edge:
-    """The larger of two edges."""
+    """Return the larger of two edges."""
     if isinstance(a, int) and isinstance(b, int):
         return max(a, b)
     if isinstance(a, int):
@@ -129,7 +129,7 @@ def larger(a: Edge, b: Edge) -> Edge:
 
 
 def smaller(a: Edge, b: Edge) -> Edge:
-    """The smaller of two edges."""
+    """Return the smaller of two edges."""
     if isinstance(a, int) and isinstance(b, int):
         return min(a, b)
     if isinstance(a, int):
@@ -153,7 +153,7 @@ def _column(edge: Edge) -> Edge:
 
 
 def normalise(start: Tensor, stop: Tensor) -> Intervals:
-    """Sort intervals ``[..., rows, n]`` and cut what overlaps an earlier one. Empty ones go last and can be dropped there."""
+    """Sort intervals ``[..., rows, n]`` and cut off overlaps with earlier ones. Empty ones go last and can be dropped there."""
     start, stop = torch.broadcast_tensors(start, stop)
     if start.shape[-1] == 1:
         return Intervals.stacked(start, torch.maximum(start, stop))
@@ -167,13 +167,13 @@ def normalise(start: Tensor, stop: Tensor) -> Intervals:
 
 
 def beside(sets: Sequence[Intervals]) -> Intervals:
-    """Sets of single heads ``[B|1, 1, rows]`` side by side: ``[B, H, rows]``. Heads may share a set."""
+    """Join sets of single heads ``[B|1, 1, rows]`` into one set ``[B, H, rows]``. Heads may share a set object."""
     widest = max(len(s.columns) for s in sets)
     lead = torch.broadcast_shapes(*(s.start.shape[:-1] for s in sets))
 
     def fit(x: Tensor) -> Tensor:
         x = x.expand(*lead, -1)
-        x = x[None, None] if x.dim() == 2 else x  # [rows, n]: the same for all batches
+        x = x[None, None] if x.dim() == 2 else x  # [rows, n]: the same for all batch rows
         missing = widest - x.shape[-1]
         return torch.nn.functional.pad(x, (0, missing), value=INF) if missing else x
 
@@ -184,11 +184,11 @@ def beside(sets: Sequence[Intervals]) -> Intervals:
 
 @dataclass(frozen=True, eq=False)
 class Bounds:
-    """What is known of the keys that a run of queries sees.
+    """Outer and inner bounds on the keys that a run of queries sees.
 
-    ``maybe`` holds every key that some query of the run sees (it may hold more); ``surely`` holds only keys that all of
-    them see (it may hold fewer). For single queries (``lo is hi``) the two are usually one object, computed once. ``&``,
-    ``|`` and ``~`` follow Kleene's three-valued logic.
+    ``maybe`` contains every key that some query of the run sees, and may contain more. ``surely`` contains only keys that
+    all queries of the run see, and may miss some of them. For single queries (``lo is hi``), both are usually the same
+    object, which is computed once. ``&``, ``|`` and ``~`` follow Kleene's three-valued logic.
     """
 
     maybe: Intervals
@@ -196,7 +196,7 @@ class Bounds:
 
     @property
     def certain(self) -> bool:
-        """Whether the two are known to be one."""
+        """Whether both bounds are the same object, so that the keys are known exactly."""
         return self.maybe is self.surely
 
     def __and__(self, other: Bounds) -> Bounds:

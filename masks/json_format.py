@@ -1,4 +1,4 @@
-"""Masks as JSON: one object per node, one key per object."""
+"""Convert masks to JSON and back. Every node of a mask is an object with one key."""
 
 from __future__ import annotations
 
@@ -45,17 +45,18 @@ def from_json(text: str) -> Mask:
 
 
 def parse_json(text: str, what: str) -> Any:
-    """JSON values. Raises ``ValueError`` for text that is none, which says that a ``what`` was wanted."""
+    """Parse JSON text. Raises ``ValueError`` for invalid JSON; the message says that a ``what`` was expected."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as broken:
-        raise ValueError(f"a {what} is read from JSON, and this is not JSON: {broken}") from broken
+        raise ValueError(f"cannot read a {what}, because the text is not valid JSON: {broken}") from broken
 
 
 def read_json(text: str, what: str, version: int, remedy: str, *, holds: type | None = None) -> Any:
-    """What stands under ``what`` in a JSON file of this ``version``: of type ``holds``, or anything and even nothing.
+    """Return the value under the key ``what`` in a JSON file of this ``version``.
 
-    Raises ``ValueError`` for other text, with the version that was got and the ``remedy``.
+    With ``holds``, the value must have that type. Without it, the value may be anything and may be missing (then None).
+    Raises ``ValueError`` for other content. The message has the version that was found and the ``remedy``.
     """
     content = parse_json(text, what)
     got = content.get("version") if isinstance(content, dict) else None
@@ -66,7 +67,7 @@ def read_json(text: str, what: str, version: int, remedy: str, *, holds: type | 
 
 
 def encode(mask: Mask) -> Any:
-    """The mask as JSON values."""
+    """Convert a mask to JSON values."""
     if isinstance(mask, And | Or):
         return {mask.name: [encode(child) for child in mask.masks]}
     if isinstance(mask, Not):
@@ -75,14 +76,14 @@ def encode(mask: Mask) -> Any:
     for field in fields(mask):
         value = getattr(mask, field.name)
         if field.default is MISSING or value != field.default:
-            arguments[field.name] = _encode_value(value)
+            arguments[field.name] = encode_value(value)
     return {mask.name: arguments}
 
 
 def decode(value: Any) -> Mask:
-    """A mask from JSON values. Raises ``ValueError`` for anything ``encode`` does not write."""
+    """Build a mask from JSON values. Raises ``ValueError`` for anything that ``encode`` does not write."""
     if not isinstance(value, dict) or len(value) != 1:
-        raise ValueError(f"a mask in JSON is an object with one key, the pattern, got {value!r}")
+        raise ValueError(f"a mask in JSON must be an object with one key, the pattern, got {value!r}")
     ((name, content),) = value.items()
     if name in ("and", "or", "not"):
         parts = [content] if name == "not" else content
@@ -91,16 +92,17 @@ def decode(value: Any) -> Mask:
         masks = [decode(part) for part in parts]
         return ~masks[0] if name == "not" else (both if name == "and" else either)(*masks)
     if name not in PATTERNS:
-        raise ValueError(f"unknown mask {name!r}: this version knows {', '.join(sorted(PATTERNS))}")
+        raise ValueError(f"unknown mask {name!r}: this version supports {', '.join(sorted(PATTERNS))}")
     if not isinstance(content, dict):
-        raise ValueError(f"the arguments of {name!r} in JSON are an object, got {content!r}")
+        raise ValueError(f"the arguments of {name!r} in JSON must be an object, got {content!r}")
     try:
-        return PATTERNS[name](**{field: _decode_value(argument) for field, argument in content.items()})
-    except (TypeError, RuntimeError) as wrong:  # RuntimeError: what torch.tensor makes of other values
+        return PATTERNS[name](**{field: decode_value(argument) for field, argument in content.items()})
+    except (TypeError, RuntimeError) as wrong:  # torch.tensor raises RuntimeError for some invalid values
         raise ValueError(f"cannot build {name!r} from {content!r}: {wrong}") from wrong
 
 
-def _encode_value(value: Any) -> Any:
+def encode_value(value: Any) -> Any:
+    """Convert one argument of a mask to JSON values."""
     if isinstance(value, Captured):
         if value.is_symbol:
             return {"symbol": value.name}
@@ -112,7 +114,8 @@ def _encode_value(value: Any) -> Any:
     return value
 
 
-def _decode_value(value: Any) -> Any:
+def decode_value(value: Any) -> Any:
+    """Build one argument of a mask from the JSON values that ``encode_value`` writes."""
     if isinstance(value, dict) and "mask" in value:
         return decode(value["mask"])
     if isinstance(value, dict) and "symbol" in value:

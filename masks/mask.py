@@ -1,4 +1,4 @@
-"""What a mask is: a value that tells which (query, key) pairs may attend, and the algebra ``&``, ``|``, ``~``."""
+"""The base class of masks: a value that says which (query, key) pairs may attend, with the operators ``&``, ``|``, ``~``."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ V = TypeVar("V", bound=Callable[..., Any])
 
 
 class Views:
-    """The functions behind those methods of ``Mask`` that need patterns, operators or viewers.
+    """Hold the functions behind the methods of ``Mask`` that need patterns, operators or viewers.
 
-    Those files import ``Mask``, so they stand above this one. Each registers its functions when ``masks`` is imported.
+    The files of these functions import ``Mask``, so this file cannot import them. They register their functions when
+    ``masks`` is imported.
     """
 
     both: Callable[[Mask, Mask], Mask]
@@ -42,20 +43,20 @@ VIEWS = Views()
 
 
 def view(function: V) -> V:
-    """Register the function behind the method of ``Mask`` that has its name."""
+    """Register ``function`` under its name in ``VIEWS``, where the methods of ``Mask`` find it."""
     setattr(VIEWS, function.__name__, function)
     return function
 
 
-Index = Any  # an int, a scalar tensor under vmap, or a broadcasting index tensor: masks are written for all three
+Index = Any  # an int, a scalar tensor under vmap, or a broadcasting index tensor; masks must accept all three
 
 
 @dataclass(frozen=True, repr=False)
 class Mask(ABC):
-    """Which (query, key) pairs may attend: a function of batch, head, query position and key position.
+    """Says which (query, key) pairs may attend, as a function of batch, head, query position and key position.
 
-    A mask is a FlexAttention ``mask_mod`` and a plain value: it prints as what you would type, compares, hashes,
-    pickles and round-trips through JSON. Positions are text positions (0 is the first token).
+    A mask is a FlexAttention ``mask_mod`` and also a plain value. It prints as the code that builds it, and it can be
+    compared, hashed, pickled, and converted to JSON and back. Positions are text positions: 0 is the first token.
 
         >>> from sparse_compile.masks import causal, sink, sliding_window
         >>> streaming = causal & (sink(1) | sliding_window(2))
@@ -67,57 +68,59 @@ class Mask(ABC):
         ███·
         █·██
 
-    A new pattern answers two questions: ``__call__`` (is this pair visible?) and ``bounds`` (which keys may a run of
-    queries see, and which do all of them surely see?). Everything else follows from these two.
+    A new pattern implements two methods. ``__call__`` says whether a pair is visible. ``bounds`` says which keys some query
+    of a run may see, and which keys all queries of the run surely see. The defaults of all other methods use these two.
     """
 
     name: ClassVar[str]
-    tightness: ClassVar[int] = 4  # how strongly it binds when written; operators bind less
-    selects: ClassVar[bool] = False  # whether it looks at queries and keys
+    tightness: ClassVar[int] = 4  # precedence in printed masks; operators have a lower one
+    selects: ClassVar[bool] = False  # whether visibility depends on the values of queries and keys
 
     @abstractmethod
     def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
-        """Is the pair visible? Integers, scalars under ``vmap`` and broadcasting index tensors all work.
+        """Return whether the pair is visible. Integers, scalars under ``vmap`` and broadcasting index tensors all work.
 
-        Masks that call masks spell it ``mask.__call__(...)``: Dynamo in torch 2.11 asks the truth of every object it calls.
+        Masks that call other masks write ``mask.__call__(...)``. Dynamo in torch 2.11 takes the truth value of every object
+        that it calls, and a mask has none.
         """
 
     @abstractmethod
     def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
-        """The keys that the queries ``lo..hi`` may see, and those that all of them surely see.
+        """Return the keys that the queries ``lo..hi`` may see, and the keys that all of them surely see.
 
-        ``lo`` and ``hi`` (inclusive) are int64 ``[rows]``: runs of positions that ascend and do not overlap.
+        ``lo`` and ``hi`` are int64 ``[rows]`` and inclusive. Each row is one run of query positions. The runs ascend and do
+        not overlap.
         """
 
     # -- the tree ---------------------------------------------------------------------------------------------------
 
     def children(self) -> tuple[Mask, ...]:
-        """The masks this one is made of; none for a pattern."""
+        """Return the masks that this mask combines; a pattern has none."""
         return ()
 
     def rebuild(self, children: Sequence[Mask]) -> Mask:
-        """This node over other children."""
+        """Return this node with other children."""
         assert not children
         return self
 
     def walk(self) -> Iterator[Mask]:
-        """This node and all below it."""
+        """Yield this node and all nodes below it."""
         yield self
         for child in self.children():
             yield from child.walk()
 
     def captures(self) -> tuple[Captured, ...]:
-        """The tensors the mask reads, each once, in the order they are written."""
-        found: dict[Captured, None] = {}
+        """Return the tensors that the mask reads, each once, in the order in which they are written."""
+        captured: dict[Captured, None] = {}
         for node in self.walk():
             for field in fields(node):
                 value = getattr(node, field.name)
                 if isinstance(value, Captured):
-                    found[value] = None
-        return tuple(found)
+                    captured[value] = None
+        return tuple(captured)
 
     def bind(self, tensors: Mapping[Captured, Captured]) -> Mask:
-        """The same mask with captured tensors exchanged, for example a name for the tensor it stands for."""
+        """Return the same mask with captured tensors replaced, for example a symbol by its tensor."""
         changes: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -130,25 +133,28 @@ class Mask(ABC):
         return replace(self, **changes) if changes else self
 
     def to(self, device: torch.device | str | None) -> Mask:
-        """The same mask with the tensors it reads on ``device``."""
+        """Return the same mask with its tensors on ``device``; None leaves them in place. Symbols stay as they are."""
         return self.bind({c: c.to(device) for c in self.captures() if not c.is_symbol}) if device is not None else self
 
     def sizes(self) -> tuple[int, int]:
-        """The batch and head counts the mask is written for; 1 where it does not care. Raises if parts disagree."""
+        """Return the batch size and head count that the mask is written for. A count of 1 fits every attention.
+
+        Raises ``ValueError`` if parts of the mask disagree on the batch size.
+        """
         sizes = [child.sizes() for child in self.children()]
         return agree("batch", [b for b, _ in sizes]), max([h for _, h in sizes], default=1)
 
     def for_head(self, head: int, heads: int) -> Mask:
-        """What query head ``head`` of ``heads`` sees, free of ``per_head``."""
+        """Return the mask of query head ``head`` of ``heads``, which contains no ``per_head``."""
         children = self.children()
         seen = [child.for_head(head, heads) for child in children]
         return self if all(a is b for a, b in zip(seen, children, strict=True)) else self.rebuild(seen)
 
     def head_groups(self, heads: int) -> dict[Mask, tuple[int, ...]]:
-        """The distinct masks among ``heads`` query heads, each with its heads.
+        """Return the distinct masks among ``heads`` query heads, each with its heads.
 
-        Block tables cost per head what the densest head costs; built per group, sparse groups stay small and a dense
-        causal group needs no table at all.
+        In one block table, every head costs as much as the densest head. With one table per group, sparse groups stay small,
+        and a dense causal group needs no table at all.
         """
         groups: dict[Mask, list[int]] = {}
         for head in range(heads):
@@ -156,7 +162,7 @@ class Mask(ABC):
         return {mask: tuple(members) for mask, members in groups.items()}
 
     def for_heads(self, heads: int) -> Mask:
-        """The same mask with every ``per_head`` spread over ``heads`` query heads."""
+        """Return the same mask with every ``per_head`` expanded to ``heads`` query heads."""
         children = self.children()
         return self.rebuild([child.for_heads(heads) for child in children]) if children else self
 
@@ -166,11 +172,14 @@ class Mask(ABC):
             child.check(batch, heads, q_len, kv_len, q_offset)
 
     def implies(self, other: Mask) -> bool:
-        """Whether every pair this mask shows is surely shown by ``other``. May say no although it is so, never the reverse."""
+        """Return True only if ``other`` surely shows every pair that this mask shows.
+
+        False means that this could not be proven; it may still hold.
+        """
         return self == other or other.implied_by(self)
 
     def implied_by(self, other: Mask) -> bool:
-        """What the shape of this node alone says about ``other.implies(self)``."""
+        """Return whether the type of this node alone proves ``other.implies(self)``."""
         return False
 
     # -- the algebra ------------------------------------------------------------------------------------------------
@@ -196,7 +205,7 @@ class Mask(ABC):
         return self.text(Captured.__str__)
 
     def text(self, tensor: Callable[[Captured], str]) -> str:
-        """The mask as it is written, with tensors written by ``tensor``."""
+        """Return the mask as code, with each captured tensor written by ``tensor``."""
         arguments = []
         for field in fields(self):
             value = getattr(self, field.name)
@@ -211,7 +220,7 @@ class Mask(ABC):
             arguments.append(written if field.default is MISSING else f"{field.name}={written}")
         return f"{self.name}({', '.join(arguments)})" if fields(self) else self.name
 
-    # -- what can be asked of every mask; ``VIEWS`` does the work ---------------------------------------------------
+    # -- views of a mask; the work is done by the functions in ``VIEWS`` --------------------------------------------
 
     def dense(
         self,
@@ -223,10 +232,10 @@ class Mask(ABC):
         heads: int = 1,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Every pair, one by one: bool ``[batch, heads, q_len, kv_len]``, True where visible. The oracle of all tests.
+        """Evaluate every pair: bool ``[batch, heads, q_len, kv_len]``, True where visible. Tests use this as the reference.
 
-        The first query stands at position ``q_offset``, the first key at 0. Raises ``ValueError`` if the mask is
-        written for another batch or head count, or reads tensors shorter than these lengths.
+        The first query is at position ``q_offset`` and the first key at position 0. Raises ``ValueError`` if the mask is
+        written for another batch size or head count, or if it reads tensors that are shorter than these lengths.
 
             >>> sliding_window(2).dense(2, 3, q_offset=1)[0, 0].int().tolist()
             [[1, 1, 1], [0, 1, 1]]
@@ -251,16 +260,22 @@ class Mask(ABC):
         block_size: int | tuple[int, int] = 128,
         device: torch.device | str | None = None,
     ) -> BlockMask:
-        """The FlexAttention ``BlockMask`` of this mask, in closed form: no pair and no block grid is ever visited.
+        """Build the FlexAttention ``BlockMask`` of this mask in closed form, without visiting any pair.
 
-        Work and memory are O(query blocks x live blocks): a million by a million with ``causal & (sink(64) |
-        sliding_window(1024))`` takes milliseconds. ``batch`` and ``heads`` default to what the mask is written for (1
-        where it does not care). Tables are int32 ``[batch, heads, query blocks, width]``. ``width`` is all key blocks,
-        as every kernel of torch accepts, while that table stays under 16 MiB; beyond, it is the longest row, which the
-        CUDA kernels accept and the C++ one does not.
+        ``batch`` and ``heads`` default to what the mask is written for (see ``sizes``). Tables are int32 ``[batch, heads,
+        query blocks, width]``. Their size decides how they are built:
 
-        A dense row is as wide as the keys: one dense head among 32 makes the table 32 x (N/128)^2 x 4 bytes (8 GB at a
-        million). ``head_groups`` splits such a mask so that only dense groups pay, and those need no table at all.
+        | table over all key blocks | ``width`` | accepted by | backward pass |
+        |---|---|---|---|
+        | up to 16 MiB | all key blocks | every kernel of torch | yes, from a dense grid of blocks |
+        | larger | the longest row | the CUDA kernels, not the C++ kernel | no |
+
+        For large tables, work and memory are O(query blocks x live blocks): one million queries and keys with ``causal &
+        (sink(64) | sliding_window(1024))`` take milliseconds.
+
+        One dense row makes the whole table as wide as the keys. With one dense head among 32, the table has
+        32 x (N/128)^2 x 4 bytes, which is 8 GB for a million keys. ``head_groups`` splits such a mask, so that only dense
+        groups have wide tables, and a dense causal group needs no table at all.
 
         Raises ``ValueError`` for sizes below 1 and for a mask that does not fit the shape.
         """
@@ -276,12 +291,15 @@ class Mask(ABC):
         q_block: int = 1,
         valid: Tensor | None = None,
     ) -> Mask:
-        """The mask of one attention: every ``page_topk`` in place of the keys it chooses for these queries. Slow: an oracle.
+        """Return the mask of one attention: each ``page_topk`` is replaced by the keys that it selects for these queries.
 
-        ``q`` is ``[B, Hq, Q, D]``, its first query at position ``q_offset``; ``k`` ``[B, Hkv, KV, D]``, its first key at 0;
-        ``valid`` ``[B | 1, KV]`` is false for padding. Pages of ``page_size`` keys are kept, as a ``SparseCache`` of that page
-        size does in decode steps; runs of ``q_block`` queries choose together by their mean (a prefill has both at 128).
-        A mask without selectors stays as it is. Raises ``ValueError`` for pages that do not nest.
+        This is a slow reference implementation. ``q`` is ``[B, Hq, Q, D]`` with its first query at position ``q_offset``.
+        ``k`` is ``[B, Hkv, KV, D]`` with its first key at position 0. ``valid`` is ``[B | 1, KV]`` and False for padding.
+
+        Whole pages of ``page_size`` keys are selected, as in decode steps with a ``SparseCache`` of that page size. Each run
+        of ``q_block`` queries shares one selection, which is made by their mean query. A prefill uses 128 for both sizes.
+        A mask without selectors is returned unchanged. Raises ``ValueError`` if ``page_size`` is not a multiple of the
+        selector's ``page``.
 
             >>> q, k = torch.tensor([[[[1.0]]]]), torch.tensor([[[[1.0], [3.0], [2.0], [0.0]]]])
             >>> chosen = (causal & page_topk(2, page=1)).selected(q, k, q_offset=3, page_size=1)
@@ -293,7 +311,7 @@ class Mask(ABC):
     def density(
         self, q_len: int, kv_len: int, *, q_offset: int = 0, batch: int | None = None, heads: int | None = None
     ) -> float:
-        """Visible pairs over all pairs, exactly.
+        """Return the exact share of visible pairs among all pairs.
 
         >>> causal.density(4, 4)
         0.625
@@ -301,25 +319,34 @@ class Mask(ABC):
         return VIEWS.density(self, q_len, kv_len, q_offset, batch, heads)
 
     def draw(self, q_len: int, kv_len: int, *, q_offset: int = 0, batch: int | None = None, heads: int | None = None) -> str:
-        """The mask as text, one line per query: ``█`` visible, ``·`` not. Batches and heads follow one another."""
+        """Draw the mask as text, one line per query: ``█`` is visible, ``·`` is hidden.
+
+        Several heads or batch rows are drawn one below the other, each under a title.
+        """
         return VIEWS.draw(self, q_len, kv_len, q_offset, batch, heads)
 
     def plot(self, q_len: int, kv_len: int, *, q_offset: int = 0, block_size: int = 128, head: int = 0) -> Figure:
-        """A matplotlib figure: the pairs, and the blocks that are skipped, partial or full. Needs the extra ``plot``."""
+        """Plot the pairs and the skipped, partial and full blocks of one head as a matplotlib figure.
+
+        The figure shows the first batch row. Needs the extra ``plot``.
+        """
         return VIEWS.plot(self, q_len, kv_len, q_offset, block_size, head)
 
     def to_json(self) -> str:
-        """The mask as JSON text that ``Mask.from_json`` reads back."""
+        """Return the mask as JSON text, which ``Mask.from_json`` reads back."""
         return VIEWS.to_json(self)
 
     @staticmethod
     def from_json(text: str) -> Mask:
-        """Read ``to_json`` back. Raises ``ValueError`` for broken text, another version, or an unknown pattern."""
+        """Read a mask from the text that ``to_json`` wrote.
+
+        Raises ``ValueError`` for broken text, another version, or an unknown pattern.
+        """
         return VIEWS.from_json(text)
 
 
 def agree(what: str, sizes: Sequence[int]) -> int:
-    """The one size other than 1 among ``sizes``, or 1."""
+    """Return the only size other than 1 among ``sizes``, or 1 if there is none. Raises ``ValueError`` if there are several."""
     distinct = {size for size in sizes if size != 1}
     if len(distinct) > 1:
         raise ValueError(f"the parts of a mask must agree on the {what} size, got {sorted(distinct)}")
@@ -327,7 +354,7 @@ def agree(what: str, sizes: Sequence[int]) -> int:
 
 
 def check_sizes(*, q_offset: int = 0, **sizes: int) -> None:
-    """Raise unless every size is an integer of at least 1; ``q_offset``, the position of the first query, may be 0."""
+    """Raise unless every size is an integer of at least 1. ``q_offset``, the position of the first query, may be 0."""
     for what, size, least in (("q_offset", q_offset, 0), *((what, size, 1) for what, size in sizes.items())):
         if isinstance(size, bool | float):
             raise TypeError(f"{what} needs an integer, got {size!r}")

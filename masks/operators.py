@@ -1,9 +1,10 @@
-"""The algebra of masks: ``&``, ``|`` and ``~`` as nodes, so that structure survives, and their simplification."""
+"""The operators ``&``, ``|`` and ``~`` as tree nodes, which keep the structure of a mask, and their simplification."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -32,7 +33,7 @@ class Full(Mask):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class And(Mask):
-    """What every one of ``masks`` shows. Written ``a & b``; the order does not matter for equality."""
+    """Show the pairs that all of ``masks`` show. Written ``a & b``; the order does not matter for equality."""
 
     masks: tuple[Mask, ...]
     name: ClassVar[str] = "and"
@@ -45,10 +46,10 @@ class And(Mask):
         return visible
 
     def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
-        found = self.masks[0].bounds(lo, hi)
+        bounds = self.masks[0].bounds(lo, hi)
         for mask in self.masks[1:]:
-            found = found & mask.bounds(lo, hi)
-        return found
+            bounds = bounds & mask.bounds(lo, hi)
+        return bounds
 
     def children(self) -> tuple[Mask, ...]:
         return self.masks
@@ -74,7 +75,7 @@ class And(Mask):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Or(Mask):
-    """What at least one of ``masks`` shows. Written ``a | b``; the order does not matter for equality."""
+    """Show the pairs that at least one of ``masks`` shows. Written ``a | b``; the order does not matter for equality."""
 
     masks: tuple[Mask, ...]
     name: ClassVar[str] = "or"
@@ -87,10 +88,10 @@ class Or(Mask):
         return visible
 
     def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
-        found = self.masks[0].bounds(lo, hi)
+        bounds = self.masks[0].bounds(lo, hi)
         for mask in self.masks[1:]:
-            found = found | mask.bounds(lo, hi)
-        return found
+            bounds = bounds | mask.bounds(lo, hi)
+        return bounds
 
     def children(self) -> tuple[Mask, ...]:
         return self.masks
@@ -116,16 +117,16 @@ class Or(Mask):
 
 @dataclass(frozen=True, repr=False)
 class Not(Mask):
-    """What ``mask`` hides. Written ``~a``."""
+    """Show the pairs that ``mask`` hides. Written ``~a``."""
 
     mask: Mask
     name: ClassVar[str] = "not"
     tightness: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
-        chosen = next((node for node in self.mask.walk() if node.selects), None)
-        if chosen is not None:
-            raise ValueError(f"{chosen} says what is worth reading, and its opposite is no selection: leave the ~ out")
+        selector = next((node for node in self.mask.walk() if node.selects), None)
+        if selector is not None:
+            raise ValueError(f"{selector} selects pages and cannot be negated: remove the ~")
 
     def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
         visible = self.mask.__call__(b, h, q_idx, kv_idx)
@@ -154,7 +155,7 @@ class Not(Mask):
 
 @view
 def negated(mask: Mask) -> Mask:
-    """``~mask``."""
+    """Return ``~mask``."""
     return Not(mask)
 
 
@@ -164,14 +165,19 @@ nothing = ~full
 
 @view
 def both(*masks: Mask) -> Mask:
-    """The conjunction, simplified: a mask that another one implies is dropped, so printed masks stay readable."""
+    """Return the simplified conjunction: masks that another one implies are dropped, so that printed masks stay readable."""
     return _combine(And, masks, dropped_by=lambda a, b: b.implies(a), absorbing=nothing)
 
 
 @view
 def either(*masks: Mask) -> Mask:
-    """The disjunction, simplified: a mask that implies another one is dropped."""
+    """Return the simplified disjunction: masks that imply another one are dropped."""
     return _combine(Or, masks, dropped_by=lambda a, b: a.implies(b), absorbing=full)
+
+
+def union(masks: Iterable[Mask]) -> Mask:
+    """Return the union of several masks. Equal masks count once."""
+    return reduce(lambda a, b: a | b, dict.fromkeys(masks))
 
 
 def _combine(
@@ -194,11 +200,11 @@ def _combine(
             kept = others
     whole = joined(kept)
     if any(isinstance(part, Not) and dropped_by(part.mask, whole) for part in kept):
-        return absorbing  # a & ~a, a | ~a
+        return absorbing  # for a & ~a and a | ~a
     return whole
 
 
 def _inside(node: Mask, child: Mask, tensor: Callable[[Captured], str]) -> str:
-    """A child as it is written inside an operator: in brackets where it binds no stronger."""
+    """Write a child inside an operator, in parentheses unless it binds more tightly."""
     written = child.text(tensor)
     return f"({written})" if child.tightness <= node.tightness else written

@@ -1,4 +1,4 @@
-"""Score mods: what is done to a score between ``q @ k`` and the softmax."""
+"""Score mods: changes to attention scores between ``q @ k`` and the softmax."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sparse_compile.masks.patterns.tensor import Given, look_up
 
 @dataclass(frozen=True, repr=False)
 class ScoreMod(ABC):
-    """A change of attention scores: a FlexAttention ``score_mod`` that is also a plain value.
+    """A change to attention scores: a FlexAttention ``score_mod`` that is also a plain value.
 
-    ``a >> b`` applies ``a`` first. Scores come in already scaled by ``1/sqrt(head_dim)`` or what the model uses.
+    ``a >> b`` applies ``a`` first. Incoming scores are already scaled by ``1/sqrt(head_dim)``, or by the model's own scale.
 
         >>> from sparse_compile.masks import alibi, softcap
         >>> softcap(50.0) >> alibi([0.5, 0.25])
@@ -29,10 +29,10 @@ class ScoreMod(ABC):
 
     @abstractmethod
     def __call__(self, score: Any, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
-        """The changed score."""
+        """Return the changed score."""
 
     def parts(self) -> tuple[ScoreMod, ...]:
-        """The changes in the order they are applied."""
+        """Return the single changes in the order in which they are applied."""
         return (self,)
 
     def __rshift__(self, other: ScoreMod) -> ScoreMod:
@@ -41,17 +41,17 @@ class ScoreMod(ABC):
         return in_order((*self.parts(), *other.parts()))
 
     def captures(self) -> tuple[Captured, ...]:
-        """The tensors that are read, each once, in the order they are written."""
-        found: dict[Captured, None] = {}
+        """Return the tensors that are read, each once, in the order in which they are written."""
+        captured: dict[Captured, None] = {}
         for part in self.parts():
             for field in fields(part):
                 value = getattr(part, field.name)
                 if isinstance(value, Captured):
-                    found[value] = None
-        return tuple(found)
+                    captured[value] = None
+        return tuple(captured)
 
     def bind(self, tensors: Mapping[Captured, Captured]) -> ScoreMod:
-        """The same change with captured tensors exchanged."""
+        """Return the same change with captured tensors replaced, for example a symbol by its tensor."""
         bound = []
         for part in self.parts():
             values = {field.name: getattr(part, field.name) for field in fields(part)}
@@ -67,7 +67,7 @@ class ScoreMod(ABC):
 
 @dataclass(frozen=True, repr=False)
 class Sequence(ScoreMod):
-    """Several changes, one after the other. Written ``a >> b``."""
+    """Several changes that are applied one after the other. Written ``a >> b``."""
 
     mods: tuple[ScoreMod, ...]
     name: ClassVar[str] = ">>"
@@ -88,9 +88,9 @@ class Sequence(ScoreMod):
 
 
 def in_order(mods: tuple[ScoreMod, ...]) -> ScoreMod:
-    """The changes one after the other. Raises ``ValueError`` if ``sink_logits`` is not the last, and only once there."""
+    """Combine changes in this order. Raises ``ValueError`` if ``sink_logits`` stands anywhere but last."""
     if any(isinstance(mod, SinkLogits) for mod in mods[:-1]):
-        raise ValueError("sink_logits acts in the softmax and comes last: write the other score mods before it")
+        raise ValueError("sink_logits is part of the softmax and must come last: write the other score mods before it")
     return mods[0] if len(mods) == 1 else Sequence(mods)
 
 
@@ -103,7 +103,7 @@ def _capture(mod: ScoreMod, field: str, rank: int, shape: str) -> None:
 
 @dataclass(frozen=True, repr=False)
 class Alibi(ScoreMod):
-    """A penalty that grows with distance: ``score + slopes[h] * (j - i)`` (ALiBi, https://arxiv.org/abs/2108.12409).
+    """Add a penalty that grows with distance: ``score + slopes[h] * (j - i)`` (ALiBi, https://arxiv.org/abs/2108.12409).
 
     ``slopes`` is a float tensor ``[heads]``, one per query head.
     """
@@ -120,7 +120,7 @@ class Alibi(ScoreMod):
 
 @dataclass(frozen=True, repr=False)
 class Softcap(ScoreMod):
-    """Scores kept within ``(-cap, cap)``: ``cap * tanh(score / cap)`` (Gemma 2).
+    """Limit scores to the range ``(-cap, cap)``: ``cap * tanh(score / cap)`` (Gemma 2).
 
     Raises ``ValueError`` unless ``0 < cap < inf``.
     """
@@ -138,10 +138,10 @@ class Softcap(ScoreMod):
 
 @dataclass(frozen=True, repr=False)
 class LogWeight(ScoreMod):
-    """Keys that count more than once: ``score + log(weight[b, j])``, for entries that stand for several tokens.
+    """Count keys several times: ``score + log(weight[b, j])``, for cache entries that stand for several tokens.
 
-    ``weight`` is a positive float tensor ``[B, N]`` over key positions; ``B`` of 1 serves every batch. A weight of 0 hides
-    the key.
+    ``weight`` is a non-negative float tensor ``[B, N]`` over key positions; a ``B`` of 1 fits every batch size. A weight of 0
+    hides the key.
     """
 
     weight: Given
@@ -157,9 +157,10 @@ class LogWeight(ScoreMod):
 
 @dataclass(frozen=True, repr=False)
 class Bias(ScoreMod):
-    """Anything that is added to the scores: ``score + bias[b, h, i - q_start, j - kv_start]`` (T5's relative positions).
+    """Add a tensor to the scores: ``score + bias[b, h, i - q_start, j - kv_start]``, as T5 does for relative positions.
 
-    ``bias`` is ``[B, H, Q, KV]``; a size of 1 serves all of that axis.
+    ``bias`` is ``[B, H, Q, KV]``; an axis of size 1 is broadcast. ``q_start`` and ``kv_start`` are the text positions of its
+    first query and key: integers, or one-element tensors.
     """
 
     bias: Given
@@ -182,10 +183,11 @@ class Bias(ScoreMod):
 
 @dataclass(frozen=True, repr=False)
 class SinkLogits(ScoreMod):
-    """A learned logit per query head that joins the softmax and carries no value (gpt-oss).
+    """Add a learned logit per query head to the softmax, for a term that carries no value (gpt-oss).
 
-    ``weights = softmax([scores, logits[h]])[:-1]``. It is a term of the softmax and no change of a score, so it comes last
-    and cannot be called as a ``score_mod``: the attention op applies it. ``logits`` is a float tensor ``[heads]``.
+    ``weights = softmax([scores, logits[h]])[:-1]``. This is a term of the softmax and not a change to a score. It must
+    therefore come last, and it cannot be called as a ``score_mod``: the attention op applies it. ``logits`` is a float tensor
+    ``[heads]``.
     """
 
     logits: Given
@@ -203,10 +205,10 @@ class SinkLogits(ScoreMod):
 
 @dataclass(frozen=True, repr=False)
 class SinkScores(ScoreMod):
-    """Scores of the first keys of a text that were computed elsewhere: ``scores[b, h, i, keys[b, j]]`` in the place of theirs.
+    """Replace the scores of the first keys of a text by scores computed elsewhere: ``scores[b, h, i, keys[b, j]]``.
 
-    ``scores`` is ``[B, H, Q, n]`` and ``keys`` ``[B, KV]`` holds the text position of each key; those below ``n`` (and not
-    negative) are replaced.
+    ``scores`` is ``[B, H, Q, n]``. ``keys`` ``[B, KV]`` holds the text position of each key. The scores of keys at positions
+    0 to ``n - 1`` are replaced; other positions, negative ones included, keep their scores.
     """
 
     scores: Given
@@ -224,6 +226,8 @@ class SinkScores(ScoreMod):
         replaced = scores[b, h, q_idx, position.clamp(min=0, max=count - 1)]
         return torch.where((position >= 0) & (position < count), replaced.to(score.dtype), score)
 
+
+SCORE_MODS: tuple[type[ScoreMod], ...] = (Alibi, Softcap, LogWeight, Bias, SinkLogits, SinkScores, Sequence)
 
 alibi = Alibi
 softcap = Softcap

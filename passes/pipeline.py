@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from sparse_compile.passes.choose.assign_policy import assign_policy
 from sparse_compile.passes.ir.rewrite import Pass, Rewrite
-from sparse_compile.passes.kv.keep_in_cache import find_caches, keep_in_cache
+from sparse_compile.passes.kv.expand_cache import expand_cache
+from sparse_compile.passes.kv.find_caches import find_caches
 from sparse_compile.passes.lift.lift_masks import lift_masks
 from sparse_compile.passes.lower.lower_attention import lower_attention
 from sparse_compile.passes.lower.remove_dead_code import remove_dead_code
@@ -14,11 +15,12 @@ from sparse_compile.passes.read.read_attention import read_attention
 from sparse_compile.passes.read.unfuse_modules import unfuse
 
 UNDERSTAND: tuple[Pass, ...] = (unfuse, read_attention, lift_masks, find_caches, assign_policy)
-REPLACE: tuple[Pass, ...] = (keep_in_cache, lower_attention, remove_dead_code)
+REPLACE: tuple[Pass, ...] = (expand_cache, lower_attention, remove_dead_code)
+PASSES: tuple[Pass, ...] = (*UNDERSTAND, *REPLACE)
 
 
 def run_passes(rewrite: Rewrite, between: Sequence[Pass] = ()) -> Rewrite:
-    """Run all passes over the graph, in place; those of ``between`` once calls are understood and before they are replaced."""
+    """Run all passes over the graph, in place; those of ``between`` once calls are understood, before any is replaced."""
     for run in (*UNDERSTAND, *between, *REPLACE):
         run(rewrite)
     return rewrite

@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from sparse_compile import masks, policies
+from sparse_compile.api import backend, compile, explain
 from sparse_compile.cache.kv_format import KVFormat
-from sparse_compile.dynamo import Backend, SparseCompileError, SparseCompileWarning, backend, compile, explain
+from sparse_compile.dynamo import Backend, SparseCompileError, SparseCompileWarning
 from sparse_compile.head_profile import Profile
 from sparse_compile.policy import Policy
 from sparse_compile.report import Report, Site
@@ -33,7 +34,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``SparseCache`` is a class of transformers', which is imported when somebody asks for it."""
+    """Import ``SparseCache`` and its error on first use, because the class derives from one of transformers."""
     if name == "SparseCache":
         try:
             from sparse_compile.cache.sparse_cache import SparseCache

@@ -1,4 +1,4 @@
-"""The demo: a small Llama with random weights on real text, exact and sparse, on any machine."""
+"""The demo: run a small Llama with random weights on real text, exact and sparse, on any machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RUNS = 3
 
 
 def run_demo(text: Path | None, tokens: int, picture: Path) -> None:
-    """Show the whole library once, with real numbers."""
+    """Run everything that the library does once, and print real numbers."""
     ids = read_bytes(text, tokens)
     model = build_model(ids.shape[1])
     print(f"A Llama with random weights: {LAYERS} layers, {HEADS} query heads over {KV_HEADS} KV heads, fp32, on CPU.")
@@ -42,7 +42,7 @@ def run_demo(text: Path | None, tokens: int, picture: Path) -> None:
     visible = POLICY.density(1, tokens, q_offset=tokens - 1) * tokens
     pairs = 100 * POLICY.density(tokens, tokens)
     print(f"   KV entries the last token sees: {visible:.0f} of {tokens}; visible pairs: {pairs:.1f} %")
-    print("   (the weights are random, so this says nothing of quality: a policy removes keys, and that loses something)")
+    print("   (the weights are random, so this says nothing about quality: a policy removes keys, so it is lossy)")
 
     print("\n3. Time of one forward pass, after warm-up (best of 3)")
     run("torch.compile, stock", stock, ids)
@@ -69,19 +69,19 @@ def read_bytes(text: Path | None, tokens: int) -> Tensor:
 
 
 def find_license() -> Path:
-    """The license text, in the checkout or in the installed package."""
+    """The path of the license text, in the checkout or in the installed package."""
     checkout = Path(__file__).resolve().parent.parent / "LICENSE"
     if checkout.exists():
         return checkout
     try:
         installed = next(file for file in files("sparse-compile") or [] if file.name == "LICENSE")
     except (PackageNotFoundError, StopIteration):
-        raise ValueError("the license text is not here: name a file with --text") from None
+        raise ValueError("the license text was not found: name a file with --text") from None
     return Path(str(installed.locate()))
 
 
 def build_model(length: int) -> torch.nn.Module:
-    """A Llama over bytes, the same random weights every time."""
+    """A Llama over bytes, with the same random weights every time."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as missing:
@@ -102,7 +102,7 @@ def build_model(length: int) -> torch.nn.Module:
 
 
 def run(name: str, model: Callable[..., Any], ids: Tensor) -> Tensor:
-    """One forward pass, with a line that says what is being compiled and how long the first call took."""
+    """Run one forward pass, and print what is compiled and how long this first call took."""
     print(f"   {name}: first call ...", end=" ", flush=True)
     start = time.perf_counter()
     with torch.no_grad():
@@ -112,7 +112,7 @@ def run(name: str, model: Callable[..., Any], ids: Tensor) -> Tensor:
 
 
 def best_time(model: Callable[..., Any], ids: Tensor) -> float:
-    """Seconds of the fastest of a few forward passes."""
+    """The time of the fastest of a few forward passes, in seconds."""
     times = []
     with torch.no_grad():
         for _ in range(RUNS):
@@ -123,7 +123,7 @@ def best_time(model: Callable[..., Any], ids: Tensor) -> float:
 
 
 def save_picture(path: Path, tokens: int) -> None:
-    """Draw the policy to a file, if matplotlib is there."""
+    """Draw the policy to a file if matplotlib is installed."""
     try:
         figure = POLICY.plot(min(tokens, 2048), min(tokens, 2048))
     except ImportError as missing:

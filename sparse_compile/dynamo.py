@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 
 from sparse_compile.masks import Mask
@@ -18,7 +18,8 @@ from sparse_compile.policy import Policy, as_policy
 from sparse_compile.report import Report
 
 if TYPE_CHECKING:  # the passes import sympy and Dynamo, which cost a second: not before something is compiled
-    from sparse_compile.passes.ir.attention_call import AttentionCall, Refused
+    from sparse_compile.passes.ir.attention import Attention
+    from sparse_compile.passes.ir.left import Refused
     from sparse_compile.passes.ir.rewrite import CacheUse, Pass, Rewrite
 
 INNER = ("inductor", "aot_eager", "cudagraphs", "tensorrt", "eager")
@@ -32,6 +33,22 @@ class SparseCompileWarning(UserWarning):
 
 class SparseCompileError(RuntimeError):
     """Something cannot run as asked, and ``strict=True`` forbids to go on without it."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the rest of this library changes about a backend; users need none of it.
+
+    ``passes`` run once calls are understood, and ``trains`` says that they bring tensors to train: calibration adds both. With
+    ``dry`` the backend plans kernels for its report and runs the dense reference, on ``device`` if that is given: ``explain``.
+    ``isolated`` says that Dynamo counts recompiles of this backend alone.
+    """
+
+    passes: tuple[Pass, ...] = ()
+    trains: bool = False
+    dry: bool = False
+    device: str | None = None
+    isolated: bool = False
 
 
 class Backend:
@@ -65,6 +82,7 @@ class Backend:
         kernel: str = "auto",
         strict: bool = False,
         inductor: Mapping[str, Any] | None = None,
+        hooks: Hooks | None = None,
     ) -> None:
         _one_of("inner", inner, INNER)
         _one_of("kernel", kernel, KERNELS)
@@ -75,11 +93,7 @@ class Backend:
         self.policy = as_policy(policy)
         self.inner, self.kernel, self.strict = inner, kernel, strict
         self.inductor = dict(inductor or {})
-        self._dry = False  # for ``explain``: plan for ``inner`` and run the dense reference
-        self._device: str | None = None
-        self._between: tuple[Pass, ...] = ()  # passes that calibration adds
-        self._trains = False  # whether one of those brings something to train
-        self._isolated = False  # Dynamo counts recompiles of this backend alone
+        self.hooks = hooks or Hooks()
         self._graphs: dict[tuple[int | None, int], int] = {}  # our number of each graph, by Dynamo's of its code and compile
         self.report = Report()
         self.calls = 0  # of compiled graphs; ``compile`` uses it to notice a model that runs un-compiled
@@ -98,7 +112,7 @@ class Backend:
     ) -> Callable[..., Any]:
         """Compile one graph; ``torch.compile`` calls this."""
         from sparse_compile.passes.inner_compiler import check_mode, compile_inner
-        from sparse_compile.passes.ir.attention_call import Refused
+        from sparse_compile.passes.ir.left import Refused
 
         check_mode(mode)
         if options:
@@ -108,7 +122,7 @@ class Backend:
         except Refused as refused:
             return _refusing(refused)
         self._record(rewrite)
-        inner = "eager" if self._dry else self.inner
+        inner = "eager" if self.hooks.dry else self.inner
         with torch.no_grad() if rewrite.cache_uses else nullcontext():
             compiled, note = compile_inner(gm, inputs, inner=inner, mode=mode, config=self._config(rewrite))
         if note and note not in self.report.notes:
@@ -133,12 +147,12 @@ class Backend:
     def _config(self, rewrite: Rewrite) -> dict[str, Any]:
         """The Inductor options: what the kernel choice and the kind of graph ask for, and over it what the user does."""
         from sparse_compile.passes.inner_compiler import for_steps
-        from sparse_compile.passes.ir.rewrite import phase_of
+        from sparse_compile.passes.ir.kv_source import Cached
 
         # Matrix products stay as they are: the user asked for attention to be tuned.
         tune = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"} if self.kernel == "autotune" else {}
-        cached = [call for call in rewrite.calls if call.cache is not None]
-        if self.inner == "inductor" and any(call.device.type == "cuda" and phase_of(call) == "decode" for call in cached):
+        steps = [call for call in rewrite.calls if isinstance(call.kv, Cached) and call.phase == "decode"]
+        if self.inner == "inductor" and any(call.device.type == "cuda" for call in steps):
             tune |= for_steps()
         return tune | self.inductor
 
@@ -148,7 +162,7 @@ class Backend:
         if unknown:
             raise ValueError(f"unknown option {unknown[0]!r}: sparse_compile takes {', '.join(OPTIONS)}")
         settings = {"policy": self.policy, "inner": self.inner, "kernel": self.kernel, "strict": self.strict}
-        other = Backend(**{**settings, "inductor": self.inductor, **options})
+        other = Backend(**{**settings, "inductor": self.inductor, "hooks": self.hooks, **options})
         other.report, other._graphs = self.report, self._graphs
         return other
 
@@ -156,17 +170,19 @@ class Backend:
         from sparse_compile.passes.choose.kernel_choice import capability
         from sparse_compile.passes.ir.rewrite import Rewrite
         from sparse_compile.passes.ir.target import Target
-        from sparse_compile.passes.kv.checks import reads_cache
+        from sparse_compile.passes.kv.find_caches import reads_cache
         from sparse_compile.passes.pipeline import run_passes
 
-        gradients = torch.is_grad_enabled() and (self._trains or any(isinstance(x, Tensor) and x.requires_grad for x in inputs))
+        gradients = torch.is_grad_enabled() and (
+            self.hooks.trains or any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        )
         gradients = gradients and not reads_cache(gm)
-        target = Target(self.inner, self.kernel, gradients, self._device, capability())
-        rewrite = run_passes(Rewrite(gm, self._mask_for, target, self._dry), self._between)
+        target = Target(self.inner, self.kernel, gradients, self.hooks.device, capability())
+        rewrite = run_passes(Rewrite(gm, self._mask_for, target, self.hooks.dry), self.hooks.passes)
         if not getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False):
             self._check_layers({call.layer for call in rewrite.calls})
         if self.policy is not None and self.policy.names_layers() and any(not call.module for call in rewrite.calls):
-            self._trouble(
+            self.report_trouble(
                 "the policy names layers or modules, but some attention calls belong to none that Dynamo knows, as happens "
                 "behind a graph break: they get the default mask. Remove the graph break, or give one mask for all"
             )
@@ -178,12 +194,8 @@ class Backend:
         if self.policy is not None and len(layers) > 1 and layers == set(range(len(layers))):
             self.policy.check_layers(len(layers))
 
-    def _mask_for(self, call: AttentionCall) -> Mask | None:
-        from sparse_compile.passes.ir.rewrite import phase_of
-
-        if self.policy is None:
-            return None
-        return self.policy.mask_for(call.module, call.layer, phase_of(call))
+    def _mask_for(self, call: Attention) -> Mask | None:
+        return None if self.policy is None else self.policy.mask_for(call.module, call.layer, call.phase)
 
     def _record(self, rewrite: Rewrite) -> None:
         from sparse_compile.report_rows import describe
@@ -199,7 +211,7 @@ class Backend:
         graph = self._graphs[frame, attempt]
         # Dynamo may throw a graph away and trace the same code again, to make a float a constant, say: the last one counts.
         report.sites = [site for site in report.sites if site.graph != graph] + describe(rewrite, graph)
-        if self._isolated:
+        if self.hooks.isolated:
             attempt = earlier
         if rewrite.left and self.strict:
             reasons = "; ".join(f"{call.node.name}: {call.reason}" for call in rewrite.left)
@@ -211,9 +223,9 @@ class Backend:
                 "the next new shape runs un-compiled, without sparse_compile and without its policy. "
                 "Mark changing sizes as dynamic (dynamic=True) or raise the limit."
             )
-            self._trouble(message)
+            self.report_trouble(message)
 
-    def _trouble(self, message: str) -> None:
+    def report_trouble(self, message: str) -> None:
         """Something will not run as asked: an error if strict, else a warning and a note in the report."""
         if message not in self.report.notes:
             self.report.notes.append(message)
@@ -246,116 +258,3 @@ def _sizes(use: CacheUse, args: Sequence[Any]) -> tuple[int, int]:
 def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{what} needs to be one of {', '.join(known)}, got {value!r}")
-
-
-def backend(
-    gm: GraphModule, inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
-) -> Callable[..., Any]:
-    """The backend itself: ``torch.compile(model, backend=sparse_compile.backend)``, exact, or sparse by ``options``.
-
-    ``options`` may hold ``policy``, ``inner``, ``kernel``, ``strict`` and ``inductor`` as in ``Backend``, which also keeps
-    the report.
-    """
-    return Backend()(gm, inputs, mode=mode, options=options)
-
-
-def compile(
-    model: nn.Module,
-    policy: Policy | Mask | None = None,
-    *,
-    mode: str | None = None,
-    dynamic: bool | None = None,
-    **backend_options: Any,
-) -> Any:
-    """Compile ``model`` in place and return it, so that ``model.generate()`` runs compiled too.
-
-    ``torch.compile(model).generate()`` would run un-compiled, silently. Options are those of ``Backend``; the report is
-    ``model.sparse_compile_report``. If Dynamo gives up on the model and runs it un-compiled, a ``SparseCompileWarning`` says
-    so (an error with ``strict=True``). Raises ``ValueError`` if the policy names layers or heads the model does not have.
-
-        >>> model = sc.compile(model, causal & (sink(4) | sliding_window(64)), inner="eager")
-        >>> model.generate(tokens, max_new_tokens=2).shape
-        torch.Size([1, 10])
-    """
-    chosen = Backend(policy, **backend_options)
-    if chosen.policy is not None:
-        check_policy(chosen.policy, model)
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        # generate() compiles decode steps with Inductor on its own for static caches, around and instead of us.
-        generation.disable_compile = True
-    model.compile(backend=chosen, mode=mode, dynamic=dynamic, **_isolate(chosen))
-    torch_private.set_compiled_call(model, _watched(torch_private.compiled_call(model), chosen))
-    object.__setattr__(model, "sparse_compile_report", chosen.report)
-    return model
-
-
-def check_policy(policy: Policy, model: nn.Module) -> None:
-    """Raise ``ValueError`` if the policy names layers or heads that a transformers model does not have."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    layers, heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
-    if isinstance(layers, int) and isinstance(heads, int):
-        kv_heads = getattr(config, "num_key_value_heads", None)
-        policy.check(layers, heads, kv_heads if isinstance(kv_heads, int) else heads)
-
-
-def _isolate(backend: Backend) -> dict[str, Any]:
-    """What ``torch.compile`` takes so that no other model of the same class uses up the recompiles of this one.
-
-    Recompiles are limited per code object, and all models of a class share one.
-    """
-    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:  # before torch 2.13
-        return {}
-    backend._isolated = True
-    return {"isolate_recompiles": True}
-
-
-def _watched(run: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
-    """``run``, noticing calls in which no compiled graph took part."""
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        before = backend.calls
-        result = run(*args, **kwargs)
-        if backend.calls == before and not torch.compiler.is_compiling():
-            message = "the model ran un-compiled: Dynamo skipped it or reached its recompile limit, and no policy was applied"
-            backend._trouble(message)
-        return result
-
-    return watched
-
-
-def explain(
-    model: nn.Module, *args: Any, policy: Policy | Mask | None = None, device: str | None = None, **kwargs: Any
-) -> Report:
-    """Run ``model(*args, **kwargs)`` once through the passes, without code generation, and return the report.
-
-    The kernels in the report are those that ``Backend(policy)`` would use, on ``device`` (``"cpu"``, ``"cuda"``) if that is
-    given; the model itself runs on the dense reference, without gradients, and is left as it was. A cache that is passed
-    takes the tokens, as in any run. Raises as ``Backend`` does.
-
-        >>> report = sc.explain(model, tokens, policy=causal & sliding_window(4))
-        >>> [site.action for site in report.sites]
-        ['sparse', 'sparse']
-    """
-    chosen = planner(policy, model, device)
-    # Each explanation is a backend of its own; before torch 2.13 they would use up the recompiles of the model's code.
-    with torch.no_grad(), torch_private.without_recompile_limit():
-        _watched(torch.compile(model, backend=chosen, **_isolate(chosen)), chosen)(*args, **kwargs)
-    return chosen.report
-
-
-def with_passes(*between: Pass, trains: bool = False, inner: str = "inductor") -> Backend:
-    """A backend that runs passes of calibration over the calls it has understood; ``trains`` if they bring a leaf to train."""
-    chosen = Backend(inner=inner)
-    chosen._between, chosen._trains = between, trains
-    return chosen
-
-
-def planner(policy: Policy | Mask | None, model: nn.Module, device: str | None = None) -> Backend:
-    """A backend that reports what ``Backend(policy)`` would do, and runs the dense reference."""
-    chosen = Backend(policy)
-    if chosen.policy is not None:
-        check_policy(chosen.policy, model)
-    chosen._dry, chosen._device = True, device
-    return chosen

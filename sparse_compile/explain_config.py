@@ -1,4 +1,4 @@
-"""Explain a model by its config alone: no weights, no download, nothing computed."""
+"""Explain a model from its config alone, without weights, downloads or computation."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from sparse_compile.dynamo import planner
+from sparse_compile.api import planner
 from sparse_compile.passes.torch_private import fake_tensors
 from sparse_compile.policy import Policy
 from sparse_compile.report import Report
 
 
 def explain_config(config: Path, policy: Policy | None, batch: int, tokens: int, device: str) -> Report:
-    """The report of a prefill and a decode step of the causal language model that a transformers config describes.
+    """Report on a prefill and a decode step of the causal language model that a transformers config describes.
 
-    Raises ``OSError`` or ``ValueError`` for what is no config, and ``ImportError`` without transformers.
+    Raises ``OSError`` or ``ValueError`` if ``config`` is not a config, and ``ImportError`` without transformers.
     """
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -25,7 +25,7 @@ def explain_config(config: Path, policy: Policy | None, batch: int, tokens: int,
     except ImportError as missing:
         raise ImportError("explain needs transformers: pip install 'sparse-compile[hf]'") from missing
     if not config.exists():
-        raise ValueError(f"explain needs a config.json or a directory that holds one, and there is none at {config}")
+        raise ValueError(f"explain needs a config.json or a directory that holds one, but there is none at {config}")
     settings = AutoConfig.from_pretrained(config)
     with fake_tensors(allow_real_inputs=True), torch.no_grad():  # shapes alone decide what the passes do
         factory: Any = AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""Which KV heads need everything, as a value: scores for each head, where they come from, and the policies they make."""
+"""Profile: a score for each KV head that says how much it needs full attention, and the policies built from scores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Table = str | Path | Tensor | Sequence[Sequence[float]]
 
 @dataclass(frozen=True)
 class FullHeads:
-    """Which KV heads see everything, ``[layers][heads]``, and how many heads tied for how many of the last places."""
+    """The KV heads that see everything, ``[layers][heads]``. ``tied`` heads have equal scores at the last ``places`` places."""
 
     full: tuple[tuple[bool, ...], ...]
     tied: int = 0
@@ -36,10 +36,10 @@ class FullHeads:
 
 @dataclass(frozen=True)
 class Profile:
-    """A score for each KV head of each layer: the higher, the more it needs to see everything.
+    """A score for each KV head of each layer. The higher the score, the more the head needs to see everything.
 
-    ``scores`` is ``[layers][KV heads]``; ``method`` says how they were found (``gates``, ``echo``, ...), ``model`` whose they
-    are (``signature``), and ``numbers`` whatever the method wants to remember. A profile is a small JSON file.
+    ``scores`` is ``[layers][KV heads]``. ``method`` names how they were found (``gates``, ``echo``, ...). ``model`` identifies
+    the model (``signature``). ``numbers`` holds what the method records. A profile is stored as a small JSON file.
 
         >>> profile = Profile([[0.9, 0.1], [0.2, 0.8]], method="gates")
         >>> profile.policy(retrieval=0.5, sink=2, recent=4).layers[0][1]
@@ -47,10 +47,10 @@ class Profile:
         >>> Profile.from_json(profile.to_json()) == profile
         True
 
-    Raises ``ValueError`` for scores that are no table of numbers.
+    Raises ``ValueError`` for scores that are not a table of finite numbers.
     """
 
-    scores: Sequence[Sequence[float]]  # kept as tuples
+    scores: Sequence[Sequence[float]]  # stored as tuples
     method: str = "given"
     model: Mapping[str, Any] = field(default_factory=dict)
     numbers: Mapping[str, Any] = field(default_factory=dict)
@@ -58,16 +58,16 @@ class Profile:
     def __post_init__(self) -> None:
         rows = tuple(tuple(float(score) for score in row) for row in self.scores)
         if not rows or not rows[0] or len({len(row) for row in rows}) != 1:
-            raise ValueError("scores are a table with a row for each layer and a column for each KV head, and this is none")
+            raise ValueError("scores need to be a table with a row for each layer and a column for each KV head")
         if not all(math.isfinite(score) for row in rows for score in row):
-            raise ValueError("scores are finite numbers, and there is a NaN or an infinity among these")
+            raise ValueError("scores need to be finite numbers, got a NaN or an infinity")
         object.__setattr__(self, "scores", rows)
 
     @staticmethod
     def read(source: Table) -> Profile:
-        """From a saved profile (``.json``), a published DuoAttention folder or tsv file, a tensor, or lists.
+        """Read a saved profile (``.json``), a published DuoAttention folder or tsv file, a tensor, or lists.
 
-        Raises ``FileNotFoundError`` for files that are not there, and ``ValueError`` for those that hold no scores.
+        Raises ``FileNotFoundError`` for missing files, and ``ValueError`` for files without scores.
         """
         if isinstance(source, str | Path) and Path(source).suffix == ".json":
             return Profile.load(source)
@@ -75,10 +75,11 @@ class Profile:
         return Profile(scores, method="gates" if isinstance(source, str | Path) else "given", numbers=sizes)
 
     def heads(self, retrieval: float, *, minimum: int = 0) -> FullHeads:
-        """The share ``retrieval`` of all KV heads with the highest scores, rounded, and at least ``minimum`` of each layer.
+        """Choose the share ``retrieval`` of all KV heads with the highest scores, and at least ``minimum`` of each layer.
 
-        Of equal scores the lower layer and head wins; how many tied for how many of the last places is in the result, and
-        logged. Raises ``ValueError`` for a share outside [0, 1], and for a minimum that the share does not allow.
+        The number of heads is rounded. Among equal scores the lower layer and head wins. The result counts ties for the last
+        places, and they are logged. Raises ``ValueError`` for a share outside [0, 1], and for a minimum that the share does not
+        allow.
         """
         layers, width = len(self.scores), len(self.scores[0])
         if not 0 <= retrieval <= 1:
@@ -86,8 +87,8 @@ class Profile:
         count = math.floor(retrieval * layers * width + 0.5)
         if not 0 <= minimum * layers <= count or minimum > width:
             raise ValueError(
-                f"minimum={minimum} takes {minimum * layers} heads, and retrieval={retrieval} of {layers} x {width} heads are "
-                f"{count}: give a smaller minimum or a larger share"
+                f"minimum={minimum} takes {minimum * layers} heads, but retrieval={retrieval} of {layers} x {width} heads is "
+                f"{count}: pass a smaller minimum or a larger share"
             )
         ranked = sorted((-score, layer, head) for layer, row in enumerate(self.scores) for head, score in enumerate(row))
         first = [[place for place in ranked if place[1] == layer][:minimum] for layer in range(layers)]
@@ -99,17 +100,17 @@ class Profile:
         return with_ties(full, rest, more, "score", f"retrieval {retrieval:g}")
 
     def policy(self, retrieval: float = 0.5, *, sink: int = 64, recent: int = 256, minimum: int = 0) -> Policy:
-        """The heads of ``heads`` see everything, all others the first ``sink`` and the last ``recent`` tokens."""
+        """Build a policy: the heads that ``heads`` chooses see everything, all others a sink and the last ``recent`` tokens."""
         streaming = causal & (first_tokens(sink) | sliding_window(recent))
         return Policy(layers=masks_by_layer(self.heads(retrieval, minimum=minimum).full, streaming))
 
     def check(self, config: Any) -> None:
-        """Raise ``ValueError`` if the profile belongs to another model than that of a transformers config."""
+        """Raise ``ValueError`` if the profile belongs to another model than the one that a transformers config describes."""
         found = signature(config)
         wrong = [key for key, value in self.model.items() if key in found and found[key] != value]
         size = (len(self.scores), len(self.scores[0]))
         if wrong or size != (found["layers"], found["kv_heads"]):
-            raise ValueError(f"this profile is of {dict(self.model) or size}, and the model is {found}: calibrate it anew")
+            raise ValueError(f"this profile is of {dict(self.model) or size}, but the model is {found}: calibrate this model")
 
     def to_json(self) -> str:
         """The profile as JSON text."""
@@ -118,13 +119,13 @@ class Profile:
 
     @staticmethod
     def from_json(text: str) -> Profile:
-        """Read ``to_json`` back. Raises ``ValueError`` for broken text or another version."""
+        """Read the text of ``to_json``. Raises ``ValueError`` for broken text or another version."""
         content = read_json(text, "profile", VERSION, "calibrate again", holds=dict)
         known = {key: content[key] for key in ("scores", "method", "model", "numbers") if key in content}
         try:
             return Profile(**known)
         except TypeError as wrong:
-            raise ValueError(f"a profile needs scores, and these are none: {wrong}") from wrong
+            raise ValueError(f"a profile needs scores as a table: {wrong}") from wrong
 
     def save(self, path: str | Path) -> None:
         """Write the profile to a JSON file."""
@@ -136,7 +137,7 @@ class Profile:
         return Profile.from_json(Path(path).read_text(encoding="utf-8"))
 
     def plot(self) -> Figure:
-        """A matplotlib figure, layers by heads, the brighter the more a head needs. Needs the extra ``plot``."""
+        """Plot layers by heads as a matplotlib figure; brighter heads need more. Requires the extra ``plot``."""
         try:
             from matplotlib import pyplot
         except ImportError as missing:
@@ -151,9 +152,10 @@ class Profile:
 def with_ties(
     full: tuple[tuple[bool, ...], ...], ranked: list[tuple[float, int, int]], count: int, of: str, at: str
 ) -> FullHeads:
-    """``full``, whose last ``count`` places went to the first of ``ranked``, negative numbers first; ties are logged.
+    """Return ``full`` with its ties for the last places, and log them.
 
-    The log says ``of`` what the numbers are, and ``at`` which share heads were asked for.
+    ``ranked`` lists (negative number, layer, head) in order, and the first ``count`` of them got a place. In the log, ``of``
+    names the numbers, and ``at`` names the share of heads that was requested.
     """
     if not 0 < count < len(ranked) or ranked[count - 1][0] != ranked[count][0]:
         return FullHeads(full)
@@ -164,17 +166,17 @@ def with_ties(
 
 
 def signature(config: Any) -> dict[str, Any]:
-    """What tells models apart as far as heads go, from a transformers config."""
+    """The facts of a transformers config that a profile depends on: model type, layers, heads and KV heads."""
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     missing = [name for name in ("num_attention_heads", "num_hidden_layers") if not hasattr(config, name)]
     if missing:
         raise ValueError(
-            f"{type(config).__name__} has no {missing[0]}: profiles are of models with attention in numbered layers"
+            f"{type(config).__name__} has no {missing[0]}: profiles need a model with attention in numbered layers"
         )
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        kv_heads = 1  # as Falcon and GPTBigCode say it
+        kv_heads = 1  # Falcon and GPTBigCode configure it this way
     return {"type": config.model_type, "layers": config.num_hidden_layers, "heads": heads, "kv_heads": kv_heads}
 
 
@@ -189,7 +191,7 @@ def masks_by_layer(
 
 
 def read_table(source: Table) -> tuple[Sequence[Sequence[float]], dict[str, int]]:
-    """Gates from a published folder, a tsv file, a tensor or lists, and the sizes that a folder suggests."""
+    """Read gates from a published folder, a tsv file, a tensor or lists, and the sizes that a folder suggests."""
     if isinstance(source, Tensor):
         if source.dim() != 2:
             raise ValueError(f"gates need shape [layers, KV heads], got {list(source.shape)}")
@@ -203,8 +205,8 @@ def read_table(source: Table) -> tuple[Sequence[Sequence[float]], dict[str, int]
         sizes = {name: content[f"{name}_size"] for name in ("sink", "recent") if f"{name}_size" in content}
     path = path / "full_attention_heads.tsv" if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(f"there is no pattern {path}: give a folder with full_attention_heads.tsv, or a tsv file")
+        raise FileNotFoundError(f"there is no pattern {path}: pass a folder with full_attention_heads.tsv, or a tsv file")
     try:
         return [[float(cell) for cell in line.split()] for line in path.read_text("utf-8").splitlines() if line.strip()], sizes
     except ValueError as wrong:
-        raise ValueError(f"{path} holds gates, one layer a line, and this is no number: {wrong}") from wrong
+        raise ValueError(f"{path} needs one layer of gates per line, but one gate is not a number: {wrong}") from wrong

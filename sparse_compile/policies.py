@@ -1,4 +1,4 @@
-"""The published policies by name, each a few masks of one language. Sizes count a token itself among its recent ones."""
+"""Published policies by name, each built from a few masks. A size ``recent`` includes the query's own token."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def dense() -> Policy:
 def streaming_llm(sink: int = 4, recent: int = 1020) -> Policy:
     """Every head sees the first ``sink`` tokens and the last ``recent`` (StreamingLLM, https://arxiv.org/abs/2309.17453).
 
-    ``SparseCache(..., cache_positions=True)`` places queries as the paper does, at their place in the cache. Its code counts
-    ``recent`` without the token itself: its 2000 are 2001 here.
+    Build ``SparseCache(..., cache_positions=True)`` to place queries at cache positions, as the paper does. The paper's code
+    does not count the query's own token in ``recent``: its 2000 are 2001 here.
 
         >>> streaming_llm(sink=4, recent=28)
         Policy(causal & (sink(4) | sliding_window(28)))
@@ -38,34 +38,34 @@ def streaming_llm(sink: int = 4, recent: int = 1020) -> Policy:
 
 
 def duo_attention(pattern: Pattern, sparsity: float = 0.5, sink: int | None = 64, recent: int | None = 256) -> Policy:
-    """A share ``sparsity`` of all KV heads streams, those with the lowest gates (DuoAttention, https://arxiv.org/abs/2410.10819).
+    """The share ``sparsity`` of all KV heads with the lowest gates streams (DuoAttention, https://arxiv.org/abs/2410.10819).
 
     ``pattern`` is a published folder (``full_attention_heads.tsv`` and ``config.json``), a tsv file, a ``Profile``, or the
-    gates themselves, ``[layers, KV heads]``. ``sink`` and ``recent`` of None take the sizes from ``config.json``. See
-    ``full_heads`` for ties.
+    gates themselves, ``[layers, KV heads]``. Streaming heads see the first ``sink`` and the last ``recent`` tokens; None takes
+    that size from the ``config.json`` or the ``Profile``. See ``full_heads`` for ties.
 
         >>> duo_attention([[0.9, 0.1], [0.2, 0.3]], sparsity=0.5, sink=2, recent=4).layers[1][1]
         per_head([causal & (sink(2) | sliding_window(4)), causal])
 
-    Raises ``ValueError`` for gates that are no table, and ``FileNotFoundError`` for files that are not there.
+    Raises ``ValueError`` for gates that are not a table and for unknown sizes, and ``FileNotFoundError`` for missing files.
     """
     gates, sizes = _gates(pattern)
     sink, recent = (given if given is not None else sizes.get(name) for name, given in (("sink", sink), ("recent", recent)))
     if sink is None or recent is None:
-        raise ValueError(f"{pattern} has no config.json with sink_size and recent_size: give sink and recent")
+        raise ValueError(f"{pattern} has no config.json with sink_size and recent_size: pass sink and recent")
     return Policy(layers=masks_by_layer(full_heads(gates, sparsity).full, _streaming(sink, recent)))
 
 
 def lserve_static(
     pattern: Pattern, sparsity: float = 0.5, sink: int = 128, recent: int = 256, prefill_recent: int = 8192
 ) -> Policy:
-    """The static half of LServe (https://arxiv.org/abs/2502.14866): DuoAttention's heads, with a wide window while prefilling.
+    """The static half of LServe (https://arxiv.org/abs/2502.14866): DuoAttention with a wider window during prefill.
 
         >>> policy = lserve_static([[0.9, 0.1]], sink=2, recent=4, prefill_recent=8)
         >>> policy.mask_for("", 0, "decode")
         per_head([causal, causal & (sink(2) | sliding_window(4))])
 
-    Raises as ``duo_attention``.
+    Raises the same errors as ``duo_attention``.
     """
     full = full_heads(_gates(pattern)[0], sparsity).full
     return Policy(
@@ -75,11 +75,11 @@ def lserve_static(
 
 
 def quest(budget: int = 2048, *, page: int = 16, dense_layers: int = 2) -> Policy:
-    """Decode steps read the ``budget`` keys whose pages promise most (Quest, https://arxiv.org/abs/2406.10774).
+    """Decode steps read ``budget`` keys, from the pages with the highest scores (Quest, https://arxiv.org/abs/2406.10774).
 
-    The first ``dense_layers`` read everything, and so does the prefill. Quest chooses pages of 16 for every query head: with
-    ``SparseCache(page_size=16)`` and as many KV heads as query heads this is its kernels' rule. Storage pages of 64 are faster,
-    and query heads that share a KV head choose together, by the largest score. See ``page_topk``.
+    The first ``dense_layers`` layers and the prefill read everything. Quest selects pages of 16 keys for every query head. Its
+    kernels follow the same rule as this policy with ``SparseCache(page_size=16)`` and as many KV heads as query heads. Storage
+    pages of 64 are faster. Query heads that share a KV head select together, by their largest score. See ``page_topk``.
 
         >>> quest(1024, dense_layers=1).mask_for("", 1, "decode")
         causal & page_topk(1024)
@@ -98,15 +98,15 @@ def lserve(
     recent: int = 256,
     prefill_recent: int = 8192,
 ) -> Policy:
-    """``lserve_static``, and the other heads read ``budget`` keys a step, chosen every ``every`` steps (LServe, https://arxiv.org/abs/2502.14866).
+    """``lserve_static`` whose other heads read ``budget`` keys per step, selected every ``every`` steps (LServe, https://arxiv.org/abs/2502.14866).
 
-    Storage pages of 64 are worth their best ``page`` keys. LServe chooses for each query head, here those of a KV head choose
-    together. Without a ``pattern`` no head streams, and every head chooses.
+    A storage page of 64 keys gets the score of its best ``page`` keys. LServe selects for each query head; here the query heads
+    of a KV head select together. Without a ``pattern`` no head streams, and every head selects.
 
         >>> lserve([[0.9, 0.1]], budget=64, sink=2, recent=4).mask_for("", 0, "decode")
         per_head([causal & page_topk(64, every=4), causal & (sink(2) | sliding_window(4))])
 
-    Raises as ``duo_attention``.
+    Raises the same errors as ``duo_attention``.
     """
     chosen = causal & page_topk(budget, page=page, every=every)
     if pattern is None:
@@ -119,10 +119,11 @@ def lserve(
 
 
 def block_topk(pages: int = 64, *, page: int = 16, sink: int = 4, dense_layers: int = 1) -> Policy:
-    """Decode steps read the ``pages`` with the best mean key, the first ``sink`` tokens among them (Kinetics, https://arxiv.org/abs/2506.05333).
+    """Decode steps read the ``pages`` pages with the best mean key, including the first ``sink`` tokens (Kinetics, https://arxiv.org/abs/2506.05333).
 
-    The query heads of a KV head choose by the mean of their scores. The prefill and the first ``dense_layers`` are dense.
-    Kinetics reads pages of 16: ``SparseCache(page_size=16)``; larger storage pages are worth their best ``page`` keys.
+    The query heads of a KV head select by the mean of their scores. The prefill and the first ``dense_layers`` layers are
+    dense. Kinetics reads pages of 16, as ``SparseCache(page_size=16)`` does. A larger storage page gets the score of its best
+    ``page`` keys.
 
         >>> block_topk(8).mask_for("", 1, "decode")
         causal & (sink(4) | page_topk(128, score='mean', group='mean'))
@@ -134,17 +135,17 @@ def block_topk(pages: int = 64, *, page: int = 16, sink: int = 4, dense_layers: 
 def full_heads(gates: Tensor | Sequence[Sequence[float]], sparsity: float) -> FullHeads:
     """The heads whose gates reach the ``sparsity`` quantile of all gates, clipped to [0, 1], as DuoAttention chooses them.
 
-    Its code breaks ties with random noise; here lower layers and heads win, and the ties are logged. ``sparsity`` of 1 and
-    more leaves no head, of 0 and less every head.
+    DuoAttention's code breaks ties with random noise. Here lower layers and heads win, and ties are logged. With ``sparsity``
+    of 1 or more no head sees everything, and with 0 or less every head does.
 
         >>> full_heads([[1.0, 1.0], [1.0, 0.0]], 0.5)
         FullHeads(full=((True, True), (False, False)), tied=3, places=2)
     """
     table = [[min(max(float(gate), 0.0), 1.0) for gate in row] for row in gates]
     if not table or len({len(row) for row in table}) != 1 or not table[0]:
-        raise ValueError("gates are a table with a row for each layer and a column for each KV head, and this is none")
+        raise ValueError("gates need to be a table with a row for each layer and a column for each KV head")
     ranked = sorted((-gate, layer, head) for layer, row in enumerate(table) for head, gate in enumerate(row))
-    # As many as reach numpy's quantile, which lies between two neighbours unless it is one of them.
+    # Count the gates that reach numpy's quantile, which interpolates between two neighboring gates.
     count = len(ranked) - max(0, math.ceil((len(ranked) - 1) * sparsity - 1e-9)) if sparsity > 0 else len(ranked)
     count = 0 if sparsity >= 1 else count
     chosen = {(layer, head) for _, layer, head in ranked[:count]}
@@ -153,7 +154,7 @@ def full_heads(gates: Tensor | Sequence[Sequence[float]], sparsity: float) -> Fu
 
 
 def _chosen_above(dense_layers: int, step: Mask) -> Policy:
-    """Decode steps under ``step`` but in the first layers."""
+    """Apply ``step`` to decode steps, except in the first ``dense_layers`` layers."""
     at_least("dense_layers", dense_layers, 0)
     return Policy(prefill=causal, decode=Policy(step, layers={range(dense_layers): causal} if dense_layers else {}))
 
@@ -163,5 +164,5 @@ def _streaming(sink: int, recent: int) -> Mask:
 
 
 def _gates(pattern: Pattern) -> tuple[Sequence[Sequence[float]], Mapping[str, int]]:
-    """The gates, and the sizes that a published folder suggests."""
+    """The gates, and the sink and window sizes that a published folder suggests."""
     return (pattern.scores, pattern.numbers) if isinstance(pattern, Profile) else read_table(pattern)

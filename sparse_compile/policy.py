@@ -1,4 +1,4 @@
-"""Which mask each attention call of a model gets: by layer, by module, by phase."""
+"""Policy: choose the mask of each attention call of a model by layer, module and phase."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Layer = int | range | str
 
 @dataclass(frozen=True, init=False)
 class Policy:
-    """A mask for every attention call: what may still be seen of what the model's own mask shows.
+    """A mask for every attention call, which further restricts what the model's own mask shows.
 
-    ``default`` serves every call without a more specific entry; None leaves such calls exact. ``layers`` maps a layer
-    index, a ``range`` of them, or a module-path pattern (``"model.layers.*.self_attn"``, as ``fnmatch``) to a mask; the
-    most specific entry wins: index, then range, then pattern, each in the order written. ``prefill`` and ``decode``
-    replace the whole choice in that phase: a mask, or a ``Policy`` of its own.
+    ``default`` applies to every call without a more specific entry. None leaves such calls exact. ``layers`` maps a layer
+    index, a ``range`` of them, or a module-path pattern (``"model.layers.*.self_attn"``, matched by ``fnmatch``) to a mask. An
+    index takes precedence over a range, and a range over a pattern. Among entries of the same kind, the first one wins.
+    ``prefill`` and ``decode`` replace everything else in their phase. Each is a mask, or a ``Policy`` without phases.
 
-    A mask that differs by head is a ``per_head([...])``. Policies are immutable, hashable, and stored as JSON.
+    Use ``per_head([...])`` for a mask that differs by head. Policies are immutable and hashable, and are stored as JSON.
 
         >>> from sparse_compile import Policy
         >>> from sparse_compile.masks import causal, sink, sliding_window
@@ -69,7 +69,7 @@ class Policy:
         object.__setattr__(self, "decode", _phase("decode", decode))
 
     def mask_for(self, module: str, layer: int | None, phase: str) -> Mask | None:
-        """The mask of one call, or None where the policy leaves it exact."""
+        """The mask of one call, or None if the policy leaves the call exact."""
         chosen = {"prefill": self.prefill, "decode": self.decode}.get(phase)
         if chosen is not None:
             return chosen.mask_for(module, layer, phase)
@@ -80,7 +80,7 @@ class Policy:
         return self.default
 
     def names_layers(self) -> bool:
-        """Whether the policy tells layers or modules apart."""
+        """Whether the policy has entries for single layers or modules."""
         return bool(self.layers) or any(phase is not None and phase.names_layers() for phase in (self.prefill, self.decode))
 
     def names_modules(self) -> bool:
@@ -89,12 +89,12 @@ class Policy:
         return any(isinstance(key, str) for key, _ in self.layers) or any(phase.names_modules() for phase in phases)
 
     def selects(self) -> bool:
-        """Whether decode steps look at queries and keys (``page_topk``), which takes a ``SparseCache``."""
+        """Whether decode steps select pages by queries and keys (``page_topk``), which needs a ``SparseCache``."""
         masks = [mask for mask in (self.default, *(mask for _, mask in self.layers)) if mask is not None]
         return self.decode.selects() if self.decode is not None else any(map(has_selector, masks))
 
     def check_layers(self, layers: int) -> None:
-        """Raise ``ValueError`` if the policy names a layer that a model of so many layers does not have."""
+        """Raise ``ValueError`` if the policy names a layer that a model with this number of layers does not have."""
         for key, _ in self.layers:
             highest = key if isinstance(key, int) else max(key, default=-1) if isinstance(key, range) else -1
             if highest >= layers:
@@ -116,19 +116,19 @@ class Policy:
                 if isinstance(node, PerHead) and len(node.masks) not in (heads, kv_heads):
                     raise ValueError(
                         f"the policy has a per_head of {len(node.masks)} masks, but the model has {heads} query heads "
-                        f"and {kv_heads} KV heads: give one mask for each of either"
+                        f"and {kv_heads} KV heads: pass one mask per query head or per KV head"
                     )
         for phase in (self.prefill, self.decode):
             if phase is not None:
                 phase.check(layers, heads, kv_heads)
 
     def to_json(self) -> str:
-        """The policy as JSON text that ``Policy.from_json`` reads back."""
+        """The policy as JSON text, which ``Policy.from_json`` reads."""
         return json.dumps({"version": VERSION, "policy": _encode(self)}, indent=1)
 
     @staticmethod
     def from_json(text: str) -> Policy:
-        """Read ``to_json`` back. Raises ``ValueError`` for broken text or another version."""
+        """Read the text of ``to_json``. Raises ``ValueError`` for broken text or another version."""
         return _decode(read_json(text, "policy", VERSION, "save it again with this library"))
 
     def save(self, path: str | Path) -> None:
@@ -151,7 +151,7 @@ class Policy:
 
 
 def as_policy(policy: Policy | Mask | None) -> Policy | None:
-    """A policy, a bare mask for every call, or nothing. Raises ``TypeError`` for anything else."""
+    """Return a policy: a mask becomes the default for every call, None stays None. Raises ``TypeError`` for other types."""
     if policy is None or isinstance(policy, Policy):
         return policy
     if isinstance(policy, Mask):

@@ -45,6 +45,7 @@ class Site:
     kv_head_nbytes: tuple[int, ...] = ()
     kv_dense_nbytes: int | None = None
     kv_tokens: int = 0
+    refused: tuple[tuple[str, str], ...] = ()  # kernels that would be faster, each with the reason why it does not run
     block: tuple[int, int] = (1, 1)  # the queries that choose keys together, and the keys of a page
     mask: Mask | None = field(default=None, compare=False, repr=False)
 
@@ -62,8 +63,10 @@ class Site:
 
     def as_dict(self) -> dict[str, Any]:
         """The row as JSON values."""
-        content = {k: v for k, v in asdict(self).items() if k not in ("mask", "traced", "block")}
-        return {**content, "density": self.density, "traced_q_len": self.traced[0], "traced_kv_len": self.traced[1]}
+        content = {k: v for k, v in asdict(self).items() if k not in ("mask", "traced", "block", "refused")}
+        lengths = {"traced_q_len": self.traced[0], "traced_kv_len": self.traced[1]}
+        refused = [{"kernel": kernel, "reason": reason} for kernel, reason in self.refused]
+        return {**content, "density": self.density, **lengths, "refused": refused}
 
 
 @dataclass
@@ -88,6 +91,14 @@ class Report:
     def left(self) -> list[Site]:
         """The calls that stay as they are."""
         return [site for site in self.sites if site.action == "left"]
+
+    def why(self, site: Site) -> str:
+        """Say which kernel runs an attention call, and why each faster one does not, a line for each."""
+        where = f"{site.module or '(top)'}, {site.phase}"
+        if site.action == "left":
+            return f"{where}: left as it is, because {site.reason}"
+        lines = [f"{where}: {site.kernel}{f' ({site.reason})' if site.reason else ''}"]
+        return "\n".join([*lines, *(f"  not {kernel}: {reason}" for kernel, reason in site.refused)])
 
     def to_json(self) -> str:
         """Everything as JSON text."""

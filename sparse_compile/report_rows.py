@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from sparse_compile.masks.selection.page_topk import has_selector
 from sparse_compile.masks.unknown_tensors import without_symbols
-from sparse_compile.passes.ir.attention_call import AttentionCall, Left
+from sparse_compile.passes.ir.attention import Attention
 from sparse_compile.passes.ir.fx_nodes import hint_of, layer_index, module_path
-from sparse_compile.passes.ir.rewrite import Rewrite, phase_of
+from sparse_compile.passes.ir.kv_source import Selected
+from sparse_compile.passes.ir.left import Left
+from sparse_compile.passes.ir.rewrite import HeldBytes, Rewrite
+from sparse_compile.passes.ir.target import HeadGroup
 from sparse_compile.passes.ops.block_tables import BLOCK
 from sparse_compile.report import Site
-
-NAMES = {
-    "flash": "FlexAttention FLASH",
-    "triton": "FlexAttention",
-    "pages": "page attention",
-    "cpp": "FlexAttention",
-    "sdpa": "SDPA",
-    "reference": "dense reference",
-}
 
 
 def describe(rewrite: Rewrite, graph: int) -> list[Site]:
@@ -26,46 +23,44 @@ def describe(rewrite: Rewrite, graph: int) -> list[Site]:
     return rows
 
 
-def _rewritten(call: AttentionCall, rewrite: Rewrite, graph: int) -> Site:
-    assert call.mask is not None and call.positions is not None
-    kernels = [part.kernel for part in rewrite.parts[call.node]]
-    q_len, kv_len = call.size("q", 2), call.size("k", 2)
-    at = call.positions
-    mask = call.mask if call.policy is None else call.mask & call.policy
-    start = hint_of(kv_len) - hint_of(q_len) if at.q_shift is not None or not at.q_start.is_Integer else int(at.q_start)
-    estimates = call.policy is not None and has_selector(call.policy) and phase_of(call) != "decode"
+def _rewritten(call: Attention, rewrite: Rewrite, graph: int) -> Site:
+    groups = rewrite.head_groups[call.node]
+    choices = [group.choice for group in groups]
+    at, held = call.positions, rewrite.held.get(call.node, HeldBytes())
+    q_len, kv_len = hint_of(call.q_len), hint_of(call.kv_len)
+    estimates = has_selector(call.policy) and call.phase != "decode"
     lossy = "lossy: blocks of queries choose keys by their mean (page_topk in a prefill)" if estimates else ""
-    held, dense, tokens = call.cache_nbytes or ((), None, 0)
+    reasons = dict.fromkeys([call.note, lossy, *(choice.why for choice in choices)])
     return Site(
         module=call.module,
         layer=call.layer,
-        phase=phase_of(call),
-        q_len=str(q_len),
-        kv_len=str(kv_len),
+        phase=call.phase,
+        q_len=str(call.q_len),
+        kv_len=str(call.kv_len),
         model_mask=str(call.mask),
-        policy_mask=str(call.policy) if call.policy is not None else "",
-        kernel=" + ".join(dict.fromkeys(NAMES[kernel.name] for kernel in kernels)),
-        action="sparse" if call.policy is not None else "exact",
-        reason="; ".join(
-            text for text in dict.fromkeys([call.policy_reason, lossy, *(kernel.why for kernel in kernels)]) if text
-        ),
+        policy_mask=str(call.policy) if call.has_policy else "",
+        kernel=" + ".join(dict.fromkeys(choice.kernel.title for choice in choices)),
+        action="sparse" if call.has_policy else "exact",
+        reason="; ".join(reason for reason in reasons if reason),
         graph=graph,
         score_mod=str(call.score_mod) if call.score_mod is not None else "",
         heads=call.heads,
         kv_heads=call.kv_heads,
-        traced=(hint_of(q_len), hint_of(kv_len), start),
-        kv_nbytes=sum(held) if held else None,
-        kv_head_nbytes=held,
-        kv_dense_nbytes=dense,
-        kv_tokens=tokens,
-        block=_block(call),
-        mask=without_symbols(mask),
+        traced=(q_len, kv_len, kv_len - q_len if at.q_shift is not None or not at.q_start.is_Integer else int(at.q_start)),
+        kv_nbytes=sum(held.heads) if held.heads else None,
+        kv_head_nbytes=held.heads,
+        kv_dense_nbytes=held.dense,
+        kv_tokens=held.tokens,
+        block=_block(groups),
+        refused=tuple(dict.fromkeys((refusal.kernel, refusal.reason) for choice in choices for refusal in choice.refused)),
+        mask=without_symbols(call.visible),
     )
 
 
-def _block(call: AttentionCall) -> tuple[int, int]:
+def _block(groups: Sequence[HeadGroup[Any]]) -> tuple[int, int]:
     """Which queries choose keys together, and by how many."""
-    sizes = [piece.scored.selecting.page_size for piece in call.pieces if piece.scored is not None]
+    sources = [group.call.kv for group in groups if group.call.chooses_pages]
+    sizes = [kv.selecting.page_size for kv in sources if isinstance(kv, Selected)]
     return (1, max(sizes)) if sizes else (BLOCK, BLOCK)
 
 

@@ -1,4 +1,4 @@
-"""The sweep behind the table of ``sparse_compile/passes/options.py``: tiles of the generated kernels, by phase and head_dim."""
+"""Time tiles of the generated kernels by phase and head_dim. The table in ``passes/choose/tuning.py`` holds the best ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.measure.shapes import WINDOW, Shape, compiled, decode, operands, pref
 from bench.measure.timing import CUDA, Row, Timing, in_graph, measure, measured
 from sparse_compile.masks import Mask, causal
 from sparse_compile.passes.choose import tuning
-from sparse_compile.passes.choose.tuning import Phase, Tiles
+from sparse_compile.passes.choose.tuning import TiledPhase, Tiles
 
 PREFILL = [
     *(Tiles(128, 64, w, s) for w, s in ((8, 3), (4, 3), (8, 2), (4, 2))),
@@ -37,9 +37,9 @@ PROGRAMS = (2, 3, 4, 6, 8)
 
 @dataclass(frozen=True)
 class Trial:
-    """One kernel with one choice of tiles."""
+    """One kernel with one setting of its tiles."""
 
-    phase: Phase
+    phase: TiledPhase
     shape: Shape
     mask: Mask | None
     length: int
@@ -61,7 +61,7 @@ class Trial:
             run(q, k, v, position)
             if not timed:
                 return Timing(0, 0, 0, 0)
-            # Tables included, equally for all tiles; a model computes them once for all layers.
+            # The time includes the tables, which take equally long for all tiles. A model computes them once for all layers.
             return measure(in_graph(lambda: run(q, k, v, position), times=10), seconds=0.2).per(10)
 
 
@@ -77,22 +77,22 @@ def _pinned(tiles: Tiles, programs: int) -> Iterator[None]:
 
 
 def trials(*, smoke: bool = False) -> list[Trial]:
-    """Everything worth trying; little of it for a smoke test."""
-    found: list[Trial] = []
+    """Return all trials of the sweep, or only the first for a smoke test."""
+    every: list[Trial] = []
     for dim, heads, kv in ((64, 32, 8), (128, 32, 8), (256, 16, 8)):
         shape = Shape("", heads, kv, dim)
-        found += [Trial("prefill", shape, None, 16384, 1, tiles) for tiles in PREFILL]
-        found += [Trial("prefill", shape, WINDOW, 32768, 1, tiles) for tiles in PREFILL if tiles.block_m == 128 or dim == 256]
-        found += [Trial("decode", shape, None, 131072, 1, tiles) for tiles in DECODE]
+        every += [Trial("prefill", shape, None, 16384, 1, tiles) for tiles in PREFILL]
+        every += [Trial("prefill", shape, WINDOW, 32768, 1, tiles) for tiles in PREFILL if tiles.block_m == 128 or dim == 256]
+        every += [Trial("decode", shape, None, 131072, 1, tiles) for tiles in DECODE]
     llama = Shape("", 32, 8, 128)
     best = tuning.TILES[9, "decode", 128, 2]
     for programs in PROGRAMS:
-        found += [Trial("decode", llama, None, length, 1, best, programs) for length in (8192, 131072)]
-        found += [
+        every += [Trial("decode", llama, None, length, 1, best, programs) for length in (8192, 131072)]
+        every += [
             Trial("decode", llama, None, 16384, 8, best, programs),
             Trial("decode", llama, WINDOW, 131072, 1, best, programs),
         ]
-    return found[:1] if smoke else found
+    return every[:1] if smoke else every
 
 
 def _compile_only(trial: Trial) -> str:

@@ -1,4 +1,4 @@
-"""One needle in 1,024 tokens, asked of the trained model with all of its cache and with half: ``python -m bench.lab.demo``."""
+"""Ask the trained model for a needle in 1,024 tokens, with all of its cache and with half: ``python -m bench.lab.demo``."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from bench.lab.session import Session
 from sparse_compile.head_profile import Profile
 
 ITEMS, LENGTH, DEPTH = 48, 1024, 0.25
-SEED = 1 << 35  # that nothing else has
+SEED = 1 << 35  # nothing else uses it
 
 
 def run_demo(folder: Path = CHECKPOINT, *, items: int = ITEMS, length: int = LENGTH) -> dict[str, float]:
-    """Print what is retrieved within how many bytes; the accuracy of every method by name."""
+    """Print the accuracy and the bytes of every method, and return the accuracies by name."""
     gates = Profile.load(folder / "gates.json")
     asked = TASKS["single"].make(items, length, torch.Generator().manual_seed(SEED), depth=DEPTH)
-    print(
-        f"A needle at a quarter of {length} tokens, asked {items} times of a model of 4.6 million parameters that was trained"
-    )
-    print("to retrieve (bench/lab). Whole answers count. The cache is a SparseCache, and attention the dense reference.")
+    print(f"{items} texts of {length} tokens, with a needle at a quarter of each. The model has 4.6 million parameters and was")
+    print("trained to retrieve (bench/lab). An answer counts if all of it is right. The cache is a SparseCache, and attention")
+    print("runs on the dense reference.")
     halves = methods.by_heads("half of it, by calibrated heads", gates, 1 / 2, length), methods.sink_and_recent(1 / 2, length)
     names = "all of the cache", "half of it: retrieval heads see all", "half of it: all heads stream"
     return {
@@ -41,7 +40,7 @@ def _answered(name: str, folder: Path, method: Method, asked: Items) -> float:
     began = time.perf_counter()
     session = Session(load(folder), method, rows=len(asked.context), length=asked.tokens().shape[1])
     accuracy = float(session.right(asked).float().mean())
-    held, dense = held_bytes(session.cache), 2 * dense_bytes(session.cache)  # float32, as the model runs here
+    held, dense = held_bytes(session.cache), 2 * dense_bytes(session.cache)  # twice, because the model runs in float32 here
     kept = f"{held / 2**10:.0f} of {dense / 2**10:.0f} KiB a text"
     print(f"  {name:<38} {accuracy:6.1%} right  {kept}  {time.perf_counter() - began:5.1f} s", flush=True)
     return accuracy

@@ -1,6 +1,7 @@
-"""Beside kvpress (https://github.com/NVIDIA/kvpress): the same checkpoint and items at equal bytes, in two environments.
+"""Compare with kvpress (https://github.com/NVIDIA/kvpress): the same checkpoint and items at equal bytes.
 
-``items`` and ``ours`` run where sparse_compile is installed, ``theirs`` where kvpress is, ``table`` anywhere.
+This takes two environments. ``items`` and ``ours`` run where sparse_compile is installed, ``theirs`` runs where kvpress is
+installed, and ``table`` runs in either.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from bench.lab.evaluation.rows import Table, wilson
 from bench.lab.model import CHECKPOINT, load
 from bench.measure.timing import RESULTS, environment
 
-if TYPE_CHECKING:  # theirs has no sparse_compile
+if TYPE_CHECKING:  # the environment of ``theirs`` has no sparse_compile
     from bench.lab.evaluation.jobs import Size
     from bench.lab.evaluation.methods import Method
 
@@ -34,8 +35,11 @@ TASKS, LENGTH, BUDGETS, BATCH = ("single", "multi_key", "multi_query", "turns"),
 
 @dataclass(frozen=True)
 class Beside:
-    """How often a method of one library is right, and at the end of an item the share of a dense cache in 16 bits that its keys
-    and values held, and that the budget counted: ``held``, or ``read`` by a step, or held if masked heads were freed."""
+    """How often a method of one library is right, and its bytes at the end of an item as shares of a dense 16-bit cache.
+
+    ``held`` is what its keys and values hold. ``counted`` is what its budget counts: the bytes held, the bytes read by a step,
+    or the bytes that would be held if masked keys were freed.
+    """
 
     method: str
     library: str
@@ -57,7 +61,7 @@ class Beside:
 
 
 def write_items(folder: Path, gates: Sequence[Sequence[float]], size: Size, length: int, tasks: Sequence[str] = TASKS) -> None:
-    """``items.safetensors``: contexts, questions and answers of all tasks, and the scores of heads."""
+    """Write ``items.safetensors``: contexts, questions and answers of all tasks, and the scores of heads."""
     from bench.lab.evaluation.jobs import Cell, made
 
     tensors: dict[str, Tensor] = {}
@@ -70,25 +74,28 @@ def write_items(folder: Path, gates: Sequence[Sequence[float]], size: Size, leng
 
 
 def read_items(folder: Path) -> tuple[dict[str, Items], list[list[float]]]:
-    """What ``write_items`` wrote."""
-    found: dict[str, Items] = {}
+    """Return the items by task and the scores of heads that ``write_items`` wrote."""
+    by_task: dict[str, Items] = {}
     with safe_open(folder / "items.safetensors", "pt") as file:
         for task in file.metadata()["tasks"].split():
             count = sum(name.startswith(f"{task}.") for name in file.keys())  # noqa: SIM118 (no dictionary)
             context, *rest = (file.get_tensor(f"{task}.{at}") for at in range(count))
-            found[task] = Items(context, tuple(zip(rest[::2], rest[1::2], strict=True)))
-        return found, json.loads(file.metadata()["gates"])
+            by_task[task] = Items(context, tuple(zip(rest[::2], rest[1::2], strict=True)))
+        return by_task, json.loads(file.metadata()["gates"])
 
 
 def ours(folder: Path, size: Size, budgets: Sequence[float] = BUDGETS) -> None:
-    """``ours.csv``: full attention, sink and recent tokens, heads by gates, and pages, by the session of the quality bench."""
+    """Write ``ours.csv``: full attention, sink and recent tokens, heads by gates, and pages.
+
+    They run in a session of the quality bench.
+    """
     from bench.lab.evaluation import methods
     from bench.lab.evaluation.budgets import dense_bytes, held_bytes, read_bytes
     from bench.lab.session import Session
     from sparse_compile.head_profile import Profile
 
-    found, gates = read_items(folder)
-    length = next(iter(found.values())).tokens().shape[1]
+    by_task, gates = read_items(folder)
+    length = next(iter(by_task.values())).tokens().shape[1]
     chosen: list[Method] = [methods.FULL]
     for budget in budgets:
         chosen += [methods.by_heads("gates", Profile(gates), budget, length).relaxed()]  # kvpress has no other prefill
@@ -99,19 +106,19 @@ def ours(folder: Path, size: Size, budgets: Sequence[float] = BUDGETS) -> None:
         dense = dense_bytes(session.cache)
         held, read = held_bytes(session.cache) / dense, read_bytes(session.cache) / dense
         counted, note = (held, "") if method.counts == "held" else (read, "budget counts keys read; all is held")
-        for task, items in found.items():
+        for task, items in by_task.items():
             cell = (method.name, "sparse_compile", method.budget, task, "decoded", length)
             table.add([_row(cell, session.right(items).all(1), held, counted, note)])
 
 
 def theirs(folder: Path, checkpoint: Path, budgets: Sequence[float] = BUDGETS) -> None:
-    """``theirs.csv``: presses on a stock model; what follows the context is decoded as in ``bench.lab.session``."""
+    """Write ``theirs.csv``: presses on a stock model. Tokens after the context are decoded as in ``bench.lab.session``."""
     model: Any = load(checkpoint)
     model.to(torch.bfloat16)
-    found, gates = read_items(folder)
+    by_task, gates = read_items(folder)
     library = f"kvpress {importlib.metadata.version('kvpress')}, transformers {importlib.metadata.version('transformers')}"
     table = Table(folder / "theirs.csv", Beside)
-    for task, items in found.items():
+    for task, items in by_task.items():
         length = items.tokens().shape[1]
         for question in ("decoded", "prefilled"):
             begin = items.context.shape[1] + (items.turns[0][0].shape[1] if question == "prefilled" else 0)
@@ -130,7 +137,7 @@ def _row(cell: Sequence[Any], right: Tensor, held: float, counted: float, note: 
 
 
 def table(folder: Path, out: Path) -> str:
-    """``kvpress.csv`` in ``out``, of ``ours.csv`` and ``theirs.csv``; accuracies as Markdown."""
+    """Write ``kvpress.csv`` in ``out`` from ``ours.csv`` and ``theirs.csv``, and return the accuracies as a Markdown table."""
     rows = [row for name in ("theirs", "ours") for row in Table(folder / f"{name}.csv", Beside).rows.values()]
     with (out / "kvpress.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Beside)])
@@ -141,22 +148,22 @@ def table(folder: Path, out: Path) -> str:
         line = row["library"].split(",")[0], row["method"], row["question"], row["budget"]
         lines.setdefault(line, {})[row["task"]] = row
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    told = ["| budget | library | method | question | held | counted | " + " | ".join(tasks) + " |"]
-    told.append("| ---: | --- | --- | --- | ---: | ---: |" + " ---: |" * len(tasks))
+    markdown = ["| budget | library | method | question | held | counted | " + " | ".join(tasks) + " |"]
+    markdown.append("| ---: | --- | --- | --- | ---: | ---: |" + " ---: |" * len(tasks))
     for (library, method, question, budget), cells in sorted(lines.items(), key=lambda line: -float(line[0][3])):
         shares = [f"{max(float(cell[name]) for cell in cells.values()):.3f}" for name in ("held", "counted")]
         accuracies = [f"{float(cells[task]['accuracy']):.1%}" if task in cells else "" for task in tasks]
-        told.append("| " + " | ".join([budget, library, method, question, *shares, *accuracies]) + " |")
-    return "\n".join(told)
+        markdown.append("| " + " | ".join([budget, library, method, question, *shares, *accuracies]) + " |")
+    return "\n".join(markdown)
 
 
 def main() -> None:
-    """``python -m bench.lab.kvpress_bench``."""
+    """Run one part of the comparison: ``python -m bench.lab.kvpress_bench PART``."""
     parser = argparse.ArgumentParser(prog="bench.lab.kvpress_bench", description=__doc__)
     parser.add_argument("part", choices=("items", "ours", "theirs", "table"))
-    parser.add_argument("--folder", type=Path, required=True, help="where items and what was found lie")
-    parser.add_argument("--model", type=Path, default=CHECKPOINT, help="the folder of the checkpoint")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the table's CSV goes")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of the items and of the results of both sides")
+    parser.add_argument("--model", type=Path, default=CHECKPOINT, help="folder of the checkpoint")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV of the table")
     chosen = parser.parse_args()
     if chosen.part == "table":
         print(table(chosen.folder, chosen.out))

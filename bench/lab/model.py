@@ -1,4 +1,4 @@
-"""The small decoder: its config, and how it comes from and goes to a folder."""
+"""The small decoder: its config, and functions that build, save and load it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ HEAD_DIM = 32
 
 
 def config(*, layers: int = 6, hidden: int = 256) -> LlamaConfig:
-    """Two query heads to a KV head, tied embeddings; as it stands 4.6 million parameters, 9.3 MB in float16."""
+    """Return a config with two query heads per KV head and tied embeddings.
+
+    The default sizes make 4.6 million parameters, which take 9.3 MB in float16.
+    """
     return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
@@ -35,14 +38,14 @@ def config(*, layers: int = 6, hidden: int = 256) -> LlamaConfig:
 
 
 def build(seed: int, shape: LlamaConfig | None = None) -> LlamaForCausalLM:
-    """A model with random weights; torch's own generator is left as it was."""
+    """Build a model with random weights. The state of torch's global generator does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(shape or config())
 
 
 def save(model: LlamaForCausalLM, folder: Path, log: dict[str, Any]) -> None:
-    """``model.safetensors`` in float16, ``config.json`` and ``log.json``."""
+    """Write ``model.safetensors`` in float16, ``config.json`` and ``log.json``."""
     folder.mkdir(parents=True, exist_ok=True)
     half: Any = copy.deepcopy(model).half()
     half.save_pretrained(folder)
@@ -51,14 +54,14 @@ def save(model: LlamaForCausalLM, folder: Path, log: dict[str, Any]) -> None:
 
 
 def write_log(folder: Path, log: dict[str, Any]) -> None:
-    """What is known of a checkpoint, beside it."""
+    """Write ``log.json``, which records the training of a checkpoint, into its folder."""
     (folder / "log.json").write_text(json.dumps(log, indent=1) + "\n", "utf-8")
 
 
 def load(folder: Path = CHECKPOINT) -> LlamaForCausalLM:
-    """The model of a folder, in float32, for evaluation."""
+    """Load the model of a folder in float32 for evaluation. Raises ``FileNotFoundError`` if there is none."""
     if not (folder / "model.safetensors").is_file():
-        raise FileNotFoundError(f"no checkpoint in {folder}: python -m bench.lab.train --out {folder}")
+        raise FileNotFoundError(f"no checkpoint in {folder}: train one with python -m bench.lab.train --out {folder}")
     factory: Any = LlamaForCausalLM
     model: LlamaForCausalLM = factory.from_pretrained(folder, dtype=torch.float32).eval()
     return model

@@ -1,4 +1,7 @@
-"""``python -m bench quality``: which methods answer what, within how many bytes; ``plan.GROUPS`` are the parts of a run."""
+"""``python -m bench quality``: measure how well each method answers, and within how many bytes.
+
+``plan.GROUPS`` are the parts of a run.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +28,17 @@ from bench.measure.timing import RESULTS
 from sparse_compile.head_profile import Profile
 
 PUBLISHED = "gates-published-penalty.json"
-WORKERS = 12  # of a GPU; every step is launched by Python, so that one process leaves a GPU idle
-FILES = {"depths": "quality-depth", "fluency": "quality-perplexity"}  # of groups; all others: quality
+WORKERS = 12  # processes per GPU; Python launches every step, so one process leaves a GPU idle
+FILES = {"depths": "quality-depth", "fluency": "quality-perplexity"}  # CSVs of these groups; all others write to quality
 
 
 def quality(
     out: Path, *, folder: Path = CHECKPOINT, groups: Sequence[str] = tuple(GROUPS), named: str = "", workers: int | None = None
 ) -> None:
-    """Ask the model of ``folder``, whose profiles ``calibrate`` wrote beside it, in so many processes; CSVs grow in ``out``.
+    """Evaluate the model of ``folder`` in ``workers`` processes, and add rows to the CSVs in ``out`` as jobs end.
 
-    Raises ``RuntimeError`` at the end, with everything else written, if a method failed.
+    ``folder`` also holds the profiles that ``calibrate`` wrote. ``named`` is a regular expression that selects methods by name.
+    Raises ``RuntimeError`` at the end if a method failed; everything else is written by then.
     """
     plan = Plan(Profile.load(folder / "gates.json"), Profile.load(folder / "echo.json"), Size(folder))
     jobs = [
@@ -46,16 +50,16 @@ def quality(
     if workers is None:
         workers = min(WORKERS * max(1, torch.cuda.device_count()), max(1, (os.cpu_count() or 1) - 2))
     failed = _run(jobs, out, workers)
-    told = findings.found(out, plan.gates, plan.echo, needles=NEEDLES, length=TRAINED)
+    lines = findings.found(out, plan.gates, plan.echo, needles=NEEDLES, length=TRAINED)
     if (folder / PUBLISHED).exists():
-        told = chain(told, findings.published(Profile.load(folder / PUBLISHED), plan.echo))
-    findings.write(out, told)
+        lines = chain(lines, findings.published(Profile.load(folder / PUBLISHED), plan.echo))
+    findings.write(out, lines)
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(jobs)} jobs failed:\n" + "\n".join(failed))
 
 
 def smoke(out: Path) -> None:
-    """Two methods and two tasks, over a tiny model with random weights."""
+    """Run two methods and two tasks on a tiny model with random weights."""
     size = Size(None, items=2, seeds=3, rows=6, relaxed_rows=3)
     profile = methods.random_profile(Profile([[0.0]] * 2), 0)
     cells = (Cell("multi_key", 160), Cell("turns", 160, question="prefilled"))
@@ -64,7 +68,7 @@ def smoke(out: Path) -> None:
 
 
 def _run(jobs: Sequence[tuple[str, Job]], out: Path, workers: int) -> list[str]:
-    """Run jobs, each of which writes to a file; what went wrong."""
+    """Run jobs, add the rows of each to its file, and return the errors."""
     tables = {name: Table(out / f"{name}.csv", Fluency if "perplexity" in name else Row) for name, _ in jobs}
     began, failed = time.perf_counter(), list[str]()
     for count, (at, rows) in enumerate(done([job for _, job in jobs], workers, failed)):
@@ -74,7 +78,7 @@ def _run(jobs: Sequence[tuple[str, Job]], out: Path, workers: int) -> list[str]:
 
 
 def told(rows: Sequence[Row | Fluency]) -> str:
-    """A line of what a job found."""
+    """Summarize the rows of a job in one line."""
     first = rows[0]
     budget = "" if math.isnan(first.budget) else f" at {first.budget:.4g}"
     cells = [
@@ -85,13 +89,13 @@ def told(rows: Sequence[Row | Fluency]) -> str:
 
 
 def main() -> None:
-    """``python -m bench.lab.quality``: some groups, so many processes."""
+    """Run ``python -m bench.lab.quality`` for some groups, with some number of processes."""
     parser = argparse.ArgumentParser(prog="bench.lab.quality", description=__doc__)
-    parser.add_argument("--model", type=Path, default=CHECKPOINT, help="the folder of the checkpoint, gates.json and echo.json")
+    parser.add_argument("--model", type=Path, default=CHECKPOINT, help="folder of the checkpoint, gates.json and echo.json")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--named", default="", help="methods whose name this regular expression finds (default: all)")
-    parser.add_argument("--workers", type=int, help=f"processes (default: {WORKERS} for each GPU, and two fewer than cores)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the CSVs go")
+    parser.add_argument("--named", default="", help="regular expression for the names of methods to run (default: all)")
+    parser.add_argument("--workers", type=int, help=f"processes (default: {WORKERS} per GPU, at most two fewer than cores)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSVs")
     chosen = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: what was measured so far is written"))
     quality(chosen.out, folder=chosen.model, groups=chosen.groups, named=chosen.named, workers=chosen.workers)

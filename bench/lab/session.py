@@ -1,4 +1,4 @@
-"""A compiled model with a cache, asked questions as in use: the context as a prompt, and what follows token by token."""
+"""Evaluate a compiled model with a cache as in real use: prefill the context, and decode what follows token by token."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from bench.lab.data.items import Items
 from bench.lab.evaluation.budgets import PAGE
 from bench.lab.evaluation.methods import Method
 from sparse_compile import Backend, SparseCache
-from sparse_compile.passes.storage.layer_plan import Ring
 
-CHUNK = 512  # tokens of a prompt at once, where that changes nothing: masks over rings have a row for each sequence
+# Tokens of a prompt chunk, in strict prefills over rings. Chunks do not change the results of these, and they save memory,
+# because masks over rings have a row for each sequence.
+CHUNK = 512
 
 
 class Session:
-    """``rows`` sequences of at most ``length`` tokens at once.
+    """A model and a cache for ``rows`` sequences of at most ``length`` tokens at once.
 
-    The model is compiled in place, by two graphs: one for prompts of any length and one for steps. All attention is the
-    dense reference, whose results are those of the kernels.
+    The model is compiled in place into two graphs: one for prompts of any length and one for decode steps. All attention runs
+    on the dense reference, which gives the same results as the kernels.
     """
 
     def __init__(self, model: Any, method: Method, *, rows: int, length: int) -> None:
@@ -39,15 +40,16 @@ class Session:
             mode=method.mode,
             kv=method.kv,
         )
-        has_rings = any(isinstance(storage, Ring) for layer in self.cache.kept for storage in layer.plan.storages)
+        has_rings = any(not storage.holds_every_key for layer in self.cache.kept for storage in layer.plan.storages)
         self.chunk = CHUNK if has_rings and method.mode == "strict" else length
         self.model.compile(backend=Backend(method.policy, inner="eager", strict=True))
 
     @torch.no_grad()
     def right(self, items: Items, *, question: str = "decoded") -> Tensor:
-        """``[B, turns]``: whether every token of a turn's answer is the most likely one, after the right tokens before it.
+        """Return ``[B, turns]``: whether every token of a turn's answer is the most likely one, given the tokens before it.
 
-        The first question is ``decoded`` after the prompt, or ``prefilled`` as its end.
+        The tokens before are always the right ones. The first question is ``decoded`` after the prompt, or ``prefilled`` as
+        the end of the prompt.
         """
         parts = [part.shape[1] for turn in items.turns for part in turn]
         begin = items.context.shape[1] + (parts[0] if question == "prefilled" else 0)
@@ -58,23 +60,23 @@ class Session:
 
     @torch.no_grad()
     def losses(self, tokens: Tensor, begin: int) -> Tensor:
-        """``[B, N - begin]``: the cross entropy of the tokens from ``begin`` on, which are decoded one by one."""
-        found = [
+        """Return ``[B, N - begin]``: the cross entropy of the tokens from ``begin`` on, which are decoded one by one."""
+        losses = [
             cross_entropy(logits.float(), wanted, reduction="none")
             for logits, wanted in zip(self._logits(tokens, begin), tokens[:, begin:].to(self.device).unbind(1), strict=True)
         ]
-        return torch.stack(found, dim=1).cpu()
+        return torch.stack(losses, dim=1).cpu()
 
     def _guesses(self, tokens: Tensor, begin: int) -> Tensor:
         return torch.stack([logits.argmax(-1) for logits in self._logits(tokens, begin)], dim=1).cpu()
 
     def _logits(self, tokens: Tensor, begin: int) -> Iterator[Tensor]:
-        """For each token from ``begin`` on: ``[B, vocabulary]`` of what it might be."""
+        """Yield the logits ``[B, vocabulary]`` of each token from ``begin`` on."""
         self.cache.reset()
         tokens = tokens.to(self.device)
         yield self._prefilled(tokens[:, :begin])
         for at in range(begin, tokens.shape[1] - 1):
-            yield self._forward(tokens[:, at : at + 1].clone())  # a clone, or Dynamo compiles again for another offset
+            yield self._forward(tokens[:, at : at + 1].clone())  # without the clone, Dynamo recompiles for another offset
 
     def _prefilled(self, prompt: Tensor) -> Tensor:
         logits = prompt

@@ -1,4 +1,4 @@
-"""Train the small model: ``python -m bench.lab.train --out DIR --seed 0``, some minutes on one H200."""
+"""Train the small model: ``python -m bench.lab.train --out DIR --seed 0`` takes some minutes on one H200."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from bench.lab.recipe import SECOND, SMOKE, Recipe
 
 Scores = dict[str, dict[int, float]]  # by task and length
 
-EVALUATION = 1 << 32  # a seed that no training has
-BUCKET = 64  # tokens of the perplexity by position
+EVALUATION = 1 << 32  # a seed that no training uses
+BUCKET = 64  # tokens of each value of the perplexity by position
 
 
 def train(recipe: Recipe, out: Path, *, seed: int, device: str, commit: str, start: Path | None = None) -> dict[str, Any]:
-    """Train, and write model and log to ``out`` now and then; the log. After SIGTERM it saves what there is and ends.
+    """Train a model, write it and its log to ``out`` at intervals, and return the log.
 
-    ``start`` is the folder of a model to go on from, whose log becomes part of this one.
+    After SIGTERM, the training saves its current state and ends. ``start`` is the folder of a model to continue from; its log
+    becomes part of this one.
     """
     began = time.perf_counter()
     model: Any = load(start) if start else build(seed, config(layers=recipe.layers, hidden=recipe.hidden))
@@ -69,7 +70,7 @@ def train(recipe: Recipe, out: Path, *, seed: int, device: str, commit: str, sta
 
 
 def _steps(model: Any, recipe: Recipe, text: Text, seed: int) -> Iterator[tuple[int, Tensor]]:
-    """Steps done, and the running mean of the loss."""
+    """Train, and yield after each step the number of steps done and the running mean of the loss."""
     device = model.device
     optimizer = _optimizer(model)
     chance, rng = random.Random(seed), torch.Generator(device).manual_seed(seed)
@@ -94,22 +95,25 @@ def _steps(model: Any, recipe: Recipe, text: Text, seed: int) -> Iterator[tuple[
 
 
 def weighted_loss(model: Any, tokens: Tensor, weights: Tensor) -> Tensor:
-    """The cross entropy of every token from those before it, times its weight; bfloat16 under autocast."""
+    """Return the sum over tokens of the cross entropy, given the tokens before, times the weight of the token.
+
+    The model runs in bfloat16 under autocast.
+    """
     with torch.autocast(tokens.device.type, torch.bfloat16):
         logits = model(input_ids=tokens, use_cache=False).logits
-    # The first token weighs nothing: rolled to the end, it is what the last logits are held against.
+    # The last logits have no target. The roll gives them the first token, whose weight is 0.
     losses = cross_entropy(logits.float().flatten(0, 1), tokens.roll(-1, 1).flatten(), reduction="none")
     return (losses * weights.roll(-1, 1).flatten()).sum()
 
 
 def scored(model: Any, lengths: tuple[int, ...], items: int) -> Scores:
-    """The accuracy of every task at every length, on items that are the same each time."""
+    """Return the accuracy of every task at every length, on items that are the same each time."""
     model.eval()
-    found: Scores = {}
+    scores: Scores = {}
     for name, task in TASKS.items():
         rng = torch.Generator(model.device).manual_seed(EVALUATION)
-        found[name] = {length: accuracy(model, task, length, rng, items=items) for length in lengths}
-    return found
+        scores[name] = {length: accuracy(model, task, length, rng, items=items) for length in lengths}
+    return scores
 
 
 def _optimizer(model: Any) -> torch.optim.AdamW:
@@ -121,7 +125,7 @@ def _optimizer(model: Any) -> torch.optim.AdamW:
 
 @contextmanager
 def _termination() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM came, which ends nothing inside."""
+    """Catch SIGTERM, which then does not end the process, and yield a function that says whether it came."""
     came: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
     try:
@@ -150,27 +154,28 @@ def _line(seen: dict[str, Any]) -> str:
 
 
 def _commit() -> str:
-    told = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return told.stdout.strip() or "unknown"
+    result = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
 
 
 def main() -> None:
-    """``python -m bench.lab.train --out DIR``: a line every 500 steps, and a checkpoint with its log."""
+    """Run ``python -m bench.lab.train --out DIR``: print a line every 500 steps, and write a checkpoint with its log."""
     parser = argparse.ArgumentParser(prog="bench.lab.train", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the folder of model.safetensors, config.json and log.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for model.safetensors, config.json and log.json")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help=f"default: {Recipe.steps}")
-    parser.add_argument("--start", type=Path, help="the folder of a model to go on from, with the second recipe")
-    parser.add_argument("--commit", help="what the log says (default: what git says)")
-    parser.add_argument("--smoke", action="store_true", help="two layers and a few steps, on the CPU")
-    told = parser.parse_args()
-    recipe = SMOKE if told.smoke else SECOND if told.start else Recipe()
-    recipe = replace(recipe, steps=told.steps or recipe.steps)
-    device = "cuda" if torch.cuda.is_available() and not told.smoke else "cpu"
-    log = train(recipe, told.out, seed=told.seed, device=device, commit=told.commit or _commit(), start=told.start)
+    parser.add_argument("--start", type=Path, help="folder of a model to continue from, with the second recipe")
+    parser.add_argument("--commit", help="commit to record in the log (default: from git)")
+    parser.add_argument("--smoke", action="store_true", help="train two layers for a few steps on the CPU")
+    arguments = parser.parse_args()
+    recipe = SMOKE if arguments.smoke else SECOND if arguments.start else Recipe()
+    recipe = replace(recipe, steps=arguments.steps or recipe.steps)
+    device = "cuda" if torch.cuda.is_available() and not arguments.smoke else "cpu"
+    commit = arguments.commit or _commit()
+    log = train(recipe, arguments.out, seed=arguments.seed, device=device, commit=commit, start=arguments.start)
     for name, of in log.get("scores", {}).items():
         print(f"{name}: " + ", ".join(f"{score:.1%} at {length}" for length, score in of.items()))
-    print(f"{log['steps']} steps in {log['seconds']:.0f} s, written to {told.out}")
+    print(f"{log['steps']} steps in {log['seconds']:.0f} s, written to {arguments.out}")
 
 
 if __name__ == "__main__":

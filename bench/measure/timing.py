@@ -24,10 +24,11 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. Times are milliseconds; ``ratio`` is the baseline's median over ours.
+    """One measurement. Times are in milliseconds.
 
-    ``bound_ms`` is what bytes over copy bandwidth or useful FLOPs over the matmul rate would take, both measured in the same
-    run, and ``share`` is ``bound_ms`` over our median. ``kv_gib`` is what a cache of ``kv_len`` tokens holds on the device.
+    ``ratio`` is the baseline's median divided by ours. ``bound_ms`` is the physical bound: the bytes divided by the copy
+    bandwidth, or the useful FLOPs divided by the matmul rate. Both rates are measured in the same run. ``share`` is
+    ``bound_ms`` divided by our median. ``kv_gib`` is the device memory of a cache of ``kv_len`` tokens.
     """
 
     bench: str
@@ -58,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Timing:
-    """Quantiles in milliseconds, and the peak of device memory in GiB over what was held before."""
+    """Quantiles in milliseconds, and the peak of device memory in GiB above what was allocated before."""
 
     p20: float
     p50: float
@@ -66,14 +67,14 @@ class Timing:
     peak_gib: float
 
     def per(self, parts: int) -> Timing:
-        """The time of one of ``parts`` equal parts."""
+        """Return the time of one of ``parts`` equal parts."""
         return Timing(self.p20 / parts, self.p50 / parts, self.p80 / parts, self.peak_gib)
 
 
 def measured(
     timing: Timing, *, baseline: str = "", slow: Timing | None = None, bound: float = float("nan"), **what: Any
 ) -> Row:
-    """A row of ``timing``, beside the baseline and the bound in milliseconds; printed at once."""
+    """Make a row of ``timing`` with the baseline ``slow`` and the ``bound`` in milliseconds, and print it at once."""
     if slow is not None:
         what |= {"baseline": baseline, "baseline_p50": slow.p50, "ratio": slow.p50 / timing.p50}
     row = Row(**asdict(timing), bound_ms=bound, share=bound / timing.p50, **what, **environment())
@@ -82,7 +83,7 @@ def measured(
 
 
 def measure(run: Callable[[], Any], *, repeat: int = 20, warm_up: int = 3, seconds: float = 2.0) -> Timing:
-    """Time ``run`` by device events on CUDA and by the clock elsewhere: at most ``repeat`` times, for about ``seconds``."""
+    """Time ``run`` with device events on CUDA and the clock elsewhere, at most ``repeat`` times and for about ``seconds``."""
     for _ in range(warm_up):
         run()
     _wait()
@@ -113,7 +114,7 @@ def _once(run: Callable[[], Any]) -> float:
 
 
 def in_graph(run: Callable[[], Any], *, times: int = 10) -> Callable[[], Any]:
-    """``run`` as a CUDA graph of ``times`` calls, to take the gaps between small launches out of a time."""
+    """Record ``times`` calls of ``run`` in a CUDA graph, so that the gaps between small launches are not timed."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -133,7 +134,7 @@ def _wait() -> None:
 
 @cache
 def bandwidth() -> float:
-    """Bytes per second that a large copy reads and writes."""
+    """Return the bytes per second that a large copy reads and writes."""
     size = 1 << (31 if CUDA else 26)
     source, target = torch.ones(size, dtype=torch.int8, device=DEVICE), torch.empty(size, dtype=torch.int8, device=DEVICE)
     return 2 * size / (measure(lambda: target.copy_(source)).p50 * 1e-3)
@@ -141,25 +142,25 @@ def bandwidth() -> float:
 
 @cache
 def matmul_rate() -> float:
-    """FLOPs per second of a large matrix product, bf16 on CUDA and fp32 elsewhere."""
+    """Return the FLOPs per second of a large matrix product, in bf16 on CUDA and fp32 elsewhere."""
     size, dtype = (8192, torch.bfloat16) if CUDA else (1024, torch.float32)
     a, b = (torch.randn(size, size, dtype=dtype, device=DEVICE) for _ in range(2))
     return 2 * size**3 / (measure(lambda: a @ b).p50 * 1e-3)
 
 
 def environment() -> dict[str, Any]:
-    """What every row says about where it was measured."""
+    """Return the columns that say where and when a row was measured."""
     gpu = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
     return {"gpu": gpu, "torch": torch.__version__, "commit": commit(), "date": datetime.date.today().isoformat()}
 
 
 @cache
 def commit() -> str:
-    """The commit of this checkout; of an exported tree what ``BENCH_COMMIT`` says."""
+    """Return the commit of this checkout, or ``BENCH_COMMIT`` if it is set, for an exported tree."""
     if "BENCH_COMMIT" in os.environ:
         return os.environ["BENCH_COMMIT"]
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS)
-    return found.stdout.strip() or "unknown"
+    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS)
+    return result.stdout.strip() or "unknown"
 
 
 def write(rows: Iterable[Row], path: Path) -> None:
@@ -174,7 +175,7 @@ def write(rows: Iterable[Row], path: Path) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text: what matters at a glance."""
+    """Format the main columns of the rows as text."""
     lines = [("what", "shape", "mask", "keys", "kernel", "ms", "baseline", "ms", "ratio", "of bound", "GiB", "note")]
     for r in rows:
         ms, base, peak = f"{r.p50:.4g}", _number(r.baseline_p50, ".4g"), f"{r.peak_gib:.3g}"
@@ -188,7 +189,7 @@ printed: list[Row] = []
 
 
 def print_row(row: Row) -> None:
-    """Print one row as soon as it is there, and keep it: a long run may be cut short."""
+    """Print one row as soon as it is measured, and keep it for the CSV: a long run may be cut short."""
     printed.append(row)
     against = f"{_number(row.ratio, '.2f', 'x')} of {row.baseline} ({_number(row.baseline_p50, '.4g')} ms)"
     share = _number(row.share, ".0%", " of the bound")

@@ -1,4 +1,4 @@
-"""Decode over a SparseCache: steps of whole models by context, and attention alone; against dense caches and stock."""
+"""Benchmark decode over a SparseCache: whole models by context, and attention alone, against dense caches and stock."""
 
 from __future__ import annotations
 
@@ -43,26 +43,29 @@ GQA_BATCH = replace(GQA, contexts=(32768,), dense=32768, stock=(), batch=8)
 
 
 def run_cache(*, smoke: bool = False) -> list[Row]:
-    """DuoAttention's protocol: a decode step and the bytes of the cache, by context. And eight sequences of 32K."""
-    bandwidth()  # while the memory is free
+    """Measure a decode step and the bytes of the cache by context, as DuoAttention does.
+
+    One more case decodes eight sequences of 32K.
+    """
+    bandwidth()  # measured first, while the memory is free
     if smoke:
         return _protocol(TINY_HALF)
     return _protocol(GQA, GQA_BATCH) + _protocol(MHA)
 
 
 def _protocol(*cases: Case) -> list[Row]:
-    """All cases of one model; what stock transformers does comes last, as it takes longest to compile."""
+    """Measure all cases of one model. Stock transformers comes last, because it takes longest to compile."""
     model = build(cases[0].config)
-    rows, found = [], []
+    rows, variants = [], []
     for case in cases:
         sparse = decode_steps(model, case, case.mask, case.contexts)
         dense = decode_steps(model, case, None, tuple(n for n in case.contexts if n <= case.dense))
-        found.append((case, (sparse, dense)))
+        variants.append((case, (sparse, dense)))
         for length in case.contexts:
             rows.append(sparse.row(model, length, DENSE, dense.timings.get(length)))
             if length in dense.timings and length not in case.stock:
                 rows.append(dense.row(model, length))
-    for case, both in found:
+    for case, both in variants:
         for length in case.stock:
             slow, note = stock_steps(model, case, length)
             rows += [variant.row(model, length, f"{STOCK}, StaticCache, {MODE}", slow, note) for variant in both]
@@ -71,7 +74,10 @@ def _protocol(*cases: Case) -> list[Row]:
 
 @dataclass(frozen=True)
 class Variant:
-    """Decode steps of a case under one mask, by context. ``beside`` are the bytes at the peak beside weights and cache."""
+    """Timings of decode steps of a case under one mask, by context.
+
+    ``beside`` is how many bytes the peak of memory holds besides weights and cache.
+    """
 
     case: Case
     mask: Mask | None
@@ -81,11 +87,14 @@ class Variant:
     note: str
 
     def row(self, model: Any, length: int, baseline: str = "", slow: Timing | None = None, note: str = "") -> Row:
-        """Against the bytes that a step reads: weights without the embedding, visible keys and values, and digests of pages."""
+        """Make a row whose bound is the time to read a step's bytes.
+
+        A step reads the weights without the embedding, the visible keys and values, and the page summaries.
+        """
         case, timing, mask = self.case, self.timings[length], causal if self.mask is None else self.mask
         cache = case.cache(self.mask, length, "meta")
         density = largest_density(mask, 1, length, length - 1, case.config.num_attention_heads, (1, 64))
-        embedding = model.get_input_embeddings().weight.nbytes  # of which a step reads a row
+        embedding = model.get_input_embeddings().weight.nbytes  # a step reads one row of it
         read = weights(model) - embedding + case.read(cache, density) + digest_bytes(cache)
         sizes = [size / GIB for size in (weights(model), cache.nbytes, self.beside)]
         parts = "{:.2f} weights + {:.2f} KV of this length + {:.2f} beside them".format(*sizes)
@@ -107,7 +116,7 @@ class Variant:
 
 
 def decode_steps(model: Any, case: Case, mask: Mask | None, contexts: tuple[int, ...]) -> Variant:
-    """One graph over a cache of the longest context; the others differ in how full it is."""
+    """Time decode steps at all ``contexts``, with one graph and one cache of the longest. Contexts differ in how full it is."""
     forget()
     cache = case.cache(mask, max(contexts))
     randomize(cache)
@@ -116,7 +125,7 @@ def decode_steps(model: Any, case: Case, mask: Mask | None, contexts: tuple[int,
     ids = torch.randint(model.config.vocab_size, (case.batch, 1), device=DEVICE)
 
     def steps(length: int) -> None:
-        """The last steps of a context, one after the other, as a loop of generation issues them."""
+        """Run the last steps of a context one after the other, as a generation loop does."""
         fill(cache, length - STEPS)
         run_steps(fast, ids, cache)
 
@@ -127,7 +136,7 @@ def decode_steps(model: Any, case: Case, mask: Mask | None, contexts: tuple[int,
 
 
 def stock_steps(model: Any, case: Case, length: int) -> tuple[Timing, str]:
-    """The same with stock transformers and stock compilation."""
+    """Time the same steps with stock transformers and stock compilation, and return a note as well."""
     forget()
     cache = static_cache(model, length)
     stock: Any = torch.compile(model, mode=MODE, dynamic=False)
@@ -145,7 +154,7 @@ def stock_steps(model: Any, case: Case, length: int) -> tuple[Timing, str]:
 
 
 def run_steps(model: Any, ids: Tensor, cache: Any) -> None:
-    """The next steps, without waiting in between."""
+    """Run the next ``STEPS`` steps without waiting between them."""
     for _ in range(STEPS):
         torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():
@@ -156,7 +165,7 @@ def run_steps(model: Any, ids: Tensor, cache: Any) -> None:
 
 
 def run_cache_attention(*, smoke: bool = False) -> list[Row]:
-    """Attention of a decode step through the cache, against SDPA over dense keys that lie there."""
+    """Time the attention of a decode step through the cache, against SDPA over dense keys that are already in memory."""
     if smoke:
         return [_attention(SMALL, 2, 2048)]
     return [_attention(LLAMA3, 2, 1_000_000), _attention(LLAMA2, 4, 200_000)]
@@ -201,9 +210,10 @@ def _attention(shape: Shape, every: int, length: int) -> Row:
 def last_steps(
     shape: Shape, mask: Mask | None, length: int, *, layers: int, steps: int, room: int, kv: Any = None
 ) -> tuple[Timing, Any, sc.Backend]:
-    """Attention alone of the last ``steps`` of a context, appending included: the time of a layer in a step, and with what.
+    """Time the attention alone of the last ``steps`` of a context, appending included.
 
-    The cache is full of random numbers and has room for ``room`` tokens more.
+    Returns the time of one layer in one step, the cache and the backend. The cache is full of random numbers and has room for
+    ``room`` more tokens.
     """
     forget()
     new = [operands(shape, 1, 2) for _ in range(layers)]
@@ -230,7 +240,7 @@ def _config(shape: Shape, layers: int) -> LlamaConfig:
 
 
 def attend_layers(layers: list[tuple[Tensor, Tensor, Tensor]], cache: Any) -> list[Tensor]:
-    """What transformers does between the projections."""
+    """Do what transformers does between the projections of each layer."""
     device = layers[0][0].device
     at = torch.arange(1, device=device) + cache.get_seq_length()
     seen = torch.arange(cache.max_length, device=device) <= at[:, None]

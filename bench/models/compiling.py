@@ -1,4 +1,4 @@
-"""What compiling costs: the first call of a 32-layer model in a fresh process, with empty caches and with warm ones."""
+"""Measure the cost of compiling: the first call of a 32-layer model in a new process, with empty and with warm caches."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ LAYERS = 32
 
 
 def run_compile(*, smoke: bool = False) -> list[Row]:
-    """Stock Inductor and this library, each cold and again in a second process."""
+    """Time stock Inductor and this library, each with empty caches and again in a second process with warm caches."""
     layers, length = (2, 128) if smoke else (LAYERS, 4096 if CUDA else 512)
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for name in ("stock", "ours"):
         with tempfile.TemporaryDirectory() as caches:
             for run in ("cold", "warm"):
-                found[f"{name} {run}"] = _in_a_process(name, layers, length, caches)
+                results[f"{name} {run}"] = _in_a_process(name, layers, length, caches)
     rows = []
     for run in ("cold", "warm"):
-        ours, stock = found[f"ours {run}"], found[f"stock {run}"]
+        ours, stock = results[f"ours {run}"], results[f"stock {run}"]
         rows.append(
             measured(
                 _once(ours),
@@ -50,13 +50,13 @@ def run_compile(*, smoke: bool = False) -> list[Row]:
 
 
 def _once(result: dict[str, Any]) -> Timing:
-    """The first call of a process, which happens once."""
+    """Return the timing of a first call, which has no spread because it happens once per process."""
     ms = result["seconds"] * 1e3
     return Timing(ms, ms, ms, 0.0)
 
 
 def _in_a_process(name: str, layers: int, length: int, caches: str) -> dict[str, Any]:
-    """The first call of a model in a process of its own."""
+    """Time the first call of a model in its own process."""
     settings = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches, "TRITON_CACHE_DIR": f"{caches}/triton"}
     command = [sys.executable, "-m", "bench.models.compiling", name, str(layers), str(length)]
     root = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""Models over full caches: what is compared, caches that pretend to hold a text, memory, and rows of results."""
+"""Cases for decoding over full caches: models, caches that pretend to hold a text, memory, and rows of results."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Case:
-    """A model of which every ``every``-th KV head sees ``seeing`` and the others NARROW, and contexts to decode at.
+    """A model, the masks of its KV heads, and the contexts at which it decodes.
 
-    ``dense`` is the longest of them whose dense cache fits; ``stock`` are those at which stock transformers is measured.
+    Every ``every``-th KV head sees ``seeing``; the others see ``NARROW``. ``dense`` is the longest context whose dense cache
+    fits into memory. ``stock`` are the contexts at which stock transformers is measured.
     """
 
     name: str
@@ -49,19 +50,19 @@ class Case:
 
     @property
     def mask(self) -> Mask:
-        """One mask for each KV head."""
+        """The mask, with one part for each KV head."""
         return per_head([NARROW if head % self.every else self.seeing for head in range(self.config.num_key_value_heads)])
 
     def cache(self, mask: Mask | None, length: int, device: torch.device | str = DEVICE) -> Any:
-        """A SparseCache; on ``meta`` for its bytes alone."""
+        """Make a SparseCache. On device ``meta`` it has sizes but no memory."""
         return sc.SparseCache(self.config, mask, max_length=length, max_batch=self.batch, dtype=DTYPE, device=device)
 
     def read(self, cache: Any, density: float) -> float:
-        """The bytes of keys and values that a step reads."""
+        """Return the bytes of keys and values that a step reads."""
         return float(density * cache.dense_nbytes)
 
     def what(self, mask: Mask | None) -> str:
-        """What is compared."""
+        """Describe the mask for the ``what`` column of a row."""
         if mask is None:
             return "dense"
         seen = "full heads" if self.seeing == causal else f"heads under {self.seeing}, the others streaming"
@@ -78,7 +79,7 @@ MHA = Case("Llama-2-7B", LLAMA2_7B, 4, contexts(20_000), dense=200_000, stock=(2
 
 
 def fill(cache: Any, tokens: int) -> None:
-    """Pretend that every row of ``cache`` holds ``tokens`` tokens, of whatever content is there."""
+    """Pretend that every row of ``cache`` holds ``tokens`` tokens. Their content is whatever the buffers hold."""
     at, column = cache.positions, torch.arange(cache.max_length, device=DEVICE)
     cache.books.columns, cache.books.batch = tokens, cache.max_batch
     at.columns.fill_(tokens)
@@ -95,7 +96,7 @@ def fill(cache: Any, tokens: int) -> None:
 
 
 def randomize(cache: Any) -> None:
-    """Random keys and values, or codes of such numbers, and digests that describe those keys."""
+    """Fill a cache with random keys and values, quantized if the cache is, and with the page summaries of these keys."""
     for layer in cache.layers:
         for buffer in layer.buffers:
             buffer.normal_()
@@ -109,15 +110,15 @@ def randomize(cache: Any) -> None:
 
 
 def _draw_codes(part: Any) -> None:
-    """Codes, scales or offsets such that what they stand for is about as large as normal numbers."""
+    """Fill quantized data, scales or offsets so that dequantized numbers are about as large as normal numbers."""
     if part.dtype == torch.uint8:
-        part.random_(0, 64)  # of fp8 from 0 to 1.9
+        part.random_(0, 64)  # 0 to 1.9 if read as fp8
     else:
         part.uniform_(0.01, 0.02)
 
 
 def _keys_of(layer: Any, at: int, head: int) -> Any:
-    """The keys ``[B, 1, N, D]`` of a head of a storage."""
+    """Return the keys ``[B, 1, N, D]`` of one head of storage group ``at``."""
     forms = layer.plan.storages[at].forms
     if forms is None:
         return layer.buffers[2 * at][:, head : head + 1]
@@ -126,12 +127,15 @@ def _keys_of(layer: Any, at: int, head: int) -> Any:
 
 
 def digest_bytes(cache: Any) -> int:
-    """What a decode step reads to choose pages; in steps that use earlier scores nothing, which counts as a part of it."""
-    found = 0.0
+    """Return the bytes of page summaries that a decode step reads to select pages, as a mean over steps.
+
+    A step that reuses earlier scores (``every`` > 1) reads none.
+    """
+    total = 0.0
     for layer in cache.layers:
         chosen = [s.selecting.selector.every for s in layer.plan.storages if getattr(s, "selecting", None) is not None]
-        found += sum(digest.nbytes / every for (digest, _), every in zip(layer.digests(), chosen, strict=True))
-    return int(found)
+        total += sum(digest.nbytes / every for (digest, _), every in zip(layer.digests(), chosen, strict=True))
+    return int(total)
 
 
 def static_cache(model: Any, length: int) -> Any:
@@ -150,7 +154,7 @@ def fill_static(cache: Any, tokens: int) -> None:
 
 
 def weights(model: Any) -> int:
-    """Bytes of the parameters; of tensors that torchao made small, of what they are made of."""
+    """Return the bytes of the parameters. A tensor that torchao quantized counts as the tensors that it consists of."""
     return sum(_bytes(parameter.data) for parameter in model.parameters())
 
 
@@ -161,7 +165,7 @@ def _bytes(tensor: Any) -> int:
 
 
 def forget() -> None:
-    """Give back what was compiled and recorded for the variant before."""
+    """Free what was compiled and recorded for the previous variant."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     gc.collect()
@@ -170,7 +174,7 @@ def forget() -> None:
 
 
 def first_call(run: Callable[[], Any]) -> tuple[int, float]:
-    """The bytes that the first call of ``run`` took beside what was there, warm-up and recording included; its seconds."""
+    """Return how many bytes the first call of ``run`` added at its peak, warm-up and recording included, and its seconds."""
     held = reset_peak()
     seconds = seconds_of(run)
     return peak() - held, seconds
@@ -196,7 +200,7 @@ def peak() -> int:
 
 
 def graphs(backend: sc.Backend) -> str:
-    """How many graphs were compiled, and what else Dynamo and Inductor counted."""
+    """Say how many graphs were compiled, with recompiles, graph breaks and calls without a CUDA graph."""
     counters = torch._dynamo.utils.counters
     breaks, skips = sum(counters["graph_break"].values()), counters["inductor"]["cudagraph_skips"]
     return f"{backend.report.compiles} (recompiles {backend.report.recompiles}, breaks {breaks}, without CUDA graph {skips})"
@@ -220,7 +224,7 @@ def row(
 
 
 def _written(mask: Mask) -> str:
-    """A mask as a cell of a table: of one for each head, each distinct one."""
+    """Write a mask as a table cell. A long per-head mask is written as its distinct masks."""
     text = str(mask)
     if len(text) < 60 or not isinstance(mask, PerHead):
         return text

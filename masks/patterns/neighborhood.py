@@ -1,4 +1,4 @@
-"""Neighborhoods of image and video tokens."""
+"""Neighborhood patterns over grids of image and video tokens."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from sparse_compile.masks.patterns.positional import at_least
 class Neighborhood(Mask):
     """Each token of a grid sees ``kernel`` tokens around it along every axis (NATTEN, https://arxiv.org/abs/2204.07143).
 
-    Positions number the grid row by row. As in NATTEN the window is moved inwards at the borders, so that every query sees
-    exactly ``kernel`` tokens per axis; with ``dilation`` d it moves within the positions of equal remainder mod d. An axis
-    with ``causal`` looks back only: the last ``kernel`` tokens, its own included, and fewer at the start.
+    Positions number the grid row by row. As in NATTEN, the window is moved inward at the borders, so that every query sees
+    exactly ``kernel`` tokens per axis. With a ``dilation`` of d, the window has only coordinates with the query's remainder
+    mod d, also where it is moved. On a ``causal`` axis, a query sees the last ``kernel`` tokens, including its own, and
+    fewer at the start of the axis.
 
-    ``grid`` has one to three axes; ``kernel``, ``dilation`` and ``causal`` are given per axis or once for all. Pairs
-    outside the grid are hidden. Raises ``ValueError`` where ``kernel * dilation`` exceeds the grid.
+    ``grid`` has one to three axes. ``kernel``, ``dilation`` and ``causal`` are one value per axis, or one value for all
+    axes. Pairs with a position outside the grid are hidden. Raises ``ValueError`` if ``kernel * dilation`` exceeds the size
+    of an axis.
 
         >>> print(neighborhood(4, 3).draw(4, 4))
         ███·
@@ -48,10 +50,10 @@ class Neighborhood(Mask):
         if not 1 <= len(axes) <= 3:
             raise ValueError(f"neighborhood needs a grid of one to three axes, got {len(axes)}")
         for field, value in (("kernel", kernel), ("dilation", dilation), ("causal", causal)):
-            given = tuple(value) if isinstance(value, tuple | list) else (value,) * len(axes)
-            if len(given) != len(axes):
-                raise ValueError(f"neighborhood {field} needs one value per grid axis ({len(axes)}), got {len(given)}")
-            object.__setattr__(self, field, given)
+            values = tuple(value) if isinstance(value, tuple | list) else (value,) * len(axes)
+            if len(values) != len(axes):
+                raise ValueError(f"neighborhood {field} needs one value per grid axis ({len(axes)}), got {len(values)}")
+            object.__setattr__(self, field, values)
         object.__setattr__(self, "grid", axes)
         for size, width, step, back in zip(self.grid, self.kernel, self.dilation, self.causal, strict=True):
             at_least("neighborhood grid", size)
@@ -79,7 +81,7 @@ class Neighborhood(Mask):
         return visible
 
     def _start(self, axis: int, x: Any) -> Any:
-        """The first coordinate that the query at coordinate ``x`` of an axis may see."""
+        """Return the first coordinate that a query at coordinate ``x`` of an axis sees."""
         size, width, step = self.grid[axis], self.kernel[axis], self.dilation[axis]
         if self.causal[axis]:
             return _at_least(x - (width - 1) * step, x % step)
@@ -98,9 +100,9 @@ class Neighborhood(Mask):
         return Bounds(maybe, self._everyone(lo, hi, every))
 
     def _hull(self, axis: int, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        """Runs that cover what ``lo..hi`` sees within the sub-grid of the axes from ``axis`` on: starts, stops ``[rows, n]``.
+        """Return starts and stops ``[rows, n]`` of runs that cover what ``lo..hi`` sees on the sub-grid from ``axis`` on.
 
-        A run that stays on one line of this axis is covered line by line; one that crosses lines, by whole lines.
+        If the queries stay within one line, the runs cover their keys line by line. Otherwise one run covers whole lines.
         """
         stride = _product(self.grid[axis + 1 :])
         x0, x1 = lo // stride, hi // stride
@@ -122,7 +124,10 @@ class Neighborhood(Mask):
         return torch.cat(start, dim=-1), torch.cat(stop, dim=-1)
 
     def _span(self, axis: int, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
-        """First coordinate and end that queries at coordinates ``x0..x1`` may see. Windows move by less than a dilation."""
+        """Return the first coordinate, and the end, of what queries at coordinates ``x0..x1`` may see.
+
+        The start of a window may drop by less than one dilation from one query to a later one, hence the slack.
+        """
         width, step = self.kernel[axis], self.dilation[axis]
         slack = torch.where(x0 == x1, 0, step - 1)
         first = (self._start(axis, x0) - slack).clamp(min=0)
@@ -130,7 +135,7 @@ class Neighborhood(Mask):
         return first, end.clamp(max=self.grid[axis])
 
     def _everyone(self, lo: Tensor, hi: Tensor, every: Tensor) -> Intervals:
-        """The keys all queries of a run see: one interval on a line without dilation, else none is claimed."""
+        """Return the keys that all queries of a run see: one interval on a single axis without dilation, otherwise no key."""
         if len(self.grid) > 1 or self.dilation[0] > 1:
             return Intervals.nothing(lo)
         start = self._start(0, hi)
@@ -146,7 +151,7 @@ def _product(sizes: tuple[int, ...]) -> int:
 
 
 def _at_least(x: Any, least: Any) -> Any:
-    """``max(x, least)`` for integers and for tensors."""
+    """Return ``max(x, least)`` for an integer or a tensor."""
     return x.clamp(min=least) if isinstance(x, Tensor) else max(x, least)
 
 

@@ -1,4 +1,4 @@
-"""One mask per head."""
+"""A pattern that gives each head its own mask."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch import Tensor
 
 from sparse_compile.masks.intervals import Bounds, beside
 from sparse_compile.masks.mask import Index, Mask
+from sparse_compile.masks.operators import union
 
 
 @dataclass(frozen=True, repr=False)
 class PerHead(Mask):
-    """Each head its own mask: one per query head, or one per KV head (then for its whole query group).
+    """Each head has its own mask: one mask per query head, or one mask per KV head for all query heads of its group.
 
-    Called as a ``mask_mod``, the list is taken as one mask per query head; ``dense``, ``block_mask`` and the compiler
-    spread a shorter list over the query heads they are given. Lists do not nest.
+    ``dense``, ``block_mask`` and the compiler expand a list for KV heads to the query heads of the attention. A direct call
+    as a ``mask_mod`` does not expand it: the list must then have one mask per query head. ``per_head`` does not nest.
 
         >>> print(per_head([causal, causal & sliding_window(1)]).draw(2, 2))
         head 0
@@ -29,7 +30,7 @@ class PerHead(Mask):
         ·█
     """
 
-    masks: Sequence[Mask]  # kept as a tuple
+    masks: Sequence[Mask]  # stored as a tuple
     name: ClassVar[str] = "per_head"
 
     def __post_init__(self) -> None:
@@ -40,16 +41,16 @@ class PerHead(Mask):
             raise ValueError("per_head needs at least one mask, got none")
         for mask in masks:
             if not isinstance(mask, Mask):
-                raise TypeError(f"per_head needs a list of masks, got {mask!r} in it")
+                raise TypeError(f"per_head needs a list of masks, but one entry is {mask!r}")
             if any(isinstance(node, PerHead) for node in mask.walk()):
                 raise ValueError("per_head does not nest: give each head one mask, got a per_head inside per_head")
         object.__setattr__(self, "masks", masks)
-        assert self._shared  # filled in here, as Dynamo traces what is first asked for in __call__
+        assert self._shared  # compute it here: Dynamo would trace the computation in __call__
 
     @cached_property
     def _shared(self) -> tuple[tuple[Mask, tuple[int, ...]], ...]:
-        """The masks, each with the heads that share it."""
-        # Tensors are told apart by identity: reading them would wait for the device.
+        """The distinct masks, each with the heads that share it."""
+        # Compare tensors by identity: reading their contents would wait for the device.
         heads: dict[str, list[int]] = {}
         for head, mask in enumerate(self.masks):
             heads.setdefault(mask.text(lambda c: c.name if c.is_symbol else f"<{id(c.tensor)}>"), []).append(head)
@@ -60,19 +61,19 @@ class PerHead(Mask):
             return self.masks[0].__call__(b, h, q_idx, kv_idx)
         visible: Any = None
         for mask, heads in self._shared:
-            here: Any = None
+            shares: Any = None
             for start, stop in consecutive(heads):
                 run = (h >= start) & (h < stop)
-                here = run if here is None else here | run
-            part = here & mask.__call__(b, h, q_idx, kv_idx)
-            visible = part if visible is None else visible | part
+                shares = run if shares is None else shares | run
+            shown = shares & mask.__call__(b, h, q_idx, kv_idx)
+            visible = shown if visible is None else visible | shown
         return visible
 
     def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
-        found: dict[int, Bounds] = {}
+        by_head: dict[int, Bounds] = {}
         for mask, heads in self._shared:
-            found |= dict.fromkeys(heads, mask.bounds(lo, hi))
-        bounds = [found[head] for head in range(len(self.masks))]
+            by_head |= dict.fromkeys(heads, mask.bounds(lo, hi))
+        bounds = [by_head[head] for head in range(len(self.masks))]
         maybe = beside([x.maybe for x in bounds])
         certain = all(x.certain for x in bounds)
         return Bounds(maybe, maybe if certain else beside([x.surely for x in bounds]))
@@ -114,8 +115,14 @@ class PerHead(Mask):
         return heads // len(self.masks)
 
 
+def unions_by_kv_head(mask: Mask, heads: int, kv_heads: int) -> list[Mask]:
+    """Return, for each KV head, the union of the masks of its query heads; there are ``heads`` query heads in all."""
+    group = heads // kv_heads
+    return [union(mask.for_head(head, heads) for head in range(first, first + group)) for first in range(0, heads, group)]
+
+
 def consecutive(heads: Sequence[int]) -> list[tuple[int, int]]:
-    """Consecutive heads as half-open ranges."""
+    """Group consecutive heads into half-open ranges."""
     runs: list[tuple[int, int]] = []
     for head in heads:
         if runs and runs[-1][1] == head:

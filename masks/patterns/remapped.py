@@ -1,4 +1,4 @@
-"""Masks over keys that are stored in another order than the text: what a cache looks like to a kernel."""
+"""Masks over keys that are not stored in text order, as a kernel finds them in a cache."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from sparse_compile.masks.unknown_tensors import without_tensors
 
 @dataclass(frozen=True, repr=False)
 class Placed(Mask):
-    """``mask`` over queries and keys at positions of their own: pair ``(i, j)`` is pair ``(queries[b, i], keys[b, j])``.
+    """Apply ``mask`` at remapped positions: pair ``(i, j)`` is visible if ``mask`` shows ``(queries[b, i], keys[b, j])``.
 
-    ``queries`` ``[B, Q]`` and ``keys`` ``[B, KV]`` are integer tensors; a negative position sees and shows nothing. With
-    ``ordered`` both ascend (apart from negative ones), and tables are tight; otherwise every block is visited.
+    ``queries`` ``[B, Q]`` and ``keys`` ``[B, KV]`` are integer tensors of text positions. Queries and keys with a negative
+    position are in no visible pair. With ``ordered``, positions must ascend, apart from negative ones, and block tables are
+    tight. Without it, every block is visited.
 
         >>> print(placed(causal, [[1, 2]], [[2, -1, 0]]).draw(2, 3))
         ··█
@@ -63,30 +64,33 @@ class Placed(Mask):
         return Captured.of(self.queries).tensor.shape[0], self.mask.sizes()[1]
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int, q_offset: int = 0) -> None:
-        """The mask inside is asked about other positions than those of the attention, so only heads can be checked."""
+        """Check only the head count: the positions that ``mask`` sees do not follow from the lengths of the attention."""
         self.mask.check(1, heads, 1, 1)
 
 
 class _Ascending:
-    """Positions ``[B, n]`` that ascend, with negative ones in between that count for nothing."""
+    """Positions ``[B, n]`` that ascend, apart from negative ones in between, which are ignored."""
 
     def __init__(self, at: Tensor) -> None:
         at = at.long()
         valid = at >= 0
-        self.reached = at.cummax(dim=1).values  # the latest position so far
-        ahead = torch.where(valid, at, INF).flip(1).cummin(dim=1).values.flip(1)  # the next position from here on
+        self.reached = at.cummax(dim=1).values  # the largest position up to each place
+        ahead = torch.where(valid, at, INF).flip(1).cummin(dim=1).values.flip(1)  # the next position from each place on
         self.ahead = ahead
-        self.count = torch.nn.functional.pad(valid.cumsum(dim=1), (1, 0))  # valid ones before: [B, n + 1]
+        self.count = torch.nn.functional.pad(valid.cumsum(dim=1), (1, 0))  # valid positions before each place: [B, n + 1]
 
     def over(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """First and last position of each run of places, and whether none of it is negative: ``[B, 1, rows]``."""
+        """Return the first and last position of each run of places, and whether no position is negative: ``[B, 1, rows]``."""
         last_place = self.reached.shape[1] - 1
         lo, hi = lo.clamp(0, last_place), hi.clamp(0, last_place)
         whole = self.count[:, hi + 1] - self.count[:, lo] == hi - lo + 1
         return self.ahead[:, lo].unsqueeze(1), self.reached[:, hi].unsqueeze(1), whole.unsqueeze(1)
 
     def places(self, seen: Intervals, *, some: Tensor, all_of_them: bool = False) -> Intervals:
-        """The places of a set of positions; none where ``some`` is false. ``all_of_them`` drops runs with negative places."""
+        """Return the places whose positions are in ``seen``, and none in rows where ``some`` is False.
+
+        ``all_of_them`` drops runs of places that contain a negative position.
+        """
         start, stop = [self._first(edge) for edge, _ in seen.columns], [self._first(edge) for _, edge in seen.columns]
         edges = torch.broadcast_tensors(*start, *stop)
         starts, stops = torch.stack(edges[: len(start)], dim=-1), torch.stack(edges[len(start) :], dim=-1)
@@ -98,21 +102,22 @@ class _Ascending:
         return Intervals.stacked(starts, torch.where(keep, stops, starts))
 
     def _first(self, edge: Edge) -> Tensor:
-        """The first place at or beyond a position: ``[B, H|1, rows|1]``."""
+        """Return the first place whose position is at or beyond ``edge``: ``[B, H|1, rows|1]``."""
         batch = self.reached.shape[0]
         if isinstance(edge, int):
             edge = torch.full((batch, 1, 1), edge, device=self.reached.device)
         edge = edge.clamp(min=0).expand(batch, *edge.shape[1:])
-        found: Tensor = torch.searchsorted(self.reached, edge.reshape(batch, -1).contiguous())
-        return found.view(edge.shape)
+        place: Tensor = torch.searchsorted(self.reached, edge.reshape(batch, -1).contiguous())
+        return place.view(edge.shape)
 
 
 @dataclass(frozen=True, repr=False)
 class Relaxed(Mask):
-    """Every key from ``start[b]`` on, and what ``mask`` showed the position before it: a chunk that attends to itself.
+    """Every query sees all keys from ``start[b]`` on, and the keys that ``mask`` shows to position ``start[b] - 1``.
 
-    DuoAttention prefills its streaming heads so: each chunk sees the sink, the window before the chunk, and itself (variant D
-    of https://arxiv.org/abs/2410.10819's code). ``start`` is an integer tensor ``[B]``.
+    DuoAttention prefills its streaming heads this way: each chunk of queries sees the sink, the window before the chunk, and
+    itself (variant D in the code of https://arxiv.org/abs/2410.10819). ``start`` is an integer tensor ``[B]``. Combine it
+    with ``causal`` to hide later keys.
 
         >>> print((causal & relaxed(sliding_window(1), [2])).draw(4, 4))
         ····

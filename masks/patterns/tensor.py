@@ -1,4 +1,4 @@
-"""The patterns that read tensors: lengths, documents, padding, or a whole mask as it is."""
+"""Mask patterns that read tensors: prefix lengths, document ids, padding, or a whole mask."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def capture(mask: Mask, field: str, rank: int, shape: str, dtypes: tuple[torch.d
             )
         if tensor.dtype not in dtypes:
             kinds = " or ".join(["bool"] * (torch.bool in dtypes) + ["integer"] * (torch.int64 in dtypes))
-            raise TypeError(f"{mask.name} needs {kinds} {field}, got {tensor.dtype}: convert them first")
+            raise TypeError(f"{mask.name} needs {field} of {kinds} dtype, got {tensor.dtype}: convert the tensor first")
     object.__setattr__(mask, field, captured)
 
 
 def look_up(tensor: Tensor, *index: Index) -> Any:
-    """``tensor[index]``, where an axis of size 1 serves every index.
+    """Return ``tensor[index]``, where an axis of size 1 is broadcast to every index.
 
-    No index is negative, and saying so matters: FlexAttention's C++ template cannot wrap an index around an axis of dynamic
-    size (``ks2 was not declared``, torch 2.13).
+    The clamp at 0 tells the compiler that no index is negative. Without it, FlexAttention's C++ template would have to wrap
+    the index around an axis of dynamic size, which does not compile (``ks2 was not declared``, torch 2.13).
     """
     return tensor[tuple(x * 0 if size == 1 else _not_negative(x) for x, size in zip(index, tensor.shape, strict=True))]
 
@@ -48,19 +48,20 @@ def _not_negative(x: Index) -> Index:
 
 def _check_batch(what: str, tensor: Tensor, batch: int) -> None:
     if tensor.shape[0] not in (1, batch):
-        raise ValueError(f"{what} is given for batch size {tensor.shape[0]}, but the attention has batch size {batch}")
+        raise ValueError(f"{what} was built for batch size {tensor.shape[0]}, but the attention has batch size {batch}")
 
 
 def _check_length(what: str, tensor: Tensor, needed: int) -> None:
     if tensor.shape[1] < needed:
         raise ValueError(
-            f"{what} covers {tensor.shape[1]} positions, but the attention reaches position {needed - 1}: give {needed} of them"
+            f"{what} covers {tensor.shape[1]} positions, but the attention reaches position {needed - 1}: "
+            f"give at least {needed} positions"
         )
 
 
 @dataclass(frozen=True, repr=False)
 class Prefix(Mask):
-    """Every query sees the first ``lengths[b]`` keys: a prefix that attends in both directions (PrefixLM).
+    """Every query sees the first ``lengths[b]`` keys, so the prefix attends in both directions (PrefixLM).
 
     ``lengths`` is an integer or an integer tensor ``[B]``.
 
@@ -108,10 +109,10 @@ class Prefix(Mask):
 
 @dataclass(frozen=True, repr=False)
 class Document(Mask):
-    """Queries see keys of the same document: ``ids[b, i] == ids[b, j]`` (packed sequences).
+    """Each query sees the keys of its own document: ``ids[b, i] == ids[b, j]`` (packed sequences).
 
-    ``ids`` is an integer tensor ``[B, N]`` over text positions; ``B`` of 1 serves every batch. Documents may be scattered;
-    tables are tight when each is one run.
+    ``ids`` is an integer tensor ``[B, N]`` over text positions; a ``B`` of 1 fits every batch size. The positions of a
+    document may be scattered, but block tables are tight only if each document is one run of positions.
 
         >>> print((causal & document([[0, 0, 1]])).draw(3, 3))
         █··
@@ -149,19 +150,19 @@ class Document(Mask):
 
 
 def _extent(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each position of ``ids`` ``[B, N]``: first and last position with the same id, and how many there are."""
+    """Return, for each position of ``ids`` ``[B, N]``, the first, the last and the number of positions with the same id."""
     n = ids.shape[1]
     value, order = ids.sort(dim=1, stable=True)
     left = torch.searchsorted(value, value, side="left")
     right = torch.searchsorted(value, value, side="right")
-    # Stable order: positions ascend within one id, so the ends of its run are its first and last position.
+    # The sort is stable, so positions ascend within one id, and the ends of its run are its first and last position.
     ends = torch.stack([order.gather(1, left), order.gather(1, (right - 1).clamp(max=n - 1)), right - left])
     first, last, size = torch.empty_like(ends).scatter(2, order.expand(3, -1, -1), ends)
     return first, last, size
 
 
 def _over_runs(values: Tensor, lo: Tensor, hi: Tensor, reduce: Literal["amin", "amax"]) -> Tensor:
-    """The least or greatest of ``values`` ``[B, N]`` over each run of positions ``lo..hi``: ``[B, rows]``."""
+    """Return the minimum or maximum of ``values`` ``[B, N]`` over each run of positions ``lo..hi``: ``[B, rows]``."""
     position = torch.arange(values.shape[1], device=values.device)
     row = (torch.searchsorted(lo.contiguous(), position, right=True) - 1).clamp(min=0)
     inside = (position >= lo[row]) & (position <= hi[row])
@@ -172,10 +173,10 @@ def _over_runs(values: Tensor, lo: Tensor, hi: Tensor, reduce: Literal["amin", "
 
 @dataclass(frozen=True, repr=False)
 class Padding(Mask):
-    """Queries see keys that are no padding: ``valid[b, j]``, the 2-D ``attention_mask`` of transformers.
+    """Every query sees the keys that are not padding: ``valid[b, j]``, the 2-D ``attention_mask`` of transformers.
 
-    ``valid`` is a bool tensor ``[B, N]`` over key positions (integers count as bool); ``B`` of 1 serves every batch.
-    Tables are tight for padding on the left, on the right, or both.
+    ``valid`` is a bool tensor ``[B, N]`` over key positions; a ``B`` of 1 fits every batch size. Integers work too: every
+    value but 0 counts as True. Block tables are tight for padding on the left, on the right, or on both sides.
 
         >>> print((causal & padding([[False, True, True]])).draw(3, 3))
         ···
@@ -215,10 +216,10 @@ class Padding(Mask):
 
 @dataclass(frozen=True, repr=False)
 class Explicit(Mask):
-    """Exactly the pairs of a bool tensor: ``visible[b, h, i - q_start, j - kv_start]``; what no formula describes.
+    """Show exactly the pairs of a bool tensor: ``visible[b, h, i - q_start, j - kv_start]``.
 
-    ``visible`` is ``[B, H, Q, KV]``; a size of 1 serves all of that axis. ``q_start`` and ``kv_start`` are the text
-    positions of its first query and key: integers, or one-element integer tensors.
+    Use it for masks that no formula describes. ``visible`` is ``[B, H, Q, KV]``; an axis of size 1 is broadcast. ``q_start``
+    and ``kv_start`` are the text positions of its first query and key: integers, or one-element integer tensors.
 
         >>> print(explicit([[[[True, False], [True, True]]]]).draw(2, 2))
         █·
@@ -269,24 +270,24 @@ class Explicit(Mask):
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int, q_offset: int = 0) -> None:
         shape = Captured.of(self.visible).tensor.shape
-        for what, size, needed in (("batch", shape[0], batch), ("heads", shape[1], heads)):
+        for what, size, needed in (("batch rows", shape[0], batch), ("heads", shape[1], heads)):
             if size not in (1, needed):
-                raise ValueError(f"explicit is given for {size} {what}, but the attention has {needed}")
+                raise ValueError(f"explicit was built for {size} {what}, but the attention has {needed}")
         axes = (("queries", shape[2], self.q_start, q_offset, q_len), ("keys", shape[3], self.kv_start, 0, kv_len))
         for what, size, start, first, length in axes:
-            # Where only a tensor knows the start, reading it would wait for the device.
+            # A start that is a tensor is not checked: reading it would wait for the device.
             if size != 1 and isinstance(start, int) and not start <= first <= first + length <= start + size:
                 raise ValueError(
-                    f"explicit is given for {what} {start} to {start + size - 1}, "
+                    f"explicit covers {what} {start} to {start + size - 1}, "
                     f"but the attention has {what} {first} to {first + length - 1}"
                 )
 
     def for_head(self, head: int, heads: int) -> Mask:
         visible = Captured.of(self.visible)
-        if visible.is_symbol or visible.tensor.shape[1] == 1:  # of a symbol, nobody knows yet whether it has heads
+        if visible.is_symbol or visible.tensor.shape[1] == 1:  # the shape of a symbol is not known yet
             return self
         if visible.tensor.shape[1] != heads:
-            raise ValueError(f"explicit is given for {visible.tensor.shape[1]} heads, but the attention has {heads}")
+            raise ValueError(f"explicit was built for {visible.tensor.shape[1]} heads, but the attention has {heads}")
         return replace(self, visible=Captured(visible.tensor[:, head : head + 1]))
 
 

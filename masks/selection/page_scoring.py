@@ -1,7 +1,7 @@
-"""The rules of page selection in plain PyTorch: what describes a page, how queries score it, which pages are kept.
+"""The rules of page selection in plain PyTorch: how pages are summarized, how queries score them, and which are selected.
 
-A *physical* page is what the cache stores and attention visits (64 keys), a *logical* page is what is described (16 keys): a
-physical page is worth what its best logical page is (LServe, https://arxiv.org/abs/2502.14866).
+A *physical* page is what the cache stores and attention visits (64 keys). A *logical* page is what one page summary covers
+(16 keys). A physical page has the score of its best logical page (LServe, https://arxiv.org/abs/2502.14866).
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-HIDDEN, OFFERED, KEPT = 0, 1, 2  # classes of pages: none of their keys may be seen, the budget decides, always kept
+HIDDEN, OFFERED, KEPT = 0, 1, 2  # page classes: no key is visible, the budget decides, always selected
 
 
 def digest_width(score: str, dim: int) -> int:
-    """How many numbers describe a logical page; 0 where the keys themselves are read."""
+    """Return how many numbers a page summary has; 0 if the keys themselves are scored."""
     return {"minmax": 2 * dim, "mean": dim, "keys": 0}[score]
 
 
 def describe(keys: Tensor, valid: Tensor | None, page: int, score: str) -> Tensor:
-    """The digests ``[B, H, N / page, width]`` of keys ``[B, H, N, D]``, in their dtype; those count that are ``valid`` ``[B |
-    1, N]``.
+    """Summarize every page of the keys ``[B, H, N, D]``: page summaries ``[B, H, N / page, width]`` in the keys' dtype.
 
-    ``minmax`` is the least and the largest of each channel (Quest, https://arxiv.org/abs/2406.10774), side by side; ``mean``
-    the mean. A page without a valid key has zeros, and should not be scored (``alive``).
+    Only keys that are ``valid`` (``[B | 1, N]``; None means all) count. A ``minmax`` summary holds the minimum and then the
+    maximum of each channel (Quest, https://arxiv.org/abs/2406.10774). A ``mean`` summary holds the mean of each channel. A
+    page without a valid key has a summary of zeros and should not be scored (see ``alive``).
     """
     pages: Tensor = keys.unflatten(2, (-1, page))
     if valid is None:
@@ -41,11 +41,11 @@ def describe(keys: Tensor, valid: Tensor | None, page: int, score: str) -> Tenso
 
 
 def score_digests(q: Tensor, digest: Tensor, score: str) -> Tensor:
-    """What queries ``[B, H, G, D]`` may find in logical pages ``[B, H, L, width]``: fp32 ``[B, H, G, L]``.
+    """Score page summaries ``[B, H, L, width]`` for queries ``[B, H, G, D]``: fp32 ``[B, H, G, L]``.
 
-    Of ``minmax`` it is ``sum_d max(q_d * min_d, q_d * max_d)``, which no key of the page exceeds, as one matrix product:
-    negative parts of q meet the minima, positive ones the maxima. (The textbook ``q @ min + relu(q) @ (max - min)`` rounds a
-    difference.)
+    The ``minmax`` score is ``sum_d max(q_d * min_d, q_d * max_d)``. No key of the page has a larger product with the query.
+    One matrix product computes it: negative parts of q multiply the minima, and positive parts multiply the maxima. The
+    textbook form ``q @ min + relu(q) @ (max - min)`` has an additional rounding error, in ``max - min``.
     """
     q = q.float()
     if score == "minmax":
@@ -54,7 +54,10 @@ def score_digests(q: Tensor, digest: Tensor, score: str) -> Tensor:
 
 
 def score_keys(q: Tensor, keys: Tensor, valid: Tensor | None, page: int) -> Tensor:
-    """The largest product of queries ``[B, H, G, D]`` with valid keys ``[B, H, N, D]``: fp32 ``[B, H, G, N / page]``."""
+    """Return the largest product of queries ``[B, H, G, D]`` and valid keys ``[B, H, N, D]`` in each logical page.
+
+    The result is fp32 ``[B, H, G, N / page]``. Pages without a valid key have -inf.
+    """
     products = q.float() @ keys.float().transpose(-1, -2)
     if valid is not None:
         products = products.masked_fill(~valid[:, None, None, :], -torch.inf)
@@ -63,9 +66,9 @@ def score_keys(q: Tensor, keys: Tensor, valid: Tensor | None, page: int) -> Tens
 
 
 def pool(scores: Tensor, group: str, per_page: int, alive: Tensor | None = None) -> Tensor:
-    """Scores ``[..., G, L]`` pooled over the query heads of a KV head, then over the logical pages of each physical one.
+    """Pool scores ``[..., G, L]`` over the query heads of a KV head, then take the best logical page of each physical page.
 
-    Logical pages that are not ``alive``, of a shape like ``[..., L]``, count for nothing.
+    Logical pages that are not ``alive`` are ignored. ``alive`` broadcasts to ``[..., L]``.
     """
     pooled = scores.amax(dim=-2) if group == "max" else scores.mean(dim=-2) if group == "mean" else scores.sum(dim=-2)
     if alive is not None:
@@ -75,17 +78,17 @@ def pool(scores: Tensor, group: str, per_page: int, alive: Tensor | None = None)
 
 
 def alive(valid: Tensor, page: int) -> Tensor:
-    """Which logical pages have a valid key: ``[B | 1, N / page]`` of ``[B | 1, N]``."""
-    found: Tensor = valid.unflatten(1, (-1, page)).any(dim=2)
-    return found
+    """Return which logical pages have a valid key: ``[B | 1, N / page]`` from ``[B | 1, N]``."""
+    result: Tensor = valid.unflatten(1, (-1, page)).any(dim=2)
+    return result
 
 
 def choose(scores: Tensor, classes: Tensor, budget: int, width: int) -> tuple[Tensor, Tensor]:
-    """The pages that are kept: counts ``[...]`` and page numbers ``[..., width]`` in ascending order, zeros after them; int32.
+    """Select pages: int32 counts ``[...]`` and int32 page numbers ``[..., width]``, ascending and then zeros.
 
-    ``scores`` and ``classes`` are ``[..., P]``. All pages of class ``KEPT``, and of those that are ``OFFERED`` the best, until
-    there are ``budget`` pages; of equal scores the lower page, and NaN is the lowest score. ``width`` is room for all that are
-    kept.
+    ``scores`` and ``classes`` are ``[..., P]``. All pages of class ``KEPT`` are selected. Then the best ``OFFERED`` pages are
+    added until there are ``budget`` pages. The lower page wins a tie, and NaN is the lowest score. ``width`` should have room
+    for all selected pages; pages beyond it are dropped.
     """
     classes, least = classes.expand_as(scores), torch.finfo(scores.dtype).min
     rank = scores.nan_to_num(nan=least, posinf=-least, neginf=least)

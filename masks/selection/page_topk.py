@@ -1,10 +1,9 @@
-"""Masks that look at queries and keys: a budget of pages for each query, the rest unread."""
+"""The page selector: each query reads a budget of pages and leaves the others unread."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.intervals import Bounds, Intervals
 from sparse_compile.masks.mask import Index, Mask
-from sparse_compile.masks.operators import full, nothing
+from sparse_compile.masks.operators import full, nothing, union
 from sparse_compile.masks.patterns.positional import at_least
 
 SCORES = ("minmax", "mean", "keys")
@@ -22,33 +21,42 @@ Share = int | Mapping[int, int] | tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, repr=False)
 class PageTopK(Mask):
-    """Queries see the pages that matter most to them, ``tokens`` keys in all (rounded up to whole pages); nothing is forgotten.
+    """Each query reads the pages that score highest for it, ``tokens`` keys in all; the cache keeps every key.
 
-    The budget covers everything a query reads. The newest page, and the pages that the rest of the mask shows without the
-    selector (its static part: a sink, a window), are always kept; what is left goes to the pages with the highest score, of
-    equal ones to the lower page. A kept page is seen as a whole. Pages that the static part only touches count wholly, and
-    these and the newest page may exceed the budget.
-
-    Every ``page`` keys are described as one: by the least and largest value of each channel (``score="minmax"``, Quest,
-    https://arxiv.org/abs/2406.10774), whose product with a query no key exceeds; by their mean (``"mean"``); or not at all
-    (``"keys"``: the largest product of any key, the exact choice, for which all keys are read). Storage pages of several such
-    (``SparseCache(page_size=64)``) count as their best one (LServe, https://arxiv.org/abs/2502.14866), and are what is kept.
-    The query heads of a KV head choose together: by the ``"max"``, ``"mean"`` or ``"sum"`` of their scores (``group``). Quest
-    chooses for each query head alone, which is the same where every query head has its own KV head.
-
-    ``every`` > 1 scores pages in every so many decode steps only; until the next time the page of the scoring token and those
-    after it rank above all. ``share`` names a
-    leader layer whose scores serve this layer, or maps layers to leaders: ``{1: 0, 2: 0}``.
-
-    Decode steps need a ``SparseCache``, and a model without a mask or score mod for each head (ALiBi, learned sinks). In a
-    prefill policy, blocks of 128 queries choose blocks of keys by their mean query: lossy, and ``every`` and ``share`` do not
-    matter.
+    The budget is rounded up to whole pages and covers everything that a query reads. These pages are always selected: the
+    newest page, and all pages with a key that the rest of the mask shows without the selector. That rest is the static part
+    of the mask, such as a sink and a window. A page that the static part only touches counts as a whole page. The pages that
+    are always selected may exceed the budget. What is left of the budget goes to the pages with the highest scores, and the
+    lower page wins a tie. A query sees all keys of a selected page that masks joined by ``&``, such as ``causal``, allow.
 
         >>> causal & (sink(64) | sliding_window(256) | page_topk(4096, every=4))
         causal & (sink(64) | sliding_window(256) | page_topk(4096, every=4))
 
-    Which pairs are visible depends on queries and keys: ``mask.selected(q, k)`` is the mask of one attention, and ``dense`` and
-    ``block_mask`` raise ``ValueError``. So do sizes below 1, and a ``share`` that goes round in a circle.
+    Each run of ``page`` keys is a logical page. ``score`` says how a query scores it:
+
+    | ``score`` | page summary | score of the page |
+    |---|---|---|
+    | ``"minmax"`` | minimum and maximum of each channel | upper bound on the product with any of its keys |
+    | ``"mean"`` | mean of each channel | product with the mean |
+    | ``"keys"`` | none: all keys are read | largest product with any of its keys, which is exact |
+
+    ``"minmax"`` is the score of Quest (https://arxiv.org/abs/2406.10774). Storage pages may consist of several logical pages
+    (``SparseCache(page_size=64)``). A storage page has the score of its best logical page (LServe,
+    https://arxiv.org/abs/2502.14866), and storage pages are what is selected.
+
+    The query heads of a KV head share one selection. Their scores are pooled by ``group``: ``"max"``, ``"mean"`` or ``"sum"``.
+    Quest selects for each query head alone, which is the same if every query head has its own KV head.
+
+    With ``every`` > 1, only every ``every``-th decode step scores pages. Until the next scoring step, the page of the token
+    that was newest at the last scoring, and all later pages, rank above the others. ``share`` lets layers use the scores of
+    an earlier layer, their leader. It is the leader's index, or a mapping from layers to leaders: ``{1: 0, 2: 0}``.
+
+    Decode steps need a ``SparseCache``, and a model that has no mask or score mod per head (such as ALiBi or learned sinks).
+    In a prefill policy, each block of 128 queries selects blocks of 128 keys by its mean query. This is lossy, and ``every``
+    and ``share`` have no effect there.
+
+    The visible pairs depend on queries and keys. ``mask.selected(q, k)`` returns the mask of one attention; ``dense`` and
+    ``block_mask`` raise ``ValueError``. Sizes below 1 and a ``share`` with a cycle raise ``ValueError`` too.
     """
 
     tokens: int
@@ -56,7 +64,7 @@ class PageTopK(Mask):
     score: str = field(default="minmax", kw_only=True)
     group: str = field(default="max", kw_only=True)
     every: int = field(default=1, kw_only=True)
-    share: Share | None = field(default=None, kw_only=True)  # a map is kept as sorted pairs
+    share: Share | None = field(default=None, kw_only=True)  # a mapping is stored as sorted pairs
     name: ClassVar[str] = "page_topk"
     selects: ClassVar[bool] = True
 
@@ -71,9 +79,11 @@ class PageTopK(Mask):
                 at_least("page_topk share", self.share, 0)
             return
         try:
-            leaders = dict(self.share)  # type: ignore[arg-type]  # what it is not, it is told
+            leaders = dict(self.share)  # type: ignore[arg-type]  # invalid types raise below
         except (TypeError, ValueError):
-            raise TypeError(f"page_topk share needs a leader layer or a map of layers, got {self.share!r}") from None
+            raise TypeError(
+                f"page_topk share needs a leader layer or a mapping from layers to leaders, got {self.share!r}"
+            ) from None
         for layer in (*leaders, *leaders.values()):
             at_least("page_topk share", layer, 0)
         object.__setattr__(self, "share", tuple(sorted(leaders.items())) or None)
@@ -81,18 +91,21 @@ class PageTopK(Mask):
             self.leader(layer)
 
     def leader(self, layer: int) -> int:
-        """The layer whose scores ``layer`` uses: itself, unless ``share`` names another. Raises ``ValueError`` for a circle."""
+        """Return the layer whose scores ``layer`` uses: itself, unless ``share`` names another layer.
+
+        Raises ``ValueError`` for a cycle and for a leader that runs after ``layer``.
+        """
         leaders, path = {layer: self.share} if isinstance(self.share, int) and self.share != layer else {}, [layer]
         if isinstance(self.share, tuple):
             leaders = dict(self.share)
         while path[-1] in leaders:
             path.append(leaders[path[-1]])
             if path[-1] in path[:-1]:
-                circle = " -> ".join(map(str, path))
-                raise ValueError(f"page_topk share goes round in a circle: {circle}. One layer has to choose for itself")
+                cycle = " -> ".join(map(str, path))
+                raise ValueError(f"page_topk share has a cycle, {cycle}: one of these layers must score its own pages")
         if path[-1] > layer:
             raise ValueError(
-                f"page_topk share gives layer {layer} the pages of layer {path[-1]}, which runs later: name an earlier one"
+                f"page_topk share gives layer {layer} the pages of layer {path[-1]}, which runs later: name an earlier layer"
             )
         return path[-1]
 
@@ -112,40 +125,44 @@ class PageTopK(Mask):
 
 
 WHY_NOT = (
-    "{} depends on queries and keys, so there is no static answer: ask mask.selected(q, k), which gives the mask of one "
+    "{} depends on queries and keys, so the mask is not static: call mask.selected(q, k), which returns the mask of one "
     "attention"
 )
 
 
 def has_selector(mask: Mask) -> bool:
-    """Whether a mask looks at queries and keys."""
+    """Return whether a mask has a selector, so that it depends on queries and keys."""
     return any(node.selects for node in mask.walk())
 
 
 def selector_of(mask: Mask) -> PageTopK | None:
-    """The selector of a mask of one KV head. Raises ``ValueError`` if it has two."""
-    found = dict.fromkeys(node for node in mask.walk() if isinstance(node, PageTopK))
-    if len(found) > 1:
-        raise ValueError(f"the query heads of a KV head read the same pages, so it has one page_topk, and here are two: {mask}")
-    return next(iter(found), None)
+    """Return the selector of the mask of one KV head, or None. Raises ``ValueError`` if there are several."""
+    selectors = dict.fromkeys(node for node in mask.walk() if isinstance(node, PageTopK))
+    if len(selectors) > 1:
+        raise ValueError(
+            "the query heads of a KV head read the same pages and need the same page_topk, "
+            f"got {' and '.join(map(str, selectors))}: use one of them"
+        )
+    return next(iter(selectors), None)
 
 
 def choosing_together(masks: Sequence[Mask]) -> tuple[PageTopK | None, list[Mask]]:
-    """The selector of the query heads of one KV head, and their masks: without selectors where another head sees everything.
+    """Return the selector of the query heads of one KV head, and the masks of these heads.
 
-    What any head always sees is kept for all of them. Raises as ``selector_of``.
+    If one head sees everything that the others may select, there is no selector, and the masks come without selectors. The
+    pages that any head always sees are selected for all heads. Raises ``ValueError`` like ``selector_of``.
     """
-    selector = selector_of(reduce(lambda a, b: a | b, dict.fromkeys(masks)))
+    selector = selector_of(union(masks))
     return selector, list(masks) if selector is not None else [offered(mask) for mask in masks]
 
 
 def static_part(mask: Mask) -> Mask:
-    """What a mask shows whatever its selectors choose."""
+    """Return what a mask shows whatever its selectors select."""
     return _with(mask, nothing)
 
 
 def offered(mask: Mask) -> Mask:
-    """What a mask may show at most: everything that its selectors could choose."""
+    """Return the most that a mask can show: everything that its selectors could select."""
     return _with(mask, full)
 
 

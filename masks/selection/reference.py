@@ -1,13 +1,12 @@
-"""What selectors choose in one attention, found slowly and plainly: the oracle of page selection."""
+"""Select pages for one attention in slow, plain code: the reference for page selection."""
 
 from __future__ import annotations
-
-from functools import reduce
 
 import torch
 from torch import Tensor
 
 from sparse_compile.masks.mask import Mask, check_sizes, view
+from sparse_compile.masks.operators import union
 from sparse_compile.masks.patterns.per_head import PerHead
 from sparse_compile.masks.patterns.tensor import Explicit
 from sparse_compile.masks.selection.budget import check_pages
@@ -40,21 +39,21 @@ def selected(mask: Mask, q: Tensor, k: Tensor, *, q_offset: int, page_size: int,
     group = heads // kv_heads
     seen_by: list[Mask] = [mask.for_head(head, heads) for head in range(heads)]
     for kv_head in range(kv_heads):
-        mine = slice(kv_head * group, (kv_head + 1) * group)
-        selector, seen_by[mine] = choosing_together(seen_by[mine])
+        in_group = slice(kv_head * group, (kv_head + 1) * group)
+        selector, seen_by[in_group] = choosing_together(seen_by[in_group])
         if selector is None:
             continue
-        whole = reduce(lambda a, b: a | b, dict.fromkeys(seen_by[mine]))
-        kept = _kept(whole, selector, q[:, mine], k[:, kv_head : kv_head + 1], valid, q_offset, page_size, q_block)
+        whole = union(seen_by[in_group])
+        kept = _kept(whole, selector, q[:, in_group], k[:, kv_head : kv_head + 1], valid, q_offset, page_size, q_block)
         chosen = Explicit(kept[..., :kv_len].unsqueeze(1), q_start=q_offset)
-        seen_by[mine] = [_replaced(head, chosen) for head in seen_by[mine]]
+        seen_by[in_group] = [_replaced(head, chosen) for head in seen_by[in_group]]
     return seen_by[0] if len(set(seen_by)) == 1 else PerHead(seen_by)
 
 
 def _kept(
     mask: Mask, selector: PageTopK, q: Tensor, k: Tensor, valid: Tensor, q_offset: int, page_size: int, q_block: int
 ) -> Tensor:
-    """Which keys the kept pages hold: bool ``[B, Q, pages * page_size]`` of one KV head."""
+    """Return which keys the selected pages of one KV head hold: bool ``[B, Q, pages * page_size]``."""
     check_pages(selector, page_size)
     q_len, kv_len = q.shape[2], k.shape[2]
     pages = -(-kv_len // page_size)
@@ -73,8 +72,8 @@ def _kept(
             scores = score_keys(mean, k, valid, selector.page)
         else:
             scores = score_digests(mean, describe(k, valid, selector.page, selector.score), selector.score)
-        heard = alive(valid, selector.page).unsqueeze(1)
-        pooled = pool(scores, selector.group, page_size // selector.page, heard)[:, 0]
+        with_keys = alive(valid, selector.page).unsqueeze(1)
+        pooled = pool(scores, selector.group, page_size // selector.page, with_keys)[:, 0]
         count, listed = choose(pooled, classes, -(-selector.tokens // page_size), pages)
         kept = torch.zeros(classes.shape, dtype=torch.bool, device=k.device)
         for row, (number, table) in enumerate(zip(count.tolist(), listed, strict=True)):
@@ -84,7 +83,7 @@ def _kept(
 
 
 def _mean(q: Tensor, valid: Tensor, at: Tensor) -> Tensor:
-    """The mean of the queries ``[B, G, n, D]`` that are no padding, fp32 ``[B, G, D]``; of one query, itself."""
+    """Return the mean of the queries ``[B, G, n, D]`` that are not padding: fp32 ``[B, G, D]``. One query is its own mean."""
     if q.shape[2] == 1:
         return q.float().squeeze(2)
     counts = valid.index_select(1, at.clamp(max=valid.shape[1] - 1)).float()[:, None, :, None]  # [B | 1, 1, n, 1]
@@ -93,7 +92,7 @@ def _mean(q: Tensor, valid: Tensor, at: Tensor) -> Tensor:
 
 
 def _pages_of(mask: Mask, at: Tensor, kv_len: int, pages: int, page_size: int) -> Tensor:
-    """Which pages hold a key that any of the queries sees: bool ``[B | 1, pages]``."""
+    """Return which pages hold a key that any of the queries sees: bool ``[B | 1, pages]``."""
     batch, _ = mask.sizes()
     b = torch.arange(batch, device=at.device).view(-1, 1, 1)
     j = torch.arange(kv_len, device=at.device)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from sparse_compile.masks import Mask
-from sparse_compile.passes.ir.attention_call import AttentionCall, Refused
+from sparse_compile.passes.ir.attention import Attention
 from sparse_compile.passes.ir.fx_emit import attach
-from sparse_compile.passes.ir.rewrite import Rewrite, phase_of
+from sparse_compile.passes.ir.left import Refused
+from sparse_compile.passes.ir.rewrite import Rewrite
 
 
 class Mix(nn.Module):
@@ -36,18 +37,18 @@ def mix_gates(rewrite: Rewrite, *, gates: Sequence[nn.Parameter], streaming: Mas
     ``gates[layer]`` is ``[Hkv]``. Raises ``Refused`` for a layer or a number of heads that has no gates, and for a layer
     that attends twice.
     """
-    calls: list[AttentionCall] = []
+    calls: list[Attention] = []
     layers: set[int] = set()
     for call in rewrite.calls:
         calls.append(call)
-        if phase_of(call) != "prefill":
+        if call.phase != "prefill":
             continue
         layer = call.layer
         if layer is None or layer >= len(gates) or layer in layers or gates[layer].numel() != call.kv_heads:
             have = [gate.numel() for gate in gates]
             raise Refused(
                 ValueError(
-                    f"{call.module or call.node.name} has {call.kv_heads} KV heads, and gates are {have} by layer, one causal "
+                    f"{call.name} has {call.kv_heads} KV heads, and gates are {have} by layer, one causal "
                     "attention each: gates are trained for decoders whose modules are numbered by layer"
                 )
             )
@@ -57,10 +58,10 @@ def mix_gates(rewrite: Rewrite, *, gates: Sequence[nn.Parameter], streaming: Mas
     return len(layers)
 
 
-def _mixed(rewrite: Rewrite, call: AttentionCall, gates: nn.Parameter, streaming: Mask) -> AttentionCall:
+def _mixed(rewrite: Rewrite, call: Attention, gates: nn.Parameter, streaming: Mask) -> Attention:
     """Put the mixture where the output of ``call`` was; returns the call that streams."""
     graph, node = rewrite.gm.graph, call.node
-    rewrite.gm.add_submodule(f"sparse_mix_{call.layer}", Mix(call.heads // call.kv_heads))
+    rewrite.gm.add_submodule(f"sparse_mix_{call.layer}", Mix(call.group))
     attach(rewrite.gm, f"sparse_gates_{call.layer}", gates)
     with graph.inserting_after(node):
         twin: Node = graph.node_copy(node)

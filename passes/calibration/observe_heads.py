@@ -5,18 +5,19 @@ Weights are computed anew from queries and keys, a block of queries at a time: n
 
 from __future__ import annotations
 
-import base64
-import pickle
 from collections.abc import Callable
 
 from torch import Tensor
 
-from sparse_compile.passes.ir.attention_call import AttentionCall, Refused
+from sparse_compile.passes.ir.attention import Attention
 from sparse_compile.passes.ir.fx_emit import attach
 from sparse_compile.passes.ir.fx_nodes import expr_of, hint_of
-from sparse_compile.passes.ir.rewrite import Rewrite, phase_of
+from sparse_compile.passes.ir.kv_source import Dense
+from sparse_compile.passes.ir.left import Refused
+from sparse_compile.passes.ir.rewrite import Rewrite
 from sparse_compile.passes.ops.attention_stats import Look, Watch, add_weights
 from sparse_compile.passes.ops.block_tables import given
+from sparse_compile.passes.storage.graph_text import to_text
 from sparse_compile.passes.torch_private import overload
 
 
@@ -28,34 +29,33 @@ def watch_attention(rewrite: Rewrite, *, look: Look, sums: Callable[[int, int, i
     """
     seen = 0
     for call in rewrite.calls:
-        if phase_of(call) != "prefill":
+        if call.phase != "prefill":
             continue
         try:
             _check(call)
-            totals_and_pages = sums(call.layer or 0, call.heads, hint_of(call.size("k", 2)))
+            totals_and_pages = sums(call.layer or 0, call.heads, hint_of(call.kv_len))
         except ValueError as error:
             raise Refused(error) from error
-        assert call.mask is not None and call.layer is not None
-        text = base64.b64encode(pickle.dumps(Watch(look, call.mask, call.score_mod, call.scale))).decode()
+        assert call.layer is not None and isinstance(call.kv, Dense)
+        text = to_text(Watch(look, call.mask, call.score_mod, call.scale))
         names = []
         for name, tensor in zip(("totals", "pages"), totals_and_pages, strict=True):
             names.append(f"sparse_{name}_{call.layer}")
             attach(rewrite.gm, names[-1], tensor)
         with rewrite.gm.graph.inserting_before(call.node):
             totals, pages = (rewrite.gm.graph.get_attr(name) for name in names)
-            rewrite.gm.graph.call_function(overload(add_weights), (call.q, call.k, totals, pages, text))
+            rewrite.gm.graph.call_function(overload(add_weights), (call.q, call.kv.k, totals, pages, text))
         seen += 1
     return seen
 
 
-def _check(call: AttentionCall) -> None:
-    where = call.module or call.node.name
+def _check(call: Attention) -> None:
+    where = call.name
     if call.layer is None:
         raise ValueError(f"{where} belongs to no numbered layer, and heads are told apart by layer")
     at = call.positions
-    if at is None or expr_of(at.q_start) != 0 or expr_of(at.kv_start) != 0 or at.q_shift is not None:
+    if expr_of(at.q_start) != 0 or expr_of(at.kv_start) != 0 or at.q_shift is not None:
         raise ValueError(f"{where} continues a text ({at}): observe whole texts, without a cache")
-    assert call.mask is not None
     captures = (*given(call.mask), *(call.score_mod.captures() if call.score_mod is not None else ()))
     if captures:
         raise ValueError(

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from sparse_compile.masks import Mask, full, per_head
 from sparse_compile.masks.block_mask import live_width, query_blocks
-from sparse_compile.masks.patterns.per_head import PerHead
+from sparse_compile.masks.patterns.per_head import PerHead, unions_by_kv_head
 from sparse_compile.masks.patterns.tensor import Explicit
 from sparse_compile.masks.selection.page_topk import PageTopK, has_selector, static_part
 from sparse_compile.masks.unknown_tensors import without_symbols
-from sparse_compile.passes.choose.kernel_choice import FLEX
-from sparse_compile.passes.choose.tuning import (
-    FLASH_TILES,
-    Phase,
-    Tiles,
-    kernel_options,
-    splits_for,
-    tiles_for,
-    tiles_for_pages,
-)
-from sparse_compile.passes.ir.attention_call import AttentionCall, Scored, is_decode_step
-from sparse_compile.passes.ir.fx_nodes import hint_of, value_of
-from sparse_compile.passes.ir.target import Kernel, Target
+from sparse_compile.passes.choose.named_mask import NamedMask
+from sparse_compile.passes.choose.tuning import TiledPhase, Tiles, kernel_options, splits_for, tiles_for, tiles_for_pages
+from sparse_compile.passes.ir.attention import Attention
+from sparse_compile.passes.ir.fx_nodes import hint_of
+from sparse_compile.passes.ir.kv_source import Selected
+from sparse_compile.passes.ir.target import Target
 from sparse_compile.passes.ops.block_tables import BLOCK, KV_START, Q_START
 from sparse_compile.passes.torch_private import real_tensors
 
@@ -49,63 +43,104 @@ class Layout:
     starts: tuple[int, int] | None = None
 
 
-def layout_of(call: AttentionCall, mask: Mask, heads: int, kernel: Kernel, target: Target) -> Layout:
-    """The layout for ``mask``, in which tensors have names. ``heads`` is how many it tells apart, or 1."""
-    if call.scored is not None:
-        return _selecting(call, call.scored, mask, heads, kernel, target)
-    if kernel.name not in FLEX:
-        return Layout(mask, heads, split=False, width=_selected_width(call, mask, heads) if has_selector(mask) else None)
-    starts = _starts(call, mask)
-    block = (BLOCK, BLOCK)
-    if kernel.name == "triton" and _folds(call, mask, heads, target):
-        return _folded(call, mask, heads, target, starts)
-    options: dict[str, Any] = {}
-    if kernel.name == "flash":
-        major, _ = target.capability or (9, 0)
-        block, options = FLASH_TILES[major][hint_of(call.size("q", 3))], {"BACKEND": "FLASH"}
-    elif kernel.name == "triton":
-        options = kernel_options(_tiles(call, "prefill", target), "prefill")
-    if has_selector(mask):
-        width = _selected_width(call, mask, heads)
+def dense_layout(call: Attention, seen: NamedMask) -> Layout:
+    """The layout of a kernel that reads a dense mask. A selector still lists the blocks that it chooses."""
+    width = _selected_width(call, seen) if has_selector(seen.mask) else None
+    return Layout(seen.mask, seen.heads, split=False, width=width)
+
+
+def prefill_layout(
+    call: Attention, seen: NamedMask, block: tuple[int, int], options: Mapping[str, Any], *, every_column: bool = False
+) -> Layout:
+    """The layout for many queries. With ``every_column`` a table has a column for every key block, as the C++ kernel wants."""
+    if has_selector(seen.mask):
+        width = _selected_width(call, seen)
     else:
-        width = _static_width(call, mask.for_heads(heads) if heads > 1 else mask, block)
-    if kernel.name == "cpp" and width is not None:
-        width = -(-call.size("k", 2) // BLOCK)  # the C++ kernel wants a column for every block
-    return Layout(mask, heads, block, width=width, options=_sorted(options), starts=starts)
+        width = _static_width(call, seen.mask.for_heads(seen.heads) if seen.tells_heads_apart else seen.mask, block)
+    if every_column and width is not None:
+        width = -(-call.kv_len // BLOCK)
+    return Layout(seen.mask, seen.heads, block, width=width, options=_sorted(options), starts=_starts(call, seen.mask))
 
 
-def _selecting(call: AttentionCall, scored: Scored, mask: Mask, heads: int, kernel: Kernel, target: Target) -> Layout:
-    """A decode step that reads some pages. Tables are those of the KV heads, whatever the kernel."""
-    listed = per_kv_head(mask, call.heads, call.kv_heads) if heads > 1 else mask
-    page_size = scored.selecting.page_size
-    pages = call.size("k", 2) // page_size
-    # The C++ kernel wants a column for every page.
-    width = pages if scored.padding or kernel.name == "cpp" else scored.selecting.width
-    options: dict[str, Any] = {}
-    folds = kernel.name == "triton" and _folds(call, mask, heads, target)
-    if kernel.name == "triton":
-        tiles = tiles_for_pages(_tiles(call, "decode", target), page_size)
-        visited = min(scored.selecting.budget, pages) * (page_size // tiles.block_n)
-        splits = splits_for(hint_of(call.size("q", 0)) * call.kv_heads, visited)
-        options = kernel_options(tiles, "decode", splits=splits)
-    listed_heads = call.kv_heads if any(isinstance(node, PerHead) for node in listed.walk()) else 1
-    group = call.heads // call.kv_heads if folds else 1
+def step_layout(call: Attention, seen: NamedMask, target: Target) -> Layout:
+    """The layout of a decode step whose query heads are folded into the rows of their KV head.
+
+    Full blocks are not told apart: given any, the kernel spreads the whole length over its splits.
+    """
+    listed, listed_heads = _of_kv_heads(call, seen)
+    tiles = tiles_of(call, "decode", target)
+    per_block = BLOCK // (tiles.block_n if tiles is not None else BLOCK)
+    live = step_width(listed, hint_of(call.kv_len), BLOCK) * per_block
+    splits = splits_for(hint_of(call.batch) * call.kv_heads, live)
+    return Layout(
+        mask=listed,
+        heads=listed_heads,
+        split=False,
+        width=_static_width(call, listed, (BLOCK, BLOCK)),
+        group=call.group,
+        options=_sorted(kernel_options(tiles, "decode", splits=splits)),
+        starts=_starts(call, seen.mask),
+    )
+
+
+def selection_layout(
+    call: Attention,
+    pages: Selected,
+    seen: NamedMask,
+    *,
+    group: int = 1,
+    options: Mapping[str, Any] | None = None,
+    every_column: bool = False,
+) -> Layout:
+    """The layout of a decode step that reads chosen pages. Tables are those of the KV heads, whatever the kernel.
+
+    With ``every_column`` a table has a column for every page and full blocks apart, as the C++ kernel wants.
+    """
+    listed, listed_heads = _of_kv_heads(call, seen)
+    page_size = pages.selecting.page_size
+    # Padding may lie in any number of pages that the static part of a mask touches.
+    width = pages.length // page_size if pages.new.texts is not None or every_column else pages.selecting.width
     block = (BLOCK, page_size)
-    return Layout(listed, listed_heads, block, split=kernel.name == "cpp", width=width, group=group, options=_sorted(options))
+    return Layout(listed, listed_heads, block, split=every_column, width=width, group=group, options=_sorted(options or {}))
 
 
-def _selected_width(call: AttentionCall, mask: Mask, heads: int) -> int | None:
+def selection_options(call: Attention, pages: Selected, target: Target) -> dict[str, Any]:
+    """The options of FlexAttention's decode kernel over chosen pages."""
+    page_size = pages.selecting.page_size
+    tiles = tiles_for_pages(tiles_of(call, "decode", target), page_size)
+    visited = min(pages.selecting.budget, pages.length // page_size) * (page_size // tiles.block_n)
+    return kernel_options(tiles, "decode", splits=splits_for(hint_of(call.batch) * call.kv_heads, visited))
+
+
+def folds(call: Attention, seen: NamedMask, target: Target) -> bool:
+    """Whether the query heads of a KV head can be rows of one decode kernel, which takes fewer than 128 and a static batch."""
+    tells_heads = seen.tells_heads_apart and any(isinstance(node, Explicit) for node in seen.mask.walk())
+    fits = isinstance(call.batch, int) and call.group < BLOCK
+    return call.is_step and fits and not target.gradients and not tells_heads
+
+
+def tiles_of(call: Attention, phase: TiledPhase, target: Target) -> Tiles | None:
+    """The pinned tiles for a call; None where Inductor times them or FlexAttention's own choice has to do."""
+    query_dim, _, value_dim = call.dims
+    return None if target.kernel == "autotune" else tiles_for(target.capability, phase, max(query_dim, value_dim), call.dtype)
+
+
+def _of_kv_heads(call: Attention, seen: NamedMask) -> tuple[Mask, int]:
+    """What any query head of each KV head sees, and for how many heads that is listed."""
+    listed = per_kv_head(seen.mask, call.heads, call.kv_heads) if seen.tells_heads_apart else seen.mask
+    return listed, call.kv_heads if any(isinstance(node, PerHead) for node in listed.walk()) else 1
+
+
+def _selected_width(call: Attention, seen: NamedMask) -> int | None:
     """The columns that a table of chosen blocks needs, if lengths and positions are numbers and no tensor has a say."""
-    budget = max(-(-node.tokens // BLOCK) for node in mask.walk() if isinstance(node, PageTopK))
-    listed = per_kv_head(mask, call.heads, call.kv_heads) if heads > 1 else mask
-    static = static_part(listed) if all(has_selector(m) for m in _of_heads(listed)) else full
+    budget = max(-(-node.tokens // BLOCK) for node in seen.mask.walk() if isinstance(node, PageTopK))
+    listed, _ = _of_kv_heads(call, seen)
+    static = static_part(listed) if all(has_selector(mask) for mask in _of_heads(listed)) else full
     width = None if static.captures() else _static_width(call, static, (BLOCK, BLOCK))
-    kv_len = call.size("k", 2)
-    if not isinstance(kv_len, int):
+    if not isinstance(call.kv_len, int):
         return None
-    if width is None:
-        return -(-kv_len // BLOCK)
-    return min(-(-kv_len // BLOCK), max(budget, width + 2))
+    blocks = -(-call.kv_len // BLOCK)
+    return blocks if width is None else min(blocks, max(budget, width + 2))
 
 
 def _of_heads(mask: Mask) -> tuple[Mask, ...]:
@@ -113,42 +148,9 @@ def _of_heads(mask: Mask) -> tuple[Mask, ...]:
     return parts[0].children() if parts else (mask,)
 
 
-def _folded(call: AttentionCall, mask: Mask, heads: int, target: Target, starts: tuple[int, int] | None) -> Layout:
-    """A decode step. Full blocks are not told apart: given any, the kernel spreads the whole length over its splits."""
-    listed = per_kv_head(mask, call.heads, call.kv_heads) if heads > 1 else mask
-    listed_heads = call.kv_heads if any(isinstance(node, PerHead) for node in listed.walk()) else 1
-    tiles = _tiles(call, "decode", target)
-    per_block = BLOCK // (tiles.block_n if tiles is not None else BLOCK)
-    live = step_width(listed, hint_of(call.size("k", 2)), BLOCK) * per_block
-    splits = splits_for(hint_of(call.size("q", 0)) * call.kv_heads, live)
-    return Layout(
-        mask=listed,
-        heads=listed_heads,
-        split=False,
-        width=_static_width(call, listed, (BLOCK, BLOCK)),
-        group=call.heads // call.kv_heads,
-        options=_sorted(kernel_options(tiles, "decode", splits=splits)),
-        starts=starts,
-    )
-
-
-def _folds(call: AttentionCall, mask: Mask, heads: int, target: Target) -> bool:
-    """Whether the query heads of a KV head can be rows of one decode kernel, which takes fewer than 128 and a static batch."""
-    tells_heads = heads > 1 and any(isinstance(node, Explicit) for node in mask.walk())
-    fits = isinstance(call.size("q", 0), int) and call.heads // call.kv_heads < BLOCK
-    return is_decode_step(call) and fits and not target.gradients and not tells_heads
-
-
-def _tiles(call: AttentionCall, phase: Phase, target: Target) -> Tiles | None:
-    dtype: torch.dtype = value_of(call.q).dtype
-    largest = max(hint_of(call.size("q", 3)), hint_of(call.size("v", 3)))
-    return None if target.kernel == "autotune" else tiles_for(target.capability, phase, largest, dtype)
-
-
-def _static_width(call: AttentionCall, mask: Mask, block: tuple[int, int]) -> int | None:
+def _static_width(call: Attention, mask: Mask, block: tuple[int, int]) -> int | None:
     """The columns that a table needs, if lengths and positions are numbers."""
-    at, q_len, kv_len = call.positions, call.size("q", 2), call.size("k", 2)
-    assert at is not None
+    at, q_len, kv_len = call.positions, call.q_len, call.kv_len
     if not (isinstance(q_len, int) and isinstance(kv_len, int)):
         return None
     if at.q_shift is not None or not at.q_start.is_Integer or at.kv_start != 0:
@@ -156,17 +158,16 @@ def _static_width(call: AttentionCall, mask: Mask, block: tuple[int, int]) -> in
     return table_width(mask, q_len, kv_len, int(at.q_start), block)
 
 
-def _starts(call: AttentionCall, mask: Mask) -> tuple[int, int] | None:
+def _starts(call: Attention, mask: Mask) -> tuple[int, int] | None:
     """The positions of the first query and key, if they are numbers and nothing else needs them as tensors."""
     at = call.positions
-    assert at is not None
     reads = {*mask.captures(), *(call.score_mod.captures() if call.score_mod is not None else ())}
     if at.q_shift is not None or not (at.q_start.is_Integer and at.kv_start.is_Integer) or reads & {Q_START, KV_START}:
         return None
     return int(at.q_start), int(at.kv_start)
 
 
-def _sorted(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+def _sorted(options: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(options.items()))
 
 
@@ -174,9 +175,7 @@ def per_kv_head(mask: Mask, heads: int, kv_heads: int) -> Mask:
     """What any query head of each KV head sees: a mask of the KV heads, as lists of a folded decode step need it."""
     if not any(isinstance(node, PerHead) for node in mask.walk()):
         return mask
-    group = heads // kv_heads
-    seen = [[mask.for_head(head, heads) for head in range(k * group, (k + 1) * group)] for k in range(kv_heads)]
-    unions = [reduce(lambda a, b: a | b, dict.fromkeys(masks)) for masks in seen]
+    unions = unions_by_kv_head(mask, heads, kv_heads)
     return unions[0] if len(set(unions)) == 1 else per_head(unions)
 
 

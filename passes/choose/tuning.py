@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-Phase = Literal["prefill", "decode"]
+TiledPhase = Literal["prefill", "decode"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ FLASH_TILES: dict[int, dict[int, tuple[int, int]]] = {
 
 # Measured on an H200 (bench/results/sweep.csv, `python -m bench sweep`). Keys: major compute capability, phase, head_dim up to
 # this one, bytes of an element.
-TILES: dict[tuple[int, Phase, int, int], Tiles] = {
+TILES: dict[tuple[int, TiledPhase, int, int], Tiles] = {
     (9, "prefill", 64, 2): Tiles(128, 64, 4, 3),
     (9, "prefill", 128, 2): Tiles(128, 64, 4, 2),
     (9, "prefill", 256, 2): Tiles(128, 64, 8, 2),
@@ -39,7 +39,7 @@ TILES: dict[tuple[int, Phase, int, int], Tiles] = {
     (9, "decode", 256, 2): Tiles(16, 64, 4, 3),
 }
 # For devices nobody measured: no larger in shared memory than what FlexAttention itself takes for an A100.
-DEFAULTS: dict[tuple[Phase, int], Tiles] = {
+DEFAULTS: dict[tuple[TiledPhase, int], Tiles] = {
     ("prefill", 64): Tiles(128, 64, 4, 3),
     ("prefill", 128): Tiles(128, 64, 8, 2),
     ("prefill", 256): Tiles(64, 32, 4, 2),
@@ -51,7 +51,7 @@ DEFAULTS: dict[tuple[Phase, int], Tiles] = {
 PROGRAMS_PER_SM = 2
 
 
-def tiles_for(capability: tuple[int, int] | None, phase: Phase, head_dim: int, dtype: torch.dtype) -> Tiles | None:
+def tiles_for(capability: tuple[int, int] | None, phase: TiledPhase, head_dim: int, dtype: torch.dtype) -> Tiles | None:
     """The pinned tiles; None where FlexAttention's own choice has to do (fp32, and head_dim above 256)."""
     size = dtype.itemsize
     largest = next((d for d in (64, 128, 256) if head_dim <= d), None)
@@ -66,7 +66,7 @@ def tiles_for_pages(tiles: Tiles | None, page_size: int) -> Tiles:
     return replace(tiles, block_n=min(tiles.block_n, page_size))
 
 
-def kernel_options(tiles: Tiles | None, phase: Phase, *, splits: int | None = None) -> dict[str, Any]:
+def kernel_options(tiles: Tiles | None, phase: TiledPhase, *, splits: int | None = None) -> dict[str, Any]:
     """``tiles`` as FlexAttention's kernel options. The prefix keeps them from the kernels of the backward pass."""
     options: dict[str, Any] = {"BACKEND": "TRITON_DECODE" if phase == "decode" else "TRITON"}
     if tiles is not None:

@@ -56,6 +56,13 @@ def shape_of(node: Node) -> tuple[Any, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
+def sizes_of(node: Node) -> tuple[Any, ...]:
+    """The shape of a node that is known to be a tensor."""
+    shape = shape_of(node)
+    assert shape is not None, f"{node} is no tensor"
+    return shape
+
+
 def result_shape(node: Node) -> tuple[Any, ...]:
     """The shape of a tensor node; a scalar's for what is no tensor."""
     return shape_of(node) or ()

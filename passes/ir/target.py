@@ -1,28 +1,16 @@
-"""What a graph is compiled for, and the kernel that a group of heads runs."""
+"""What a graph is compiled for, and which kernel a group of heads runs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
-from sparse_compile.passes.ir.attention_call import AttentionCall
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """``name`` is ``flash``, ``triton``, ``cpp``, ``pages``, ``sdpa`` or ``reference``; ``why`` says what forbade a faster one.
-
-    ``pages`` is a kernel of ours, for decode steps over a cache: rings, and chosen or encoded pages under a causal mask.
-    ``flash``, ``triton`` and ``cpp`` are FlexAttention's, by the language they are generated in. ``sdpa`` is
-    ``scaled_dot_product_attention`` without a mask tensor, on CPU also with a single row of one; ``reference`` has a dense one.
-    """
-
-    name: str
-    why: str = ""
+from sparse_compile.passes.ir.attention import Attention
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the graph is compiled for: the inner compiler, the kernel asked for, whether gradients flow, and the device.
+    """What the graph is compiled for: the inner compiler, the requested kernel, whether gradients flow, and the device.
 
     ``device`` is a device type; None takes that of each call. ``capability`` is that of the GPU, None if there is none here.
     """
@@ -33,6 +21,71 @@ class Target:
     device: str | None = None
     capability: tuple[int, int] | None = None
 
-    def device_of(self, call: AttentionCall) -> str:
+    def device_of(self, call: Attention) -> str:
         """The device type that ``call`` is planned for."""
         return self.device or str(call.device.type)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the library chooses kernels."""
+        return self.kernel in ("auto", "autotune")
+
+
+class Candidate(Protocol):
+    """What the choice of a kernel needs of it; see ``lower/kernel.py``."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def aliases(self) -> tuple[str, ...]: ...
+
+    @property
+    def device(self) -> str | None: ...
+
+    @property
+    def takes_any_mask(self) -> bool: ...
+
+    @property
+    def reads_mask(self) -> bool: ...
+
+    def rank(self, call: Attention, target: Target) -> int | None: ...
+
+    def why_not(self, call: Attention, target: Target) -> str: ...
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A kernel that would be faster, and why it cannot run a call."""
+
+    kernel: str
+    reason: str
+
+
+K = TypeVar("K", bound=Candidate)
+
+
+@dataclass(frozen=True)
+class KernelChoice(Generic[K]):
+    """The kernel of a call, why it is no faster one (empty if it is the usual choice), and every refusal on the way."""
+
+    kernel: K
+    why: str = ""
+    refused: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True)
+class HeadGroup(Generic[K]):
+    """Query heads of a call that see the same and run one kernel.
+
+    ``call`` has the masks of these heads, and ``q`` and ``kv`` of all heads of its storage. ``heads`` and ``kv_heads`` are the
+    places of the group among those; None stands for all.
+    """
+
+    call: Attention
+    choice: KernelChoice[K]
+    heads: tuple[int, ...] | None = None
+    kv_heads: tuple[int, ...] | None = None

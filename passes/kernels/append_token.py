@@ -14,49 +14,69 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sparse_compile.passes.kernels.launch import starts_early, where_it_lies
+from sparse_compile.passes.kernels.launch import on_its_device, starts_early
+from sparse_compile.passes.kernels.operands import Append
 from sparse_compile.passes.storage.codec import LEVELS, Codes, Format
 
 # Numbers of a group of keys that a program encodes: with more it would need registers that scoring pages is short of.
 TILE_SIZE = 1024
 
 
-@where_it_lies
-def launch_append(
-    key_tail: Tensor,
-    value_tail: Tensor,
-    keys: Codes[Tensor],
-    values: Codes[Tensor],
-    digest: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    columns: Tensor,
-    texts: Tensor | None,
-    key_form: Format,
-    value_form: Format,
-    page: int,
-    score: str,
-) -> None:
-    """As ``code_ops`` does for one new token of each sequence, ``k`` and ``v`` ``[B, H, 1, *]``, in one launch."""
-    kept = [key_tail, value_tail, *keys.used(), *values.used(), *([] if digest is None else [digest])]
-    assert k.shape[2] == 1 and all(tensor.is_contiguous() for tensor in kept)
-    width, pages = (0, 0) if digest is None else (digest.shape[3], digest.shape[2])
-    sizes = group_sizes(key_form, value_form, k.shape[3], v.shape[3])
-    _append_codes[(sizes["PARTS"], k.shape[0] * k.shape[1])](
-        *(k, v, key_tail, value_tail, *keys, *values, digest, columns, texts),
-        *(k.stride(0), k.stride(1), k.stride(3), v.stride(0), v.stride(1), v.stride(3)),
-        *(0 if texts is None else texts.stride(0), keys.data.shape[2], key_tail.shape[2], pages),
+@on_its_device
+def launch_append(new: Append[Tensor]) -> None:
+    """Append one token of each sequence, ``k`` and ``v`` ``[B, H, 1, *]``, in one launch."""
+    tensors = [
+        new.key_tail,
+        new.value_tail,
+        *new.keys.used(),
+        *new.values.used(),
+        *([] if new.digest is None else [new.digest]),
+    ]
+    assert new.k.shape[2] == 1 and all(tensor.is_contiguous() for tensor in tensors)
+    width, pages = (0, 0) if new.digest is None else (new.digest.shape[3], new.digest.shape[2])
+    sizes = group_sizes(new.key_form, new.value_form, new.k.shape[3], new.v.shape[3])
+    early = starts_early(new.k.device)
+    _append_codes[(sizes["PARTS"], new.k.shape[0] * new.k.shape[1])](
+        **new_token(new.k, new.v),
+        key_tail=new.key_tail,
+        value_tail=new.value_tail,
+        **code_pointers(new.keys, new.values),
+        digest=new.digest,
+        columns=new.columns,
+        texts=new.texts,
+        text_b=0 if new.texts is None else new.texts.stride(0),
+        slots=new.keys.data.shape[2],
+        tail=new.key_tail.shape[2],
+        pages=pages,
         **sizes,
-        HEADS=k.shape[1],
-        DIM=k.shape[3],
-        DIM_V=v.shape[3],
+        HEADS=new.k.shape[1],
+        DIM=new.k.shape[3],
+        DIM_V=new.v.shape[3],
         WIDTH=width,
-        PAGE=page,
-        MINMAX=score == "minmax",
-        EARLY=starts_early(k.device),
+        PAGE=new.page,
+        MINMAX=new.score == "minmax",
+        EARLY=early,
         num_warps=4,
-        launch_pdl=starts_early(k.device),
+        launch_pdl=early,
     )
+
+
+def new_token(k: Tensor, v: Tensor) -> dict[str, Any]:
+    """One token of each sequence, with its strides."""
+    strides = {
+        f"{name}_{axis}": x.stride(at) for name, x in (("k", k), ("v", v)) for axis, at in (("b", 0), ("h", 1), ("d", 3))
+    }
+    return {"k": k, "v": v, **strides}
+
+
+def code_pointers(keys: Codes[Tensor] | None, values: Codes[Tensor] | None) -> dict[str, Tensor | None]:
+    """The tensors of quantized keys and values; None for each if nothing is quantized."""
+    named = (("key", keys), ("value", values))
+    return {
+        f"{name}_{part}": None if codes is None else getattr(codes, part)
+        for name, codes in named
+        for part in ("data", "scale", "offset")
+    }
 
 
 def group_sizes(keys: Format, values: Format, dim: int, dim_v: int) -> dict[str, Any]:

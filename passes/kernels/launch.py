@@ -1,27 +1,34 @@
-"""How kernels are launched on CUDA: where their tensors lie, and early."""
+"""How Triton kernels are launched on CUDA: on the device of their tensors, and early."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+A = TypeVar("A")
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def where_it_lies(launcher: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-    """``launcher`` on the device of its first tensor: Triton launches on the current one, and Inductor alone makes it that."""
+def on_its_device(launcher: Callable[Concatenate[A, P], R]) -> Callable[Concatenate[A, P], R]:
+    """Launch on the device of the first tensor: of the first argument, or of the first field if that is a structure.
+
+    Triton launches on the current device, and only Inductor makes the tensors' device the current one.
+    """
 
     @wraps(launcher)
-    def there(first: Tensor, /, *others: P.args, **named: P.kwargs) -> R:
-        with torch.cuda.device_of(first):
+    def launch(first: A, /, *others: P.args, **named: P.kwargs) -> R:
+        tensor: Any = first
+        if not isinstance(first, Tensor):
+            tensor = tensor[0]
+        with torch.cuda.device_of(tensor):
             return launcher(first, *others, **named)
 
-    return there
+    return launch
 
 
 def starts_early(device: torch.device) -> bool:

@@ -1,20 +1,13 @@
-"""What our kernels and those of torch can take."""
+"""What the kernels can take: ours and those of torch, in a file without Triton."""
 
 from __future__ import annotations
 
-SMALLEST_HEAD = 16  # of the Triton kernels
+import torch
 
-
-SMALLEST_PAGE = 16  # keys of a block of theirs
-
-
-SMALLEST_GROUP = 8  # tokens that share a scale
-
-
-MOST_GROUPS = 32  # of channels that do, in a head
-
-
-MOST_KV_HEADS = 63  # that a launch tells apart, by the bits of an int64
-
-
-LARGEST_HEAD = 256  # of the flash kernels, SDPA's and FLASH
+SMALLEST_HEAD = 16  # channels of a head that Triton kernels take
+LARGEST_HEAD = 256  # channels of a head that SDPA's flash kernels, FLASH and paged attention take
+SMALLEST_PAGE = 16  # keys of a block that Triton kernels visit
+SMALLEST_KEY_GROUP = 8  # tokens that share a scale of keys
+MOST_VALUE_GROUPS = 32  # scales of values in a head
+MOST_KV_HEADS = 63  # that one launch tells apart, by the bits of an int64
+HALF = (torch.bfloat16, torch.float16)

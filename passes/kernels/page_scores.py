@@ -14,10 +14,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sparse_compile.passes.kernels.append_token import describe, encode_tile, encode_token, group_sizes, store_token
-from sparse_compile.passes.kernels.launch import starts_early, where_it_lies
+from sparse_compile.passes.kernels.append_token import (
+    code_pointers,
+    describe,
+    encode_tile,
+    encode_token,
+    group_sizes,
+    new_token,
+    store_token,
+)
+from sparse_compile.passes.kernels.launch import on_its_device, starts_early
+from sparse_compile.passes.kernels.operands import SelectPages
 from sparse_compile.passes.kernels.topk_pages import MOST_PAGES, aligned, pick_fitting, pick_into
-from sparse_compile.passes.storage.codec import Codes, Format
 
 # Three programs of two tiles on each multiprocessor keep 192 KiB on their way: 11 us for 34 MB of digests, 34 for 134 MB.
 TILE_BYTES, PROGRAMS = 32768, 3
@@ -26,55 +34,85 @@ TILE_BYTES, PROGRAMS = 32768, 3
 FUSED_PAGES = 4096
 
 
-@where_it_lies
-def score_pages(
-    q: Tensor,
-    keys: Tensor,
-    digest: Tensor,
-    scores: Tensor,
-    columns: Tensor,
-    anchor: Tensor,
-    texts: Tensor | None,
-    *,
-    page_size: int,
-    page: int,
-    score: str,
-    group: str,
-    every: int,
-) -> None:
-    """Describe the logical page of the newest key anew; on every ``every``-th column from ``anchor`` on, score the full pages.
+@on_its_device
+def launch_score_pages(new: SelectPages[Tensor]) -> None:
+    """Summarize the logical page of the newest key anew; when scoring is due, score the full pages.
 
-    ``q`` is ``[B, Hkv * G, 1, D]``, ``keys`` ``[B', Hkv, N, D]`` with column ``n`` in slot ``n % N``, ``digest``
-    ``[B', Hkv, L, width]`` and ``scores`` ``[B', Hkv, P]``, with ``B' >= B``; ``columns`` is the column of the newest key. The
-    page that is being filled, and those that will be before the next scoring, get inf. ``texts`` ``[B, N]`` is negative where a
-    column is padding. Keys are not NaN.
+    The page that is being filled, and those that will be before the next scoring, get inf. Keys are not NaN.
     """
-    texts_b = 0 if texts is None else texts.stride(0)
-    splits, sizes = _scoring(q, keys, digest, scores, page_size, page, score, group, every)
-    _score_pages[(splits + 1, q.shape[0] * keys.shape[1])](
-        *(q, keys, digest, scores, columns, anchor, texts),
-        *(q.stride(0), q.stride(1), q.stride(3), texts_b, scores.shape[2], keys.shape[2]),
+    splits, sizes = _scoring(new)
+    _score_pages[(splits + 1, new.q.shape[0] * new.keys.shape[1])](**_scored(new), **sizes, num_warps=4, num_stages=2)
+
+
+@on_its_device
+def launch_select_pages(new: SelectPages[Tensor], *, always: bool) -> None:
+    """Append the token and do as ``launch_score_pages``; choose pages if that scored, if classes changed, or ``always``."""
+    batch, heads, pages, width = new.q.shape[0], new.keys.shape[1], new.scores.shape[2], new.table.shape[3]
+    codes = code_pointers(new.key_codes, new.value_codes)
+    state = (new.keys, new.values, new.digest, new.scores, new.counts, new.table, *codes.values())
+    assert pages <= MOST_PAGES and width < 1 << 16 and new.classes.stride(2) == 1
+    assert all(tensor.is_contiguous() for tensor in state if tensor is not None)
+    classes, changed = new.classes.expand(batch, heads, pages), None if always else new.changed
+    encoding = group_sizes(new.key_form, new.value_form, new.k.shape[3], new.v.shape[3])
+    splits, sizes = _scoring(new, encoding["PARTS"])
+    older = pages - 1  # among which a pick chooses
+    fused, early = older <= FUSED_PAGES, starts_early(new.q.device)
+    _select_pages[(splits + encoding["PARTS"], batch * heads)](
+        **_scored(new),
+        **new_token(new.k, new.v),
+        values=new.values,
+        counts=new.counts,
+        table=new.table,
+        **codes,
+        classes=classes,
+        changed=changed,
+        class_b=classes.stride(0),
+        class_h=classes.stride(1),
+        slots=0 if new.key_codes is None else new.key_codes.data.shape[2],
+        budget=new.budget,
+        width=width,
         **sizes,
+        **encoding,
+        DIM_V=new.values.shape[3],
+        PICK=fused,
+        PICK_BLOCK=max(triton.next_power_of_2(older), 512),
+        PICK_LEAST=512,
+        PICK_WIDTH=triton.next_power_of_2(width),
+        ALIGNED=aligned(classes),
+        EARLY=early,
         num_warps=4,
         num_stages=2,
+        launch_pdl=early,
     )
+    if not fused:
+        picked = (new.counts, new.table, new.budget, new.how.page_size, new.how.every)
+        pick_into(new.scores, classes, new.columns, new.anchor, changed, *picked)
 
 
-def _scoring(
-    q: Tensor,
-    keys: Tensor,
-    digest: Tensor,
-    scores: Tensor,
-    page_size: int,
-    page: int,
-    score: str,
-    group: str,
-    every: int,
-    others: int = 1,
-) -> tuple[int, dict[str, Any]]:
+def _scored(new: SelectPages[Tensor]) -> dict[str, Any]:
+    """The operands of scoring."""
+    return {
+        "q": new.q,
+        "keys": new.keys,
+        "digest": new.digest,
+        "scores": new.scores,
+        "columns": new.columns,
+        "anchor": new.anchor,
+        "texts": new.texts,
+        "q_b": new.q.stride(0),
+        "q_h": new.q.stride(1),
+        "q_d": new.q.stride(3),
+        "text_b": 0 if new.texts is None else new.texts.stride(0),
+        "pages": new.scores.shape[2],
+        "tail": new.keys.shape[2],
+    }
+
+
+def _scoring(new: SelectPages[Tensor], others: int = 1) -> tuple[int, dict[str, Any]]:
     """Among how many programs the tiles of a row are divided, beside ``others``, and the constants of scoring."""
-    batch, heads, dim = q.shape[0], keys.shape[1], keys.shape[3]
-    width, per_page, pages = digest.shape[3], page_size // page, scores.shape[2]
+    q, digest, how = new.q, new.digest, new.how
+    (batch, heads, dim), pages = (q.shape[0], new.keys.shape[1], new.keys.shape[3]), new.scores.shape[2]
+    width, per_page = digest.shape[3], how.page_size // how.page
     channels = triton.next_power_of_2(width)
     rows = min(128, max(16, TILE_BYTES // (channels * digest.element_size())))
     block = max(rows // per_page, 1)
@@ -89,80 +127,14 @@ def _scoring(
         "DIM": dim,
         "WIDTH": width,
         "CHANNELS": channels,
-        "PAGE": page,
-        "PAGE_SIZE": page_size,
-        "EVERY": every,
-        "AHEAD": triton.next_power_of_2(2 + every // page_size),
-        "MINMAX": score == "minmax",
-        "POOL": group,
+        "PAGE": how.page,
+        "PAGE_SIZE": how.page_size,
+        "EVERY": how.every,
+        "AHEAD": triton.next_power_of_2(2 + how.every // how.page_size),
+        "MINMAX": how.score == "minmax",
+        "POOL": how.group,
         "BLOCK": block,
     }
-
-
-@where_it_lies
-def select_pages(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    digest: Tensor,
-    scores: Tensor,
-    counts: Tensor,
-    table: Tensor,
-    classes: Tensor,
-    columns: Tensor,
-    anchor: Tensor,
-    changed: Tensor | None,
-    texts: Tensor | None,
-    codes: tuple[Codes[Tensor], Codes[Tensor]] | None = None,
-    forms: tuple[Format, Format] = (Format(), Format()),
-    *,
-    page_size: int,
-    page: int,
-    score: str,
-    group: str,
-    every: int,
-    budget: int,
-) -> None:
-    """Store ``k`` and ``v`` at ``columns``, do as ``score_pages``, and if that scored or ``changed`` is not 0, ``pick_pages``.
-
-    ``k`` and ``v`` are ``[B, Hkv, 1, *]``, ``values`` is like ``keys``; both are tails if there are ``codes``, which are
-    written as well. Unless pages are picked, ``counts`` ``[B', Hkv, 1]`` and ``table`` ``[B', Hkv, 1, width]`` stay as they
-    are. ``counts`` must be zeros at first: programs count themselves in their upper halves. ``changed`` is int32 ``[1]``; None
-    picks always.
-    """
-    batch, heads, pages, width = q.shape[0], keys.shape[1], scores.shape[2], table.shape[3]
-    assert pages <= MOST_PAGES and width < 1 << 16 and classes.stride(2) == 1
-    parts = (*codes[0], *codes[1]) if codes is not None else (None,) * 6
-    state = (keys, values, digest, scores, counts, table, *parts)
-    assert all(tensor.is_contiguous() for tensor in state if tensor is not None)
-    classes = classes.expand(batch, heads, pages)
-    texts_b = 0 if texts is None else texts.stride(0)
-    encoding = group_sizes(*forms, k.shape[3], v.shape[3])
-    splits, sizes = _scoring(q, keys, digest, scores, page_size, page, score, group, every, encoding["PARTS"])
-    older = pages - 1  # among which a pick chooses
-    fused = older <= FUSED_PAGES
-    _select_pages[(splits + encoding["PARTS"], batch * heads)](
-        *(q, k, v, *state, classes, columns, anchor, changed, texts),
-        *(q.stride(0), q.stride(1), q.stride(3), k.stride(0), k.stride(1), k.stride(3), v.stride(0), v.stride(1), v.stride(3)),
-        *(texts_b, classes.stride(0), classes.stride(1), pages, keys.shape[2], 0 if codes is None else codes[0].data.shape[2]),
-        *(budget, width),
-        **sizes,
-        **encoding,
-        DIM_V=values.shape[3],
-        PICK=fused,
-        PICK_BLOCK=max(triton.next_power_of_2(older), 512),
-        PICK_LEAST=512,
-        PICK_WIDTH=triton.next_power_of_2(width),
-        ALIGNED=aligned(classes),
-        EARLY=starts_early(q.device),
-        num_warps=4,
-        num_stages=2,
-        launch_pdl=starts_early(q.device),
-    )
-    if not fused:
-        pick_into(scores, classes, columns, anchor, changed, counts, table, budget, page_size, every)
 
 
 @triton.jit

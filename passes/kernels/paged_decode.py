@@ -14,43 +14,10 @@ import triton
 from torch import Tensor
 
 from sparse_compile.passes.kernels.dequantize import PARTS
-from sparse_compile.passes.kernels.launch import starts_early, where_it_lies
+from sparse_compile.passes.kernels.launch import on_its_device, starts_early
 from sparse_compile.passes.kernels.limits import MOST_KV_HEADS
+from sparse_compile.passes.kernels.operands import PagedDecode, PageRead, RingRead, Stored
 from sparse_compile.passes.kernels.paged_decode_splits import attend_split, merge_splits
-
-
-class Kept(NamedTuple):
-    """Keys or values in pages: plain ``[B', H, N, D]``, or codes of a kind with float16 scales and offsets.
-
-    ``int8`` and ``int4`` are ``data * scale + offset``; int4 has channel ``c`` in the lower half of a byte and ``c + D / 2`` in
-    the upper one. Keys share a scale over neighbouring tokens, a power of two from 8, ``[B', H, N / group, D]``, values over
-    neighbouring channels, ``[B', H, N, D / group]``. ``fp8`` is e4m3, or its bits, with a scale for each token,
-    ``[B', H, N, 1]``.
-    """
-
-    data: Tensor
-    scale: Tensor | None = None
-    offset: Tensor | None = None
-    kind: str = ""
-
-    @property
-    def dim(self) -> int:
-        """Channels of a head."""
-        return self.data.shape[3] * (2 if self.kind == "int4" else 1)
-
-
-class Ring(NamedTuple):
-    """Plain keys and values ``[B', H, slots, D]``, and the text position of each slot, ``[B, slots]``, negative if it is empty.
-
-    The query at ``text`` ``[B, 1]`` sees the first ``sink`` positions and the last ``recent``, its own included.
-    """
-
-    keys: Tensor
-    values: Tensor
-    texts: Tensor
-    text: Tensor
-    sink: int
-    recent: int
 
 
 class Launch(NamedTuple):
@@ -66,71 +33,57 @@ class Launch(NamedTuple):
     registers: int | None = None
 
 
-@where_it_lies
-def attend_kept(
-    q: Tensor,
-    keys: Kept | None,
-    values: Kept | None,
-    counts: Tensor | None,
-    table: Tensor | None,
-    columns: Tensor | None,
-    texts: Tensor | None,
-    ring: Ring | None,
-    *,
-    rings: int,
-    page_size: int,
-    scale: float,
-    usual: int,
-) -> Tensor:
-    """``softmax(q keys^T * scale) values`` over what is seen, ``[B, Hq, 1, Dv]``; zeros if nothing is.
-
-    ``q`` is ``[B, Hq, 1, D]``. KV head ``h`` is in the ring if bit ``h`` of ``rings`` is set, else in the pages; the heads of a
-    part keep their order. The pages read are the first ``counts[b, h, 0]`` of ``table[b, h, 0]``, or all if there is no table;
-    ``usual`` is how many that usually are: more take longer. The query is at column ``columns``. Keys above it are not seen,
-    nor those with a negative ``texts[b]``; what is not seen may be NaN.
-    """
-    paged = 0 if keys is None else keys.data.shape[1]
+@on_its_device
+def launch_paged_decode(operands: PagedDecode[Tensor]) -> Tensor:
+    """``softmax(q keys^T * scale) values`` over what is seen, ``[B, Hq, 1, Dv]``; zeros if nothing is."""
+    q, pages, ring, scale = operands
+    paged = 0 if pages is None else pages.keys.data.shape[1]
     ringed, slots = (0, 0) if ring is None else ring.keys.shape[1:3]
-    if keys is None or values is None:
-        assert ring is not None
-        keys, values = Kept(ring.keys), Kept(ring.values)
-    assert paged + ringed <= MOST_KV_HEADS and rings.bit_count() == ringed and q.shape[1] % (paged + ringed) == 0
-    assert paged == 0 or page_size % 16 == 0
-    assert all(kept.data.is_contiguous() and kept.dim % PARTS[kept.kind] == 0 for kept in (keys, values))
-    batch, wide, rows = q.shape[0], values.dim, q.shape[0] * (paged + ringed)
-    rest = _rest(q, keys, values, q.shape[1] // (paged + ringed))
-    launch = _launch(q, rest, q.shape[1] // (paged + ringed), listed=table is not None, beside_ring=ring is not None)
+    keys, values = _sources(operands)
+    group, batch, wide = q.shape[1] // (paged + ringed), q.shape[0], _channels(values)
+    _check(operands, keys, values, paged, ringed)
+    rest = _rest(q, keys, values, group)
+    listed = pages is not None and pages.table is not None
+    launch = _launch(q, rest, group, listed=listed, beside_ring=ring is not None)
     both = {
         "PAGED": paged,
         "RINGED": ringed,
-        "GROUP": q.shape[1] // (paged + ringed),
+        "GROUP": group,
         "WIDE": wide,
-        "PAGE_SIZE": page_size,
+        "PAGE_SIZE": 1 if pages is None else pages.page_size,
         "TILE": launch.warps * launch.tokens,
         "LEAST": max(16, rest["KEY_GROUP"]),
         "EARLY": q.is_cuda and starts_early(q.device),  # saves 1.1 us of the merging programs
     }
     # Programs of one KV head, in blocks of query heads.
-    blocks = triton.cdiv(both["GROUP"], rest["MEMBERS"])
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-    each = max(1, launch.programs * processors // (batch * (paged or ringed) * blocks))
-    tiles = triton.cdiv(usual * page_size, both["TILE"]) if paged else 1
-    splits = min(tiles, each)
-    if table is not None:
-        splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))  # as few as take no longer
-    ring_share = max(1, triton.cdiv(triton.cdiv(slots, each), both["TILE"])) * both["TILE"]
-    most = max(splits, triton.cdiv(slots, ring_share))
+    blocks = triton.cdiv(group, rest["MEMBERS"])
+    cut = _cut(pages, slots, launch.programs * _processors(q) // (batch * (paged or ringed) * blocks), both["TILE"])
+    most = max(cut.splits, triton.cdiv(slots, cut.ring_share))
     out = torch.empty(batch, q.shape[1], 1, wide, dtype=q.dtype, device=q.device)
     # A split's result, then all maxima and sums.
     parts = torch.empty(most * batch * q.shape[1] * (wide + 2), dtype=torch.float32, device=q.device)
     pdl = {"launch_pdl": True} if both["EARLY"] else {}
     limit = {"maxnreg": launch.registers} if q.is_cuda and launch.registers else {}
-    attend_split[(most, rows * blocks)](
-        *(q, *_pointers(keys, keys.offset is not None), *_pointers(values, rest["GROUPS"] % 2 == 0)),
-        *(counts, table, columns, texts, *((None,) * 4 if ring is None else ring[:4]), parts, rings),
-        *(q.stride(0), q.stride(1), q.stride(3), 0 if texts is None else texts.stride(0)),
-        *((0, 0, 0, 0) if ring is None else (ring.texts.stride(0), ring.text.stride(0), ring.sink, ring.recent)),
-        *(keys.data.shape[2], 0 if table is None else table.shape[3], slots, splits, ring_share, scale * 1.4426950408889634),
+    shared = {
+        "counts": None if pages is None else pages.counts,
+        "columns": None if pages is None else pages.columns,
+        "parts": parts,
+        "rings": 0 if ring is None else sum(1 << head for head in ring.heads),
+        "splits": cut.splits,
+        "slots": slots,
+        "ring_share": cut.ring_share,
+    }
+    attend_split[(most, batch * (paged + ringed) * blocks)](
+        q=q,
+        **_pointers("key", keys, keys.offset is not None),
+        **_pointers("value", values, rest["GROUPS"] % 2 == 0),
+        **_page_operands(pages, keys),
+        **_ring_operands(ring),
+        **shared,
+        q_b=q.stride(0),
+        q_h=q.stride(1),
+        q_d=q.stride(3),
+        scale=scale * 1.4426950408889634,
         **both,
         **rest,
         WARPS=launch.warps,
@@ -139,13 +92,71 @@ def attend_kept(
         **pdl,
         **limit,
     )
-    merge_splits[(batch * q.shape[1], triton.cdiv(wide, 32))](
-        counts, columns, parts, out, rings, most, splits, slots, ring_share, **both, num_warps=4, **pdl
-    )
+    merge_splits[(batch * q.shape[1], triton.cdiv(wide, 32))](out=out, most_splits=most, **shared, **both, num_warps=4, **pdl)
     return out
 
 
-def _rest(q: Tensor, keys: Kept, values: Kept, group: int) -> dict[str, Any]:
+class _Cut(NamedTuple):
+    """How many programs share the pages of a KV head, and how many slots of a ring one program takes."""
+
+    splits: int
+    ring_share: int
+
+
+def _cut(pages: PageRead[Tensor] | None, slots: int, each: int, tile: int) -> _Cut:
+    """Cut the work of a KV head for at most ``each`` programs, in tiles."""
+    each = max(1, each)
+    tiles = triton.cdiv(pages.usual * pages.page_size, tile) if pages is not None else 1
+    splits = min(tiles, each)
+    if pages is not None and pages.table is not None:
+        splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))  # as few as take no longer
+    return _Cut(splits, max(1, triton.cdiv(triton.cdiv(slots, each), tile)) * tile)
+
+
+def _sources(operands: PagedDecode[Tensor]) -> tuple[Stored[Tensor], Stored[Tensor]]:
+    """Keys and values that the kernel is compiled for: those of the pages, or of the ring if there are no pages."""
+    if operands.pages is not None:
+        return operands.pages.keys, operands.pages.values
+    assert operands.ring is not None
+    return Stored(operands.ring.keys), Stored(operands.ring.values)
+
+
+def _check(operands: PagedDecode[Tensor], keys: Stored[Tensor], values: Stored[Tensor], paged: int, ringed: int) -> None:
+    heads = 0 if operands.ring is None else len(operands.ring.heads)
+    assert paged + ringed <= MOST_KV_HEADS and heads == ringed and operands.q.shape[1] % (paged + ringed) == 0
+    assert operands.pages is None or operands.pages.page_size % 16 == 0
+    assert all(stored.data.is_contiguous() and _channels(stored) % PARTS[stored.kind] == 0 for stored in (keys, values))
+
+
+def _processors(q: Tensor) -> int:
+    return int(torch.cuda.get_device_properties(q.device).multi_processor_count) if q.is_cuda else 4
+
+
+def _page_operands(pages: PageRead[Tensor] | None, keys: Stored[Tensor]) -> dict[str, Any]:
+    table, texts = (None, None) if pages is None else (pages.table, pages.texts)
+    return {
+        "table": table,
+        "texts": texts,
+        "text_b": 0 if texts is None else texts.stride(0),
+        "tokens": keys.data.shape[2],
+        "width": 0 if table is None else table.shape[3],
+    }
+
+
+def _ring_operands(ring: RingRead[Tensor] | None) -> dict[str, Any]:
+    names = ("ring_keys", "ring_values", "ring_texts", "text")
+    if ring is None:
+        return {**dict.fromkeys(names), **dict.fromkeys(("ring_b", "now_b", "sink", "recent"), 0)}
+    strides = {"ring_b": ring.texts.stride(0), "now_b": ring.text.stride(0)}
+    return {**dict(zip(names, ring[:4], strict=True)), **strides, "sink": ring.sink, "recent": ring.recent}
+
+
+def _channels(stored: Stored[Tensor]) -> int:
+    """Channels of a head."""
+    return stored.data.shape[3] * (2 if stored.kind == "int4" else 1)
+
+
+def _rest(q: Tensor, keys: Stored[Tensor], values: Stored[Tensor], group: int) -> dict[str, Any]:
     """What only the first kernel is compiled for.
 
     It computes the scores of all ``MEMBERS`` of a group at once; for each group of channels of values anew, ``REPEATS`` in all,
@@ -172,14 +183,15 @@ def _rest(q: Tensor, keys: Kept, values: Kept, group: int) -> dict[str, Any]:
     }
 
 
-def _padded(kept: Kept, least: int) -> int:
-    return max(least * PARTS[kept.kind], int(triton.next_power_of_2(kept.dim)))
+def _padded(stored: Stored[Tensor], least: int) -> int:
+    return max(least * PARTS[stored.kind], int(triton.next_power_of_2(_channels(stored))))
 
 
-def _pointers(kept: Kept, pairs: bool) -> list[Tensor | None]:
+def _pointers(name: str, stored: Stored[Tensor], pairs: bool) -> dict[str, Tensor | None]:
     """Data in units, scale and offset; these as words of two if there are ``pairs`` of them."""
-    numbers = [part.view(torch.int32) if part is not None and pairs else part for part in (kept.scale, kept.offset)]
-    return [kept.data.view(torch.int16) if kept.kind else kept.data, *numbers]
+    scale, offset = (part.view(torch.int32) if part is not None and pairs else part for part in (stored.scale, stored.offset))
+    data = stored.data.view(torch.int16) if stored.kind else stored.data
+    return {f"{name}s": data, f"{name}_scales": scale, f"{name}_offsets": offset}
 
 
 def _launch(q: Tensor, rest: dict[str, Any], group: int, *, listed: bool, beside_ring: bool) -> Launch:

@@ -12,12 +12,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from sparse_compile.passes.kernels.launch import starts_early, where_it_lies
+from sparse_compile.passes.kernels.launch import on_its_device, starts_early
 
 MOST_PAGES = 32768  # a program picks from registers, and counts in fields of 16 bits
 
 
-@where_it_lies
+@on_its_device
 def pick_pages(
     scores: Tensor, classes: Tensor, columns: Tensor | None = None, *, batch: int, budget: int, width: int, page_size: int = 1
 ) -> tuple[Tensor, Tensor]:
@@ -53,8 +53,19 @@ def pick_into(
     most = pages if columns is None else pages - 1
     warps = 4 if most <= 4096 else 8 if most <= 16384 else 16
     _pick_pages[(batch * heads,)](
-        *(scores, classes, columns, anchor, changed, counts, table),
-        *(classes.stride(0), classes.stride(1), heads, pages, budget, width),
+        scores=scores,
+        classes=classes,
+        columns=columns,
+        anchor=anchor,
+        changed=changed,
+        counts=counts,
+        table=table,
+        class_b=classes.stride(0),
+        class_h=classes.stride(1),
+        heads=heads,
+        pages=pages,
+        budget=budget,
+        width=width,
         BLOCK=max(triton.next_power_of_2(most), warps * 128),
         LEAST=warps * 128,
         PAGE_SIZE=page_size,

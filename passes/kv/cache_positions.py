@@ -18,12 +18,12 @@ from torch.fx import Node
 from sparse_compile.passes.ir.fx_emit import emit, inline
 from sparse_compile.passes.ir.fx_nodes import value_of
 from sparse_compile.passes.ops.rope_positions import sink_places, turn
-from sparse_compile.passes.storage.layer_plan import Ring
+from sparse_compile.passes.storage.layer_plan import LayerPlan, Ring
 from sparse_compile.passes.torch_private import overload
 
 
 @dataclass(frozen=True)
-class Stream:
+class MovingFrame:
     """The moving frame of one cache in one graph; nodes go before ``point``."""
 
     ropes: Node
@@ -73,3 +73,8 @@ class Stream:
 
         node: Node = inline(point, score, turned, first)
         return node
+
+
+def period_of(plan: LayerPlan) -> int:
+    """How far positions run before they are set back: no less than any ring is long, so that a key is turned once."""
+    return max(256, *(slots for _, slots in plan.rings))

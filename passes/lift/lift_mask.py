@@ -6,7 +6,6 @@ does for boolean masks; models that add a large negative number instead give suc
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import reduce
 
 import sympy
@@ -15,10 +14,13 @@ from torch.fx import Node
 
 from sparse_compile.masks import Mask, ScoreMod, bias, causal, full, sink_logits, softcap
 from sparse_compile.masks.score_mods import in_order
-from sparse_compile.passes.ir.attention_call import AttentionCall, Left
-from sparse_compile.passes.ir.fx_nodes import Order, expr_of, shape_of, value_of
+from sparse_compile.passes.ir.attention import Attention, phase_of
+from sparse_compile.passes.ir.fx_nodes import Order, expr_of, shape_of, sizes_of, value_of
+from sparse_compile.passes.ir.kv_source import Dense
+from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.positions import Positions
 from sparse_compile.passes.ir.score_steps import Add, Hide, Scale, Tanh
+from sparse_compile.passes.ir.written_call import WrittenCall
 from sparse_compile.passes.lift.pullback import Pullback
 from sparse_compile.passes.lift.symbolic_element import (
     AXES,
@@ -44,8 +46,8 @@ from sparse_compile.passes.ops.block_tables import KV_START, Q_START
 HIDDEN = -1e4
 
 
-def lift_call(call: AttentionCall, order: Order) -> AttentionCall | Left:
-    """Fill in ``mask``, ``score_mod`` and ``positions`` from what the model wrote."""
+def lift_call(call: WrittenCall, order: Order) -> Attention | Left:
+    """Understand what the model wrote: its mask, its score mod and the positions of queries and keys."""
     try:
         return _Lift(call, order).run()
     except NotLiftable as reason:
@@ -53,14 +55,14 @@ def lift_call(call: AttentionCall, order: Order) -> AttentionCall | Left:
 
 
 class _Lift:
-    def __init__(self, call: AttentionCall, order: Order) -> None:
+    def __init__(self, call: WrittenCall, order: Order) -> None:
         self.call = call
         self.order = order
         self.pull = Pullback()
-        self.q_len, self.kv_len = call.size("q", 2), call.size("k", 2)
+        self.q_len, self.kv_len = call.q_len, call.kv_len
         self.words = Words(self.pull, Positions(), self.kv_len)
 
-    def run(self) -> AttentionCall:
+    def run(self) -> Attention:
         call = self.call
         scale, mods, terms, conditions = self._steps()
         if call.attn_mask is not None:
@@ -81,13 +83,21 @@ class _Lift:
         if call.sink is not None:
             at_head = tuple(HEAD if s != 1 else sympy.Integer(0) for s in shape_of(call.sink) or ())
             mods.append(sink_logits(self.words.capture(Element(call.sink, at_head), (HEAD,))))
-        return replace(
-            call,
+        # Attention that compares query and key positions is over one text, wherever its operands come from.
+        of_one_text = call.is_self_attention or mask.implies(causal)
+        kv = Dense(call.k, call.v)
+        return Attention(
+            node=call.node,
+            q=call.q,
+            kv=kv,
             scale=call.scale * scale,
             mask=mask,
             score_mod=in_order(tuple(mods)) if mods else None,
             positions=positions,
+            phase=phase_of(call.q_len, kv, mask, is_self_attention=of_one_text),
+            is_self_attention=of_one_text,
             sources=dict(self.words.sources),
+            mask_nodes=call.mask_nodes,
         )
 
     def _steps(self) -> tuple[float, list[ScoreMod], list[Node], list[Hide]]:
@@ -106,7 +116,8 @@ class _Lift:
                     raise NotLiftable("scores are scaled after a soft cap")
                 scale *= step.factor
             elif isinstance(step, Tanh):
-                cap = steps.pop(0).factor if steps and isinstance(steps[0], Scale) else 1.0
+                following = steps.pop(0) if steps and isinstance(steps[0], Scale) else None
+                cap = following.factor if isinstance(following, Scale) else 1.0
                 scale *= cap
                 mods.append(softcap(cap))
             elif isinstance(step, Add):
@@ -123,8 +134,8 @@ class _Lift:
         shape = shape_of(node)
         if shape is None or len(shape) > 4:
             raise NotLiftable(f"the mask {node.name} has no shape that fits the scores")
-        size = self.call.size
-        return self.pull.operand(node, AXES, (size("q", 0), size("q", 1), self.q_len, self.kv_len))
+        batch, heads, *_ = sizes_of(self.call.q)
+        return self.pull.operand(node, AXES, (batch, heads, self.q_len, self.kv_len))
 
     # -- positions --------------------------------------------------------------------------------------------------
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import pickle
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparse_compile.masks import Mask, ScoreMod
+from sparse_compile.passes.storage.graph_text import from_text, rides_in_graphs
 
 BLOCK_BYTES = 64 << 20  # of float32 weights
 
@@ -17,6 +16,7 @@ BLOCK_BYTES = 64 << 20  # of float32 weights
 STATISTICS = ("sink", "recent", "entropy", "rate", "echo", "induction")
 
 
+@rides_in_graphs
 @dataclass(frozen=True)
 class Look:
     """What is looked for: the mass on the first ``sink`` and the last ``recent`` keys, and on pages of ``page`` keys.
@@ -34,6 +34,7 @@ class Look:
     rate: int = 64
 
 
+@rides_in_graphs
 @dataclass(frozen=True)
 class Watch:
     """A call to watch: what it sees, and how scores become weights."""
@@ -47,7 +48,7 @@ class Watch:
 @torch.library.custom_op("sparse_compile::add_weights", mutates_args=("totals", "pages"))
 def add_weights(q: Tensor, k: Tensor, totals: Tensor, pages: Tensor, watch: str) -> None:
     """Add what heads do with ``q`` ``[B, Hq, N, D]`` and ``k`` ``[B, Hkv, N, D]`` to ``totals`` and ``pages``."""
-    what: Watch = pickle.loads(base64.b64decode(watch))
+    what: Watch = from_text(watch)
     batch, heads, length, _ = q.shape
     rows = max(1, BLOCK_BYTES // (4 * heads * length))
     for row in range(batch):

@@ -8,8 +8,7 @@ on CUDA. Offsets are operands and not closed over, so one graph serves all lengt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,15 +16,12 @@ from torch import Tensor
 from sparse_compile.masks import Captured, Mask
 from sparse_compile.masks.block_mask import block_tables, query_blocks, transposed, visited_blocks
 from sparse_compile.passes.ops.small_steps import in_few_kernels
+from sparse_compile.passes.ops.structured import StructuredOp
+
+T = TypeVar("T")
 
 Q_START = Captured.symbol("q_start")
 KV_START = Captured.symbol("kv_start")
-
-
-@lru_cache(maxsize=256)
-def parse(text: str) -> Mask:
-    """The mask that a graph carries as text."""
-    return Mask.from_json(text)
 
 
 def bind(mask: Mask, names: tuple[Captured, ...], tensors: Sequence[Tensor], q_start: Tensor, kv_start: Tensor) -> Mask:
@@ -52,7 +48,11 @@ def starts(q_start: int, kv_start: int, q_shift: Tensor | None, device: torch.de
 
 
 class Cut(NamedTuple):
-    """The numbers that block tables are made of, as ``block_tables_op`` describes them."""
+    """The shape that block tables are made for.
+
+    ``heads`` is the number of heads if the mask differs between them, else 1. ``width`` is the number of table columns. With
+    ``split`` there are four tables, full blocks apart; without, the two that list every visited block.
+    """
 
     heads: int
     q_len: int
@@ -65,36 +65,26 @@ class Cut(NamedTuple):
     split: bool
 
 
-@torch.library.custom_op("sparse_compile::block_tables", mutates_args=())
-def block_tables_op(
-    mask: str,
-    heads: int,
-    q_len: int,
-    kv_len: int,
-    q_start: int,
-    kv_start: int,
-    q_shift: Tensor | None,
-    captures: list[Tensor],
-    q_block: int,
-    kv_block: int,
-    width: int,
-    split: bool,
-    device: torch.device,
-) -> list[Tensor]:
-    """The positions of the first query and key ``[1]`` and the tables of ``mask`` for this shape, all int32.
+class BlockTables(NamedTuple, Generic[T]):
+    """What block tables are made of: a mask, the shape, and the tensors ``captures`` that the mask reads, in order.
 
-    ``captures`` are the tensors the mask needs, in order. ``heads`` is the number of heads if the mask differs between them,
-    else 1. ``width`` is the number of table columns. With ``split`` there are four tables, full blocks apart; without, the
-    two that list every visited block.
+    ``q_shift`` is added to the position of the first query.
     """
-    cut = Cut(heads, q_len, kv_len, q_start, kv_start, q_block, kv_block, width, split)
-    args = (parse(mask), cut, q_shift, captures, device)
-    return in_few_kernels(_block_tables, *args) if q_len == 1 else _block_tables(*args)
+
+    mask: Mask
+    cut: Cut
+    q_shift: T | None
+    captures: list[T]
+    device: torch.device
 
 
-def _block_tables(tree: Mask, cut: Cut, q_shift: Tensor | None, captures: list[Tensor], device: torch.device) -> list[Tensor]:
+def _tables(operands: BlockTables[Tensor]) -> list[Tensor]:
+    return in_few_kernels(_block_tables, *operands) if operands.cut.q_len == 1 else _block_tables(*operands)
+
+
+def _block_tables(mask: Mask, cut: Cut, q_shift: Tensor | None, captures: list[Tensor], device: torch.device) -> list[Tensor]:
     first_query, first_key = starts(cut.q_start, cut.kv_start, q_shift, device)
-    bound = bind(tree, given(tree), captures, first_query, first_key)
+    bound = bind(mask, given(mask), captures, first_query, first_key)
     if cut.heads > 1:
         bound = bound.for_heads(cut.heads)
     lo, hi = query_blocks(cut.q_len, cut.q_block, device)
@@ -112,13 +102,15 @@ def _own(table: Tensor) -> Tensor:
     return table.clone(memory_format=torch.contiguous_format)
 
 
-@block_tables_op.register_fake
-def _(mask: str, heads: int, q_len: int, *rest: Any) -> list[Tensor]:
-    *_, captures, q_block, _, width, split, device = rest
-    batch = batch_of(captures)
-    rows = -(-q_len // q_block)
-    sizes = [(1,), (1,)] + [(batch, heads, rows), (batch, heads, rows, width)] * (2 if split else 1)
-    return [torch.empty(size, dtype=torch.int32, device=device) for size in sizes]
+def _shapes(operands: BlockTables[Tensor]) -> list[Tensor]:
+    cut, batch = operands.cut, batch_of(operands.captures)
+    rows = -(-cut.q_len // cut.q_block)
+    sizes = [(1,), (1,)] + [(batch, cut.heads, rows), (batch, cut.heads, rows, cut.width)] * (2 if cut.split else 1)
+    return [torch.empty(size, dtype=torch.int32, device=operands.device) for size in sizes]
+
+
+# The positions of the first query and key ``[1]`` and the tables of a mask for one shape, all int32.
+block_tables_op = StructuredOp("block_tables", BlockTables, _tables, fake=_shapes)
 
 
 @torch.library.custom_op("sparse_compile::transpose_tables", mutates_args=())

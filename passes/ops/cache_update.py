@@ -6,13 +6,20 @@ shape. The kv pass replaces it; if that does not happen, running it is an error,
 
 from __future__ import annotations
 
+from typing import Generic, NamedTuple, TypeVar
+
 import torch
 from torch import Tensor
 
 from sparse_compile.masks import Mask
-from sparse_compile.passes.ops.block_tables import bind, given, parse
+from sparse_compile.passes.ops.block_tables import bind, given
 from sparse_compile.passes.ops.small_steps import in_few_kernels
-from sparse_compile.passes.storage.layer_plan import LayerPlan
+from sparse_compile.passes.ops.structured import StructuredOp
+from sparse_compile.passes.storage.codec import Codes
+from sparse_compile.passes.storage.graph_text import from_text
+from sparse_compile.passes.storage.layer_plan import Choice, LayerPlan, Storage, codes_of
+
+T = TypeVar("T")
 
 UNCOMPILED = (
     "a SparseCache is read by compiled attention only, and this model runs without the sparse_compile backend: compile it with "
@@ -24,22 +31,8 @@ class SparseCacheError(RuntimeError):
     """A cache cannot be used as asked. It holds what it held before."""
 
 
-@torch.library.custom_op("sparse_compile::cache_update", mutates_args=())
-def cache_update(
-    k: Tensor,
-    v: Tensor,
-    columns: Tensor,
-    texts: Tensor,
-    page_texts: Tensor | None,
-    rings: list[Tensor],
-    buffers: list[Tensor],
-    stream: list[Tensor],
-    anchor: Tensor | None,
-    selection: list[Tensor],
-    codes: list[Tensor],
-    plan: str,
-) -> tuple[Tensor, Tensor]:
-    """The keys and values ``[B, Hkv, columns, D]`` that attention would see if they existed; see ``LayerPlan`` for ``plan``.
+class CacheUpdate(NamedTuple, Generic[T]):
+    """New keys ``k`` and values ``v`` ``[B, Hkv, Q, D]`` of one layer, and all that the cache has for the layer.
 
     ``columns`` counts the tokens seen, padding included, int64 ``[]``; ``texts`` without padding, int64 ``[max_batch]``.
     ``page_texts`` ``[max_batch, columns]`` is the text position of each column, -1 for padding. ``rings`` are text
@@ -47,29 +40,59 @@ def cache_update(
     each storage, ``[max_batch, heads, slots, D]``. ``stream`` is empty, or for positions in the cache: the rotary position
     of the next token ``[]``, text position less rotary position of the keys ``[max_batch]``, and the frequencies of the layer.
     ``anchor`` ``[]`` is the column from which steps that score pages are counted. ``selection`` is, for each
-    storage that selects, its ``Choice``: that of its leader, without digests, if it has one. ``codes`` are, for each storage in
-    fewer bits, the ``Codes`` of keys and of values; its buffers are tails.
+    storage that selects, its ``Choice``: that of its leader, without digests, if it has one. ``codes`` are, for each quantized
+    storage, the ``Codes`` of keys and of values; its buffers are tails.
     """
+
+    k: T
+    v: T
+    columns: T
+    texts: T
+    page_texts: T | None
+    rings: list[T]
+    buffers: list[T]
+    stream: list[T]
+    anchor: T | None
+    selection: list[T]
+    codes: list[T]
+    plan: LayerPlan
+
+    def buffers_of(self, number: int) -> tuple[T, T]:
+        """The buffers of keys and of values of storage ``number``."""
+        keys, values = self.buffers[2 * number : 2 * number + 2]
+        return keys, values
+
+    def choice_of(self, number: int) -> Choice[T]:
+        """What storage ``number``, which selects, chooses by."""
+        rest = list(self.selection)
+        for storage in self.plan.storages[:number]:
+            rest = rest[_choice_count(storage, self.plan.layer) :]
+        return Choice(*rest[: _choice_count(self.plan.storages[number], self.plan.layer)])
+
+    def codes_of(self, number: int) -> tuple[Codes[T], Codes[T]]:
+        """The quantized keys and values of storage ``number``."""
+        keys, values = codes_of(self.plan, self.codes, number)
+        return keys, values
+
+
+def _choice_count(storage: Storage, layer: int) -> int:
+    """How many tensors of ``CacheUpdate.selection`` belong to a storage."""
+    if storage.selecting is None:
+        return 0
+    return 1 if storage.selecting.by_keys else 4 if storage.leads(layer) else 3
+
+
+def _refuse(operands: CacheUpdate[Tensor]) -> tuple[Tensor, Tensor]:
     raise SparseCacheError(UNCOMPILED)
 
 
-@cache_update.register_fake
-def _(
-    k: Tensor,
-    v: Tensor,
-    columns: Tensor,
-    texts: Tensor,
-    page_texts: Tensor | None,
-    rings: list[Tensor],
-    buffers: list[Tensor],
-    stream: list[Tensor],
-    anchor: Tensor | None,
-    selection: list[Tensor],
-    codes: list[Tensor],
-    plan: str,
-) -> tuple[Tensor, Tensor]:
-    length = LayerPlan.from_text(plan).columns
+def _shapes(operands: CacheUpdate[Tensor]) -> tuple[Tensor, Tensor]:
+    k, v, length = operands.k, operands.v, operands.plan.columns
     return k.new_empty(*k.shape[:2], length, k.shape[3]), v.new_empty(*v.shape[:2], length, v.shape[3])
+
+
+# The keys and values ``[B, Hkv, columns, D]`` that attention would see if they existed.
+cache_update = StructuredOp("cache_update", CacheUpdate, _refuse, fake=_shapes)
 
 
 @torch.library.custom_op("sparse_compile::cache_tokens", mutates_args=())
@@ -78,7 +101,7 @@ def cache_tokens(k: Tensor, columns: Tensor, texts: Tensor, mask: str, captures:
 
     A token that the model's ``mask`` hides from itself is padding, at text position -1. An empty ``mask`` has no padding.
     """
-    args = (*k.shape[::2], columns, texts, parse(mask) if mask else None, captures)
+    args = (*k.shape[::2], columns, texts, from_text(mask) if mask else None, captures)
     return in_few_kernels(_cache_tokens, *args) if k.shape[2] == 1 else _cache_tokens(*args)
 
 

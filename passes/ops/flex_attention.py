@@ -13,9 +13,11 @@ from sparse_compile.masks import Mask, ScoreMod
 from sparse_compile.passes.ops.block_tables import bind, given, transpose_tables
 from sparse_compile.passes.ops.materialize import Lookups
 from sparse_compile.passes.ops.reference_attention import bind_scores, given_scores, split_sink
+from sparse_compile.passes.storage.graph_text import rides_in_graphs
 from sparse_compile.passes.torch_private import flex_attention_op
 
 
+@rides_in_graphs
 @dataclass(frozen=True)
 class Spec:
     """All that the kernel of a call is generated from, besides its operands.

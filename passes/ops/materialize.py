@@ -64,13 +64,13 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.numel()), x.new_empty(x.dim(), dtype=torch.int64)
 
 
-@torch.library.custom_op("sparse_compile::realise", mutates_args=())
-def realise(x: Tensor) -> Tensor:
+@torch.library.custom_op("sparse_compile::materialize", mutates_args=())
+def materialize(x: Tensor) -> Tensor:
     """A copy that Inductor cannot see through."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
-@realise.register_fake
+@materialize.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -79,4 +79,4 @@ def _pass_on(ctx: Any, gradient: Tensor) -> Tensor:
     return gradient
 
 
-realise.register_autograd(_pass_on)
+materialize.register_autograd(_pass_on)

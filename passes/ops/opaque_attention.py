@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import pickle
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_compile.passes.ops.flex_attention import FlexAttention, Spec
+from sparse_compile.passes.ops.flex_attention import FlexAttention
+from sparse_compile.passes.storage.graph_text import from_text
 from sparse_compile.passes.torch_private import allow_in_graph
+
+KERNELS = 256  # that stay compiled: one for each mask, shape of tables and kind of step in use
 
 
 @torch.library.custom_op("sparse_compile::attention", mutates_args=())
@@ -36,12 +37,7 @@ def _(
     return q.new_empty(batch, q_len, heads, v.shape[3]).transpose(1, 2)
 
 
-def to_text(spec: Spec) -> str:
-    """A spec as an op can carry it."""
-    return base64.b64encode(pickle.dumps(spec)).decode()
-
-
-@cache
+@lru_cache(maxsize=KERNELS)
 def kernel_of(text: str) -> Callable[..., Tensor]:
     """The compiled kernel of a spec."""
 
@@ -60,7 +56,7 @@ def _attend(text: str, *operands: Any) -> Tensor:
     return out
 
 
-@cache
+@lru_cache(maxsize=KERNELS)
 def module_of(text: str) -> FlexAttention:
-    """The attention that ``to_text`` wrote down."""
-    return FlexAttention(pickle.loads(base64.b64decode(text)))
+    """The attention of a spec."""
+    return FlexAttention(from_text(text))

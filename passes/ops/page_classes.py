@@ -11,8 +11,9 @@ from sparse_compile.masks import Mask
 from sparse_compile.masks.patterns.per_head import consecutive
 from sparse_compile.masks.selection.page_scoring import HIDDEN, KEPT, OFFERED, choose
 from sparse_compile.masks.selection.page_topk import offered, static_part
-from sparse_compile.passes.ops.block_tables import batch_of, bind, given, parse, starts
+from sparse_compile.passes.ops.block_tables import batch_of, bind, given, starts
 from sparse_compile.passes.ops.small_steps import in_few_kernels
+from sparse_compile.passes.storage.graph_text import from_text
 
 
 @torch.library.custom_op("sparse_compile::page_classes", mutates_args=())
@@ -25,7 +26,7 @@ def page_classes(
     a key, hidden all others. The positions of the first query and key come first, int32 ``[1]``; last, whether the column
     before had other classes, int32 ``[1]`` (1 unless asked to ``compare``).
     """
-    return in_few_kernels(_page_classes, parse(mask), heads, columns, captures, page_size, pages, compare)
+    return in_few_kernels(_page_classes, from_text(mask), heads, columns, captures, page_size, pages, compare)
 
 
 def _page_classes(

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from sparse_compile.masks.selection.page_scoring import alive, choose, describe, pool, score_digests, score_keys
-from sparse_compile.passes.ops.quantized_append import PARTS, appending
-from sparse_compile.passes.storage.codec import Codes, Format
+from sparse_compile.passes.kernels.operands import Append, SelectPages
+from sparse_compile.passes.ops.quantized_append import append
+from sparse_compile.passes.ops.structured import StructuredOp
 
 
 @torch.library.custom_op("sparse_compile::describe_pages", mutates_args=("digest",))
@@ -47,76 +48,52 @@ def _valid(column: Tensor, stop: Tensor, texts: Tensor | None) -> Tensor:
     return there if texts is None else there & (texts.index_select(1, column) >= 0)
 
 
-CHOICE = ("keys", "values", "digest", "scores", "counts", "table")
-
-
-@torch.library.custom_op("sparse_compile::select_pages", mutates_args=(*CHOICE, *PARTS))
-def select_pages(
-    keys: Tensor,
-    values: Tensor,
-    digest: Tensor,
-    scores: Tensor,
-    counts: Tensor,
-    table: Tensor,
-    key_data: Tensor | None,
-    key_scale: Tensor | None,
-    key_offset: Tensor | None,
-    value_data: Tensor | None,
-    value_scale: Tensor | None,
-    value_offset: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    classes: Tensor,
-    columns: Tensor,
-    anchor: Tensor,
-    changed: Tensor,
-    texts: Tensor | None,
-    page_size: int,
-    page: int,
-    score: str,
-    group: str,
-    every: int,
-    budget: int,
-    key_form: str,
-    value_form: str,
-) -> None:
-    """All that a decode step does to a layer before it attends: append a token, and choose pages; see ``Choice``.
-
-    ``q`` is ``[B, Hq, 1, D]``; ``k`` and ``v`` go to slot ``columns % slots`` of ``keys`` and ``values``
-    ``[max_batch, H, slots, D]``, and the page is described anew; where these are tails, the codes of ``append_codes`` follow
-    the table. Every ``every`` steps from ``anchor`` on all earlier pages are scored; its own page and those to come rank above
-    every score until the next time. Pages are chosen when they were scored, and when ``changed`` says so of ``classes``.
-    """
-    how: dict[str, Any] = {"page_size": page_size, "page": page, "score": score, "group": group, "every": every}
-    codes, forms = None, (Format.from_text(key_form), Format.from_text(value_form))
-    if key_data is not None and value_data is not None:
-        codes = Codes(key_data, key_scale, key_offset), Codes(value_data, value_scale, value_offset)
-    batch, kernels = q.shape[0], triton_kernels() if q.is_cuda else None
-    if kernels is not None and scores.shape[2] <= kernels.MOST_PAGES:
-        state = (keys, values, digest, scores, counts, table)
-        told = (classes, columns, anchor, changed if every > 1 else None, texts)
-        kernels.select_pages(q, k, v, *state, *told, codes, forms, **how, budget=budget)
+def _select(new: SelectPages[Tensor]) -> None:
+    kernels = triton_kernels() if new.q.is_cuda else None
+    if kernels is not None and new.scores.shape[2] <= kernels.MOST_PAGES:
+        kernels.launch_select_pages(new, always=new.how.every == 1)
         return
-    if codes is not None:
-        appending(k)(keys, values, *codes, None, k, v, columns, texts, *forms, page, score)
-    else:
-        for buffer, new in ((keys, k), (values, v)):
-            buffer[:batch].index_copy_(2, columns.view(1) % buffer.shape[2], new)
+    _append(new)
     if kernels is not None:  # it scores any number of pages, and picks from no more than its registers hold
-        kernels.score_pages(q, keys, digest, scores, columns, anchor, texts, **how)
-    else:
-        describe_pages(digest, keys, columns, texts, batch, 1, page, score)
-        due = int(columns - anchor) % every == 0
-        if not due and not int(changed):
-            return
-        if due:
-            found = score_digests(q.unflatten(1, (keys.shape[1], -1)).squeeze(3), digest[:batch], score)
-            column = torch.arange(digest.shape[2] * page, device=keys.device)
-            heard = alive(_valid(column, columns + 1, texts), page).unsqueeze(1)
-            _note(scores, pool(found, group, page_size // page, heard), columns // page_size)
-    count, index = choose(scores[:batch], classes, budget, table.shape[3])
-    counts[:batch], table[:batch] = count.unsqueeze(2), index.unsqueeze(2)
+        kernels.launch_score_pages(new)
+    elif not _score(new):
+        return
+    batch = new.q.shape[0]
+    count, index = choose(new.scores[:batch], new.classes, new.budget, new.table.shape[3])
+    new.counts[:batch], new.table[:batch] = count.unsqueeze(2), index.unsqueeze(2)
+
+
+def _append(new: SelectPages[Tensor]) -> None:
+    """Append the token, and quantize it if the buffers are tails."""
+    if new.key_codes is not None and new.value_codes is not None:
+        tails = (new.keys, new.values, new.key_codes, new.value_codes, None)
+        append(Append(*tails, new.k, new.v, new.columns, new.texts, new.key_form, new.value_form, new.how.page, new.how.score))
+        return
+    for buffer, token in ((new.keys, new.k), (new.values, new.v)):
+        buffer[: new.q.shape[0]].index_copy_(2, new.columns.view(1) % buffer.shape[2], token)
+
+
+def _score(new: SelectPages[Tensor]) -> bool:
+    """Summarize the newest page, and score all pages when that is due; returns whether pages must be chosen."""
+    batch, how = new.q.shape[0], new.how
+    describe_pages(new.digest, new.keys, new.columns, new.texts, batch, 1, how.page, how.score)
+    due = int(new.columns - new.anchor) % how.every == 0
+    if due:
+        found = score_digests(new.q.unflatten(1, (new.keys.shape[1], -1)).squeeze(3), new.digest[:batch], how.score)
+        column = torch.arange(new.digest.shape[2] * how.page, device=new.keys.device)
+        filled = alive(_valid(column, new.columns + 1, new.texts), how.page).unsqueeze(1)
+        _note(new.scores, pool(found, how.group, how.page_size // how.page, filled), new.columns // how.page_size)
+    return due or bool(int(new.changed))
+
+
+# All that a decode step does to a layer before it attends: append a token, and choose pages; see ``Choice``.
+select_pages = StructuredOp(
+    "select_pages",
+    SelectPages,
+    _select,
+    fake=lambda operands: None,
+    mutates=("keys", "values", "digest", "scores", "counts", "table", "key_codes", "value_codes"),
+)
 
 
 def triton_kernels() -> ModuleType:
@@ -124,11 +101,6 @@ def triton_kernels() -> ModuleType:
     from sparse_compile.passes.kernels import page_scores
 
     return page_scores
-
-
-@select_pages.register_fake
-def _(*operands: Any) -> None:
-    return None
 
 
 @torch.library.custom_op("sparse_compile::score_pages_by_keys", mutates_args=("scores",))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch.nn.functional import pad
 
 from sparse_compile.masks import Mask
 from sparse_compile.masks.block_mask import query_blocks, split_tables
+from sparse_compile.masks.patterns.per_head import unions_by_kv_head
 from sparse_compile.masks.patterns.tensor import Explicit
 from sparse_compile.masks.selection.page_scoring import (
     HIDDEN,
@@ -24,64 +24,59 @@ from sparse_compile.masks.selection.page_scoring import (
     score_keys,
 )
 from sparse_compile.masks.selection.page_topk import PageTopK, offered, selector_of, static_part
-from sparse_compile.passes.ops.block_tables import BLOCK, bind, given, parse, starts
+from sparse_compile.passes.ops.block_tables import BLOCK, bind, given, starts
+from sparse_compile.passes.ops.structured import StructuredOp
+
+T = TypeVar("T")
 
 NUMBERS_AT_ONCE = 1 << 28  # of estimates that are in memory together
 
 
-@torch.library.custom_op("sparse_compile::select_blocks", mutates_args=())
-def select_blocks(
-    q: Tensor,
-    k: Tensor,
-    mask: str,
-    heads: int,
-    q_start: int,
-    kv_start: int,
-    q_shift: Tensor | None,
-    captures: list[Tensor],
-    width: int,
-    split: bool,
-) -> list[Tensor]:
-    """The positions of the first query and key ``[1]`` and the tables of ``mask``, as ``block_tables_op`` lists them, int32.
+class SelectBlocks(NamedTuple, Generic[T]):
+    """Queries ``q`` ``[B, Hq, Q, D]`` that choose among blocks of keys ``k`` ``[B, Hkv, KV, D]``, by the mean of each block.
 
-    ``q`` is ``[B, Hq, Q, D]``, ``k`` ``[B, Hkv, KV, D]``; blocks hold 128 queries and keys. Kept are the blocks that the static
-    part of the mask shows to any query of a block, and those of the queries themselves. ``heads`` is the number of query heads
-    if the mask tells them apart, else 1; the query heads of a KV head choose together. Tables are those of all query heads.
+    The blocks that the static part of the mask shows to any query of a block, and those of the queries themselves, are always
+    chosen. ``heads`` is the number of query heads if the mask tells them apart, else 1; the query heads of a KV head choose
+    together. ``captures`` are the tensors that the mask reads. ``width`` and ``split`` are those of block tables.
     """
-    tree = parse(mask)
+
+    q: T
+    k: T
+    mask: Mask
+    heads: int
+    q_start: int
+    kv_start: int
+    q_shift: T | None
+    captures: list[T]
+    width: int
+    split: bool
+
+
+def _select(operands: SelectBlocks[Tensor]) -> list[Tensor]:
+    q, k, mask, heads, q_start, kv_start, q_shift, captures, width, split = operands
     first_query, first_key = starts(q_start, kv_start, q_shift, q.device)
-    bound = bind(tree, given(tree), captures, first_query, first_key)
+    bound = bind(mask, given(mask), captures, first_query, first_key)
     group, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
     if heads == 1:
         chosen = [_choose(q, k, bound, first_query, first_key, width, split)]
     else:
         chosen = []
-        for kv_head in range(kv_heads):
-            mine = range(kv_head * group, (kv_head + 1) * group)
-            whole = reduce(lambda a, b: a | b, dict.fromkeys(bound.for_head(head, heads) for head in mine))
-            own = q[:, mine.start : mine.stop], k[:, kv_head : kv_head + 1]
+        for kv_head, whole in enumerate(unions_by_kv_head(bound, heads, kv_heads)):
+            own = q[:, kv_head * group : (kv_head + 1) * group], k[:, kv_head : kv_head + 1]
             chosen.append(_choose(*own, whole, first_query, first_key, width, split))
     tables = [torch.cat(parts, dim=1).repeat_interleave(group, dim=1) for parts in zip(*chosen, strict=True)]
     return [first_query.int(), first_key.int(), *tables]
 
 
-@select_blocks.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    mask: str,
-    heads: int,
-    q_start: int,
-    kv_start: int,
-    q_shift: Tensor | None,
-    captures: list[Tensor],
-    width: int,
-    split: bool,
-) -> list[Tensor]:
-    rows = -(-q.shape[2] // BLOCK)
-    table = (q.shape[0], q.shape[1], rows)
+def _shapes(operands: SelectBlocks[Tensor]) -> list[Tensor]:
+    q, width, split = operands.q, operands.width, operands.split
+    table = (q.shape[0], q.shape[1], -(-q.shape[2] // BLOCK))
     sizes: list[Any] = [(1,), (1,)] + [table, (*table, width)] * (2 if split else 1)
     return [torch.empty(size, dtype=torch.int32, device=q.device) for size in sizes]
+
+
+# The positions of the first query and key ``[1]`` and the tables of all query heads, as ``block_tables_op`` lists them, int32.
+select_blocks = StructuredOp("select_blocks", SelectBlocks, _select, fake=_shapes)
 
 
 def _choose(

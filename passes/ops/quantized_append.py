@@ -6,95 +6,72 @@ from there with every token, so that no number is ever encoded from its own code
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparse_compile.masks.selection.page_scoring import describe
+from sparse_compile.passes.kernels.operands import Append
+from sparse_compile.passes.ops.structured import StructuredOp
 from sparse_compile.passes.storage.codec import Codes, Format, dequantize, quantize
 
-PARTS = ("key_data", "key_scale", "key_offset", "value_data", "value_scale", "value_offset")
+T = TypeVar("T")
 
 
-@torch.library.custom_op("sparse_compile::append_codes", mutates_args=("key_tail", "value_tail", *PARTS, "digest"))
-def append_codes(
-    key_tail: Tensor,
-    value_tail: Tensor,
-    key_data: Tensor,
-    key_scale: Tensor | None,
-    key_offset: Tensor | None,
-    value_data: Tensor,
-    value_scale: Tensor | None,
-    value_offset: Tensor | None,
-    digest: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    columns: Tensor,
-    texts: Tensor | None,
-    key_form: str,
-    value_form: str,
-    page: int,
-    score: str,
-    finite: bool,
-) -> None:
-    """Append ``k`` and ``v`` ``[B, H, Q, *]`` at column ``columns``: their codes, and the tails ``[max_batch, H, T, *]``.
+class CheckedAppend(NamedTuple, Generic[T]):
+    """What to append. With ``finite``, numbers that are infinite or NaN are an error."""
 
-    ``texts`` ``[B, N]`` is negative for padding, which takes no part in scales. ``digest``, if there is one, gets the pages of
-    ``page`` keys that the tokens went to, from the numbers as they came. With ``finite`` numbers that are not are an error.
-    """
-    if finite and not bool(torch.isfinite(k).all() & torch.isfinite(v).all()):
+    new: Append[T]
+    finite: bool
+
+
+def _checked(operands: CheckedAppend[Tensor]) -> None:
+    new = operands.new
+    if operands.finite and not bool(torch.isfinite(new.k).all() & torch.isfinite(new.v).all()):
         raise ValueError("new keys or values are infinite or not a number, and the cache was built with debug=True")
-    keys, values = Codes(key_data, key_scale, key_offset), Codes(value_data, value_scale, value_offset)
-    forms = Format.from_text(key_form), Format.from_text(value_form)
-    appending(k)(key_tail, value_tail, keys, values, digest, k, v, columns, texts, *forms, page, score)
+    append(new)
 
 
-@append_codes.register_fake
-def _(*operands: object) -> None:
-    return None
+append_codes = StructuredOp(
+    "append_codes",
+    CheckedAppend,
+    _checked,
+    fake=lambda operands: None,
+    mutates=("new_key_tail", "new_value_tail", "new_keys", "new_values", "new_digest"),
+)
 
 
-def appending(k: Tensor) -> Callable[..., None]:
-    """What appends ``k``: on CUDA one launch for a token of each sequence, otherwise plain PyTorch."""
-    if not k.is_cuda or k.shape[2] != 1:
-        return _append
-    from sparse_compile.passes.kernels.append_token import launch_append  # torch for CPU comes without Triton
+def append(new: Append[Tensor]) -> None:
+    """Append tokens to quantized pages: on CUDA one launch for a token of each sequence, otherwise plain PyTorch."""
+    if new.k.is_cuda and new.k.shape[2] == 1:
+        from sparse_compile.passes.kernels.append_token import launch_append  # torch for CPU comes without Triton
 
-    launch: Callable[..., None] = launch_append
-    return launch
+        launch_append(new)
+    else:
+        append_in_torch(new)
 
 
-def _append(
-    key_tail: Tensor,
-    value_tail: Tensor,
-    keys: Codes[Tensor],
-    values: Codes[Tensor],
-    digest: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    columns: Tensor,
-    texts: Tensor | None,
-    key_form: Format,
-    value_form: Format,
-    page: int,
-    score: str,
-) -> None:
-    batch, slots = k.shape[0], keys.data.shape[2]
-    if digest is not None:
-        column, content, valid = _window(key_tail, k, columns, texts, page, slots)
-        _copy(digest, batch, column[::page] // page, describe(content, valid, page, score))
-    for tail, codes, new, form in ((key_tail, keys, k, key_form), (value_tail, values, v, value_form)):
-        column, content, valid = _window(tail, new, columns, texts, form.tokens, slots)
+def append_in_torch(new: Append[Tensor]) -> None:
+    """Append tokens to quantized pages, in plain PyTorch."""
+    k, columns, texts = new.k, new.columns, new.texts
+    batch, slots = k.shape[0], new.keys.data.shape[2]
+    if new.digest is not None:
+        column, content, valid = _window(new.key_tail, k, columns, texts, new.page, slots)
+        _copy(new.digest, batch, column[:: new.page] // new.page, describe(content, valid, new.page, new.score))
+    sides = ((new.key_tail, new.keys, k, new.key_form), (new.value_tail, new.values, new.v, new.value_form))
+    for tail, codes, tokens, form in sides:
+        column, content, valid = _window(tail, tokens, columns, texts, form.tokens, slots)
         made = quantize(content, valid, form)
         _copy(codes.data, batch, column, made.data)
         for part, numbers in zip(codes[1:], made[1:], strict=True):
             if part is not None and numbers is not None:
                 _copy(part, batch, column[:: form.tokens] // form.tokens, numbers)
-    kept = min(k.shape[2], key_tail.shape[2])
-    place = (columns + k.shape[2] - kept + torch.arange(kept, device=k.device)) % key_tail.shape[2]
-    for tail, new in ((key_tail, k), (value_tail, v)):
-        _copy(tail, batch, place, new[:, :, -kept:])
+    tail_slots = new.key_tail.shape[2]
+    latest = min(k.shape[2], tail_slots)
+    place = (columns + k.shape[2] - latest + torch.arange(latest, device=k.device)) % tail_slots
+    for tail, _, tokens, _ in sides:
+        _copy(tail, batch, place, tokens[:, :, -latest:])
 
 
 def _window(
@@ -120,24 +97,32 @@ def _copy(buffer: Tensor, batch: int, at: Tensor, new: Tensor) -> None:
     rows.index_copy_(2, at, new.to(buffer.dtype))
 
 
-@torch.library.custom_op("sparse_compile::read_codes", mutates_args=())
-def read_codes(
-    data: Tensor, scale: Tensor | None, offset: Tensor | None, new: Tensor, columns: Tensor, form: str, exact: bool
-) -> Tensor:
-    """The numbers of the rows that ``new`` has, ``[B, H, N, D]`` in its dtype; if ``exact`` the new ones are ``new`` itself."""
+class ReadCodes(NamedTuple, Generic[T]):
+    """Quantized numbers to read, of as many rows as ``new`` ``[B, H, Q, D]`` has; if ``exact``, the new tokens as they came."""
+
+    codes: Codes[T]
+    new: T
+    columns: T
+    form: Format
+    exact: bool
+
+
+def _read(operands: ReadCodes[Tensor]) -> Tensor:
+    codes, new, columns, form, exact = operands
     batch = new.shape[0]
-    scale, offset = (None if part is None else part[:batch] for part in (scale, offset))
-    kept_in = Format.from_text(form)
-    out = dequantize(Codes(data[:batch], scale, offset), kept_in, new.dtype)
-    if not kept_in.kind:
+    rows: Codes[Tensor] = codes._replace(**{name: part[:batch] for name, part in codes._asdict().items() if part is not None})
+    out = dequantize(rows, form, new.dtype)
+    if not form.kind:
         out = out.clone()
     if exact:
         out.index_copy_(2, columns + torch.arange(new.shape[2], device=new.device), new)
     return out
 
 
-@read_codes.register_fake
-def _(
-    data: Tensor, scale: Tensor | None, offset: Tensor | None, new: Tensor, columns: Tensor, form: str, exact: bool
-) -> Tensor:
+def _read_shape(operands: ReadCodes[Tensor]) -> Tensor:
+    new, data = operands.new, operands.codes.data
     return new.new_empty(new.shape[0], data.shape[1], data.shape[2], new.shape[3])
+
+
+# ``[B, H, N, D]`` in the dtype of the new tokens.
+read_codes = StructuredOp("read_codes", ReadCodes, _read, fake=_read_shape)

@@ -6,6 +6,7 @@ pages and rings were 140 launches; in a few kernels, they made its step of 5.9 m
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -17,7 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from sparse_compile.passes.torch_private import fake_tensors, flatten, inductor_compile, unflatten
 
 T = TypeVar("T")
-_compiled: dict[Any, Callable[..., Any]] = {}
+MOST_COMPILED = 512  # of one process: one for each function, mask and shape in use
+_compiled: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 
 # What is rounded to float16 stays rounded: what is stored is computed with again.
 OPTIONS = {"triton.cudagraphs": False, "emulate_precision_casts": True}
@@ -53,6 +55,9 @@ def run_compiled(function: Callable[..., T], flat: list[Any], spec: Any) -> T:
             return function(*unflatten(whole, spec))
 
         _compiled[key] = _compile(of_tensors, tensors)
+        if len(_compiled) > MOST_COMPILED:
+            _compiled.popitem(last=False)
+    _compiled.move_to_end(key)
     result: T = _compiled[key](*tensors)
     return result
 

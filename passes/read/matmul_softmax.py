@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sparse_compile.passes.ir.attention_call import AttentionCall, Left
 from sparse_compile.passes.ir.fx_nodes import Order, argument, hint_of, op_name, shape_of, value_of
+from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.score_steps import Add, Hide, Scale, Step, Tanh
+from sparse_compile.passes.ir.written_call import WrittenCall
 from sparse_compile.passes.read.sdpa import build_call
 
 PRODUCTS = {"matmul", "bmm", "einsum"}
@@ -30,7 +31,7 @@ class Chain:
     nodes: list[Node] = field(default_factory=list)  # every tensor of scores on the way
 
 
-def read_spelled_out(node: Node, order: Order) -> AttentionCall | Left | None:
+def read_spelled_out(node: Node, order: Order) -> WrittenCall | Left | None:
     """Read the product of attention weights and values; None if ``node`` is no such product."""
     if op_name(node) not in PRODUCTS or len(node.args) < 2:
         return None

@@ -7,33 +7,31 @@ from dataclasses import replace
 
 from torch.fx import GraphModule
 
-from sparse_compile.passes.ir.attention_call import AttentionCall, Left
 from sparse_compile.passes.ir.fx_nodes import Order, op_name
+from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.rewrite import Rewrite
+from sparse_compile.passes.ir.written_call import WrittenCall
 from sparse_compile.passes.read.matmul_softmax import read_spelled_out
 from sparse_compile.passes.read.sdpa import read_sdpa
 from sparse_compile.passes.read.self_attention import is_self_attention
 
 
 def read_attention(rewrite: Rewrite) -> int:
-    """Find every attention call and read it into an ``AttentionCall``."""
+    """Find every attention call and read it into an ``WrittenCall``."""
     results = _calls(rewrite.gm)
     for user, body in _bodies(rewrite.gm):
         results += [
             Left(call.node, f"inside {user}: the passes do not rewrite the bodies of such ops") for call in _calls(body)
         ]
-    rewrite.keep([_told_apart(result) for result in results])
+    calls = [result for result in results if isinstance(result, WrittenCall)]
+    rewrite.written = [replace(call, is_self_attention=is_self_attention(call)) for call in calls]
+    rewrite.left += [result for result in results if isinstance(result, Left)]
     return 0
 
 
-def _told_apart(result: AttentionCall | Left) -> AttentionCall | Left:
-    """A call that knows whether it is self-attention."""
-    return replace(result, is_self_attention=is_self_attention(result)) if isinstance(result, AttentionCall) else result
-
-
-def _calls(gm: GraphModule) -> list[AttentionCall | Left]:
+def _calls(gm: GraphModule) -> list[WrittenCall | Left]:
     order = Order(gm.graph)
-    results: list[AttentionCall | Left] = []
+    results: list[WrittenCall | Left] = []
     for node in gm.graph.nodes:
         name = op_name(node)
         if name == "scaled_dot_product_attention":

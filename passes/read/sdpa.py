@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from sparse_compile.passes.ir.attention_call import AttentionCall, Left
 from sparse_compile.passes.ir.fx_nodes import Order, argument, expr_of, hint_of, op_name, shape_of, value_of
+from sparse_compile.passes.ir.left import Left
+from sparse_compile.passes.ir.written_call import WrittenCall
 
 
-def read_sdpa(node: Node, order: Order) -> AttentionCall | Left:
+def read_sdpa(node: Node, order: Order) -> WrittenCall | Left:
     """Read ``scaled_dot_product_attention`` in any of its argument forms."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     defaults = (None, None, None, None, 0.0, False, None, False)
@@ -30,10 +31,8 @@ def read_sdpa(node: Node, order: Order) -> AttentionCall | Left:
     return build_call(node, q, k, v, scale=scale, attn_mask=attn_mask, is_causal=causal, order=order)
 
 
-def build_call(
-    node: Node, q: Node, k: Node, v: Node, *, scale: float | None, order: Order, **read: Any
-) -> AttentionCall | Left:
-    """An ``AttentionCall`` over un-repeated keys and values, or the reason why the shapes do not allow one."""
+def build_call(node: Node, q: Node, k: Node, v: Node, *, scale: float | None, order: Order, **read: Any) -> WrittenCall | Left:
+    """An ``WrittenCall`` over un-repeated keys and values, or the reason why the shapes do not allow one."""
     for name, operand in (("query", q), ("key", k), ("value", v)):
         value = value_of(operand)
         if not isinstance(value, Tensor):
@@ -53,7 +52,7 @@ def build_call(
     if hint_of(k_len) != hint_of(v_len):
         return Left(node, f"{k_len} keys and {v_len} values")
     scale = float(scale) if scale is not None else 1 / math.sqrt(hint_of(dim))
-    return AttentionCall(node, q, k, v, scale, **read)
+    return WrittenCall(node, q, k, v, scale, **read)
 
 
 def peel_repeats(k: Node, v: Node, call: Node, order: Order) -> tuple[Node, Node]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from sparse_compile.passes.ir.attention_call import AttentionCall
 from sparse_compile.passes.ir.fx_nodes import hint_of, is_in_place, op_name
+from sparse_compile.passes.ir.written_call import WrittenCall
 
 PROJECTIONS = {"linear", "addmm", "conv1d", "conv2d", "mm", "matmul", "einsum", "embedding"}
 REARRANGED = {"transpose", "permute", "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous", "to"}
@@ -14,11 +14,11 @@ REARRANGED = {"transpose", "permute", "view", "reshape", "flatten", "unflatten",
 DEPTH = 2
 
 
-def is_self_attention(call: AttentionCall) -> bool:
+def is_self_attention(call: WrittenCall) -> bool:
     """Whether queries and keys are projected from one common input; of bare graph inputs, whether they are equally many."""
     q, k = _sources(call.q, call.node), _sources(call.k, call.node)
     if not q and not k:
-        return hint_of(call.size("q", 2)) == hint_of(call.size("k", 2))
+        return hint_of(call.q_len) == hint_of(call.kv_len)
     return bool(q & k)
 
 

@@ -15,6 +15,8 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from sparse_compile.passes.storage.graph_text import rides_in_graphs
+
 T = TypeVar("T")
 KINDS = ("int8", "int4", "fp8")
 LEVELS = {"int8": 255, "int4": 15}
@@ -38,6 +40,7 @@ class Codes(NamedTuple, Generic[T]):
         return [part for part in self if part is not None]
 
 
+@rides_in_graphs
 @dataclass(frozen=True)
 class Format:
     """``kind`` is one of ``KINDS``, or empty for numbers as they come; ``tokens`` x ``channels`` share a scale (0: all)."""
@@ -46,15 +49,8 @@ class Format:
     tokens: int = 1
     channels: int = 0
 
-    def to_text(self) -> str:
-        """As a graph carries it."""
+    def __str__(self) -> str:
         return f"{self.kind}/{self.tokens}/{self.channels}"
-
-    @staticmethod
-    def from_text(text: str) -> Format:
-        """Read ``to_text`` back."""
-        kind, tokens, channels = text.split("/")
-        return Format(kind, int(tokens), int(channels))
 
     @property
     def count(self) -> int:

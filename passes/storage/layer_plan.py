@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -13,16 +12,16 @@ from torch import Tensor
 
 from sparse_compile.masks import Mask
 from sparse_compile.masks.analysis import Past, visible_past
-from sparse_compile.masks.json_format import decode, encode
 from sparse_compile.masks.selection.page_scoring import digest_width
 from sparse_compile.masks.selection.page_topk import PageTopK
 from sparse_compile.passes.storage.codec import Codes, Format
-from sparse_compile.passes.torch_private import real_tensors
+from sparse_compile.passes.storage.graph_text import rides_in_graphs
 
 T = TypeVar("T")
 MODES = ("strict", "chunk_relaxed")
 
 
+@rides_in_graphs
 @dataclass(frozen=True)
 class Selecting:
     """How decode steps choose among pages of ``page_size`` keys.
@@ -46,47 +45,137 @@ class Selecting:
 
 
 @dataclass(frozen=True)
-class Pages:
-    """KV heads that keep every key: column ``n`` of the text in slot ``n``, ``slots`` in all.
+class Storage(ABC):
+    """Some KV heads of a layer that are stored in one way: ``slots`` places of a buffer ``[max_batch, heads, slots, D]``.
 
-    With ``selecting`` a decode step reads some of the pages only. With ``forms``, of keys and of values, they are kept in fewer
-    bits, and the buffers are a tail: the latest ``tail`` columns as they came, column ``n`` in slot ``n % tail``.
+    Pages and rings answer the same questions, so that nobody needs to tell them apart by type.
     """
 
     heads: tuple[int, ...]
     slots: int
+
+    @property
+    def holds_every_key(self) -> bool:
+        """Whether no key is ever overwritten."""
+        return self.ring_kind is None
+
+    @property
+    def ring_kind(self) -> tuple[int, int] | None:
+        """Sink and slots of a ring; rings with equal ones share their positions. None for pages."""
+        return None
+
+    @property
+    def selecting(self) -> Selecting | None:
+        """How decode steps choose among pages; None if they read everything."""
+        return None
+
+    @property
+    def forms(self) -> tuple[Format, Format] | None:
+        """The formats of quantized keys and values; None if they are stored as they come."""
+        return None
+
+    @property
+    def buffer_slots(self) -> int:
+        """The slots of the buffers that hold numbers as they come."""
+        return self.slots
+
+    @property
+    def columns_are_slots(self) -> bool:
+        """Whether column ``n`` of the text stands in slot ``n`` of the buffers."""
+        return False
+
+    def leads(self, layer: int) -> bool:
+        """Whether this storage of ``layer`` scores the pages it chooses, rather than use the scores of another layer."""
+        return self.selecting is not None and self.selecting.leader == layer
+
+    def code_shapes(self, dims: tuple[int, int], dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape, less the batch, and dtype of every tensor of quantized keys and values of size ``dims``."""
+        forms = zip(self.forms or (), dims, strict=False)
+        return [part for form, dim in forms for part in form.parts(len(self.heads), self.slots, dim, dtype)]
+
+    def needed_recent(self) -> int:
+        """How many of the latest tokens queries need from a ring, their own included; 0 for pages."""
+        return 0
+
+    def shortage(self, past: Past | None) -> bool:
+        """Whether queries that need ``past`` of a text (None: all of it) would miss something here."""
+        return False
+
+    def holding(self) -> str:
+        """What is held of a text, in words."""
+        return "every token"
+
+    @abstractmethod
+    def identity(self) -> list[Any]:
+        """What decides the meaning of the stored tensors, as JSON values; not how many slots hold them."""
+
+    def __str__(self) -> str:
+        written = f"{len(self.heads)} heads x {self.slots} slots"
+        return written if self.forms is None else "{} in {}, {}".format(written, *(form.kind or "full" for form in self.forms))
+
+
+@rides_in_graphs
+@dataclass(frozen=True)
+class Pages(Storage):
+    """KV heads that keep every key: column ``n`` of the text in slot ``n``, ``slots`` in all.
+
+    With ``selecting`` a decode step reads some of the pages only. With ``forms``, of keys and of values, they are quantized,
+    and the buffers are a tail: the latest ``tail`` columns as they came, column ``n`` in slot ``n % tail``.
+    """
+
     selecting: Selecting | None = None
     forms: tuple[Format, Format] | None = None
     tail: int = 0
 
-    def code_shapes(self, dims: tuple[int, int], dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape, less the batch, and dtype of all that is kept of encoded keys and values of size ``dims``."""
-        forms = zip(self.forms or (), dims, strict=False)
-        return [part for form, dim in forms for part in form.parts(len(self.heads), self.slots, dim, dtype)]
+    @property
+    def buffer_slots(self) -> int:
+        return self.tail or self.slots
+
+    @property
+    def columns_are_slots(self) -> bool:
+        return self.forms is None
+
+    def identity(self) -> list[Any]:
+        selected = [] if self.selecting is None else [self.selecting.page_size]
+        return [self.heads, "pages", *selected, *map(str, self.forms or ()), self.tail]
+
+    def __str__(self) -> str:
+        return super().__str__() if self.selecting is None else f"{super().__str__()} ({self.selecting.selector})"
 
 
+@rides_in_graphs
 @dataclass(frozen=True)
-class Ring:
+class Ring(Storage):
     """KV heads that keep the first ``sink`` tokens, and the latest ones in the other slots, each overwriting the oldest.
 
     Token ``t`` beyond the sink stands in slot ``sink + (t - sink) % (slots - sink)``. Padding is not kept. Queries need the
     last ``recent`` tokens, their own included; what is above that can be rolled back.
     """
 
-    heads: tuple[int, ...]
-    slots: int
     sink: int
     recent: int
 
     @property
-    def kind(self) -> tuple[int, int]:
-        """What tells rings apart by their positions: sink and slots."""
+    def ring_kind(self) -> tuple[int, int]:
         return self.sink, self.slots
 
+    def needed_recent(self) -> int:
+        return self.recent
 
-Storage = Pages | Ring
+    def shortage(self, past: Past | None) -> bool:
+        return past is None or past.sink > self.sink or past.recent > self.recent
+
+    def holding(self) -> str:
+        return f"the first {self.sink} and the last {self.recent} tokens"
+
+    def identity(self) -> list[Any]:
+        return [self.heads, [self.sink, self.slots]]
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} (sink {self.sink}, recent {self.recent})"
 
 
+@rides_in_graphs
 @dataclass(frozen=True)
 class LayerPlan:
     """How layer ``layer`` of a cache is kept, and the masks that this follows from. ``last`` is the last layer of the cache.
@@ -114,64 +203,6 @@ class LayerPlan:
         """The mask of the policy in a phase."""
         return self.decode if phase == "decode" else self.prefill
 
-    def to_text(self) -> str:
-        """The plan as a graph carries it."""
-        masks = {name: getattr(self, name) for name in ("model", "prefill", "decode")}
-        content = {
-            "layer": [self.layer, self.last, self.columns, self.mode, self.rotation, self.debug],
-            "rings": self.rings,
-            "storages": [_encode(storage) for storage in self.storages],
-            **{name: None if mask is None else encode(mask) for name, mask in masks.items()},
-        }
-        return json.dumps(content)
-
-    @staticmethod
-    @lru_cache(maxsize=4096)
-    def from_text(text: str) -> LayerPlan:
-        """Read ``to_text`` back, with real tensors also while a graph is traced."""
-        with real_tensors():
-            return LayerPlan._from_text(text)
-
-    @staticmethod
-    def _from_text(text: str) -> LayerPlan:
-        content = json.loads(text)
-        layer, last, columns, mode, rotation, debug = content["layer"]
-        rings = tuple((sink, slots) for sink, slots in content["rings"])
-        storages = tuple(_decode(storage) for storage in content["storages"])
-        model, prefill, step = (
-            None if content[name] is None else decode(content[name]) for name in ("model", "prefill", "decode")
-        )
-        assert model is not None
-        return LayerPlan(layer, last, columns, rings, storages, model, prefill, step, mode, rotation, debug)
-
-
-def _encode(storage: Storage) -> list[Any]:
-    if isinstance(storage, Ring):
-        return [list(storage.heads), storage.slots, storage.sink, storage.recent]
-    chosen = storage.selecting
-    selecting = (
-        None
-        if chosen is None
-        else [encode(chosen.selector), chosen.page_size, chosen.leader, chosen.rows, chosen.width, chosen.by_keys]
-    )
-    forms = [form.to_text() for form in storage.forms or ()]
-    return [list(storage.heads), storage.slots, selecting, forms, storage.tail]
-
-
-def _decode(content: list[Any]) -> Storage:
-    heads, slots, *rest = content
-    if len(rest) == 2:
-        return Ring(tuple(heads), slots, *rest)
-    written, texts, tail = rest
-    selecting: Selecting | None = None
-    if written is not None:
-        selector, page_size, leader, rows, width, by_keys = written
-        chosen = decode(selector)
-        assert isinstance(chosen, PageTopK)
-        selecting = Selecting(chosen, page_size, leader, tuple(rows), width, by_keys)
-    forms = (Format.from_text(texts[0]), Format.from_text(texts[1])) if texts else None
-    return Pages(tuple(heads), slots, selecting, forms, tail)
-
 
 class Choice(NamedTuple, Generic[T]):
     """What selecting pages takes and leaves: tensors, or their nodes. Only a layer that leads has ``digest``.
@@ -191,7 +222,7 @@ class Choice(NamedTuple, Generic[T]):
         return [part for part in self if part is not None]
 
 
-def choice_shapes(pages: Pages, selecting: Selecting, key_dim: int) -> Choice[tuple[int, ...]]:
+def choice_shapes(pages: Storage, selecting: Selecting, key_dim: int) -> Choice[tuple[int, ...]]:
     """The shapes of what a layer that leads keeps, less the batch."""
     selector, heads, count = selecting.selector, len(pages.heads), pages.slots // selecting.page_size
     described = digest_width(selector.score, key_dim)
@@ -206,7 +237,7 @@ def codes_of(plan: LayerPlan, codes: Sequence[T], number: int) -> list[Codes[T]]
     found: list[Codes[T]] = []
     for storage in plan.storages[: number + 1]:
         found = []
-        for form in (storage.forms or ()) if isinstance(storage, Pages) else ():
+        for form in storage.forms or ():
             found.append(Codes(*rest[: form.count]))
             rest = rest[form.count :]
     return found

@@ -1,4 +1,4 @@
-"""What the host knows of a cache, so that nobody has to ask the device: how much it holds, and whether more fits."""
+"""Host state of a cache: how many tokens it holds and whether more fit. Checks on it need no device synchronization."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from sparse_compile.passes.ops.cache_update import SparseCacheError
 
 @dataclass
 class Books:
-    """How many tokens (columns) and sequences a cache holds. The backend keeps it, before and after each run of a graph."""
+    """The number of tokens (columns) and sequences in a cache. The backend checks and updates it around each graph run."""
 
     max_length: int
     max_batch: int
     layers: int
     columns: int = 0
     batch: int | None = None
-    done: set[int] = field(default_factory=set)  # layers that have taken the tokens of the current forward pass
+    done: set[int] = field(default_factory=set)  # layers that already have the tokens of this forward pass
 
     def admit(self, batch: int, tokens: int, layers: tuple[int, ...], *, empty: bool) -> None:
-        """Raise ``SparseCacheError`` if a graph that appends ``tokens`` to ``layers`` cannot run. Nothing is written then.
+        """Raise ``SparseCacheError`` if a graph that appends ``tokens`` to ``layers`` cannot run. The cache is then unchanged.
 
-        ``empty`` is a graph that looks at the new tokens alone.
+        ``empty`` marks a graph whose attention reads the new tokens only.
         """
         if empty and self.columns:
             raise SparseCacheError(
-                f"the model was asked for attention to the new tokens alone, and the cache holds {self.columns}: pass an "
-                "attention mask over all tokens, or reset the cache. It holds what it held before"
+                f"the model attends to its new tokens only, but the cache already holds {self.columns} tokens: pass an "
+                "attention mask over all tokens, or reset the cache. The cache is unchanged"
             )
         if self.columns + tokens > self.max_length:
             raise SparseCacheError(
                 f"the cache has room for max_length={self.max_length} tokens, holds {self.columns}, and was given {tokens} "
-                "more: build it with a larger max_length, or crop or reset it. It holds what it held before"
+                "more: build it with a larger max_length, or crop or reset it. The cache is unchanged"
             )
         if self.batch not in (None, batch):
             raise SparseCacheError(
                 f"the cache holds {self.batch} sequences and was given {batch}: reset it, or use batch_select_indices or "
-                "batch_repeat_interleave. It holds what it held before"
+                "batch_repeat_interleave. The cache is unchanged"
             )
         if again := self.done.intersection(layers):
             raise SparseCacheError(
                 f"layer {min(again)} was given new tokens twice in one forward pass, or the last pass never reached layer "
-                f"{self.layers - 1}: reset the cache, and run whole models only"
+                f"{self.layers - 1}: reset the cache, and always run the whole model"
             )
 
     def note(self, batch: int, tokens: int, layers: tuple[int, ...], *, last: bool) -> None:
-        """A graph has run: the last layer of a forward pass completes it."""
+        """Record that a graph has run. The last layer of the model completes the forward pass."""
         self.batch = batch
         self.done.update(layers)
         if last:
@@ -54,11 +54,11 @@ class Books:
             self.done.clear()
             if missing:
                 raise SparseCacheError(
-                    f"layer {min(missing)} took none of the tokens that the last layer took: the cache was built for another "
-                    "model. Reset it"
+                    f"layer {min(missing)} received none of the tokens that the last layer received, so the cache was built "
+                    "for another model: reset the cache, and use it with its own model"
                 )
 
     def forget(self) -> None:
-        """An empty cache."""
+        """Reset the state to that of an empty cache."""
         self.columns, self.batch = 0, None
         self.done.clear()

@@ -1,4 +1,4 @@
-"""KVFormat: in how many bits a cache keeps keys and values."""
+"""KVFormat: the number formats in which a cache stores keys and values."""
 
 from __future__ import annotations
 
@@ -10,21 +10,34 @@ import torch
 
 from sparse_compile.passes.storage.codec import KINDS, Format
 
-# Tokens that share a scale of a channel of keys, channels that share one of a token of values. ``int8`` holds 1 % of error also
-# where a few channels are ten times larger, ``int4`` 12 % where none are: bench/results/quantized-error.csv.
+# Default group sizes: tokens that share a scale within a channel of keys, and channels that share a scale within a token of
+# values. The relative error of attention with these groups, from bench/results/quantized-error.csv:
+#
+# | format | no large channels | 2 % of key channels ten times larger |
+# |--------|-------------------|--------------------------------------|
+# | int8   | 0.8 %             | 0.9 %                                |
+# | int4   | 11 %              | 14 %                                 |
 KEY_GROUP = {"int8": 32, "int4": 32}
 VALUE_GROUP = {"int8": 128, "int4": 32}
 
 
 @dataclass(frozen=True)
 class KVFormat:
-    """How a ``SparseCache`` keeps keys and values: ``"int8"``, ``"int4"``, ``"fp8"`` (e4m3), or None for the cache's dtype.
+    """The number formats in which a ``SparseCache`` stores keys and values.
 
-    Integers are equal steps from the least to the largest number of a group: of keys ``key_group`` neighbouring tokens in each
-    channel, as some channels of keys are far larger than others in all tokens; of values ``value_group`` neighbouring channels
-    of each token (KIVI, https://arxiv.org/abs/2402.02750). Each group has a scale and an offset of 16 bits. ``fp8`` has a scale
-    for each token. Groups that are not given are the smallest that error asks for (``int8``: 32 tokens, 128 channels or a
-    head; ``int4``: 32 and 32). Offsets end at 65,504.
+    ``key`` and ``value`` are ``"int8"``, ``"int4"``, ``"fp8"`` (e4m3), or None for the cache's dtype. Integer formats divide
+    the range from the smallest to the largest number of a group into equal steps. Each group has a scale and an offset of 16
+    bits, and offsets are clamped to +-65,504. A group of keys is ``key_group`` neighboring tokens of one channel, because some
+    key channels are far larger than others in all tokens. A group of values is ``value_group`` neighboring channels of one
+    token (KIVI, https://arxiv.org/abs/2402.02750). ``fp8`` has one scale per token. None selects the default group sizes, which
+    were chosen by the measured error of attention:
+
+    | format | tokens in a key group | channels in a value group |
+    |--------|-----------------------|---------------------------|
+    | int8   | 32                    | 128                       |
+    | int4   | 32                    | 32                        |
+
+    A default key group is at most a page. A default value group is the whole head where 128 or 32 does not divide it.
 
         >>> sc.KVFormat("int8", "int4")
         KVFormat(key='int8', value='int4', key_group=None, value_group=None)
@@ -32,7 +45,7 @@ class KVFormat:
         >>> half.nbytes < half.dense_nbytes / 2
         True
 
-    Raises ``ValueError`` for other names and sizes.
+    Raises ``ValueError`` for unknown formats and for group sizes that are not positive integers.
     """
 
     key: str | None = "int8"
@@ -51,15 +64,15 @@ class KVFormat:
                 raise ValueError(f"{name} needs to be a positive integer, got {group!r}")
 
     def forms(self, key_dim: int, value_dim: int, page_size: int) -> tuple[Format, Format] | None:
-        """The formats of keys and values of these sizes; None if both are kept as they come.
+        """The formats of keys and values of these sizes; None if both stay in the cache's dtype.
 
-        Raises ``ValueError`` for groups that do not divide a page or a head, and for int4 of an odd head_dim.
+        Raises ``ValueError`` for groups that do not divide a page or a head, and for int4 with an odd head_dim.
         """
         if self.key is None and self.value is None:
             return None
         for kind, dim in ((self.key, key_dim), (self.value, value_dim)):
             if kind == "int4" and dim % 2:
-                raise ValueError(f"int4 keeps two channels in a byte, and the head_dim is odd, {dim}: use int8 or fp8")
+                raise ValueError(f"int4 packs two channels into a byte and needs an even head_dim, got {dim}: use int8 or fp8")
         return self._keys(page_size), self._values(value_dim)
 
     def _keys(self, page_size: int) -> Format:
@@ -68,7 +81,7 @@ class KVFormat:
         group = self.key_group or min(KEY_GROUP[self.key], page_size)
         if page_size % group:
             raise ValueError(
-                f"key_group needs to divide page_size={page_size}, got {group}: give KVFormat(key_group=...) that does"
+                f"key_group needs to divide page_size={page_size}, got {group}: pass KVFormat a key_group that divides it"
             )
         return Format(self.key, tokens=group, channels=1)
 
@@ -78,7 +91,9 @@ class KVFormat:
         usual = VALUE_GROUP[self.value]
         group = self.value_group or (usual if dim % usual == 0 else dim)
         if dim % group:
-            raise ValueError(f"value_group needs to divide the head_dim of values, {dim}, got {group}")
+            raise ValueError(
+                f"value_group needs to divide the head_dim of values, {dim}, got {group}: pass KVFormat a value_group that does"
+            )
         return Format(self.value, channels=group)
 
 
@@ -87,9 +102,11 @@ ByLayer = KV | Sequence[KV | Sequence[KV]]
 
 
 def formats_of(kv: ByLayer, layers: int, kv_heads: int) -> list[list[KVFormat]]:
-    """The format of each KV head of each layer: ``kv`` is one for all, one for each layer, or in these one for each KV head.
+    """Return the format of each KV head of each layer, ``[layers][KV heads]``.
 
-    Raises ``ValueError`` for sequences of another length and names that are no format.
+    ``kv`` is one format for all layers, or a sequence with one entry per layer. The entry of a layer is one format, or a
+    sequence with one format per KV head. Raises ``ValueError`` for sequences of the wrong length and for unknown formats, and
+    ``TypeError`` for other types.
     """
     by_layer = _each(kv, layers, "layers")
     return [[_format(one) for one in _each(layer, kv_heads, "KV heads")] for layer in by_layer]
@@ -101,7 +118,7 @@ def _each(kv: ByLayer, count: int, what: str) -> list[ByLayer]:
     if not isinstance(kv, Sequence):
         raise TypeError(f"kv needs a KVFormat, its name, None, or a sequence of those, got {kv!r}")
     if len(kv) != count:
-        raise ValueError(f"kv has formats for {len(kv)} {what}, and the model has {count}: give one for each, or one for all")
+        raise ValueError(f"kv has formats for {len(kv)} {what}, but the model has {count}: pass one for each, or one for all")
     return list(kv)
 
 
@@ -114,10 +131,10 @@ def _format(kv: ByLayer) -> KVFormat:
 
 
 def check_formats(formats: list[list[KVFormat]], device: torch.device) -> None:
-    """Raise where formats cannot be used here: ``ImportError`` without torchao, ``ValueError`` on a GPU without their types."""
+    """Raise if the formats cannot be used here: ``ImportError`` without torchao, ``ValueError`` on a GPU without fp8."""
     kinds = {kind for layer in formats for form in layer for kind in (form.key, form.value)} - {None}
     if kinds and find_spec("torchao") is None:
-        raise ImportError(f"kv={sorted(map(str, kinds))[0]!r} encodes with torchao: pip install 'sparse-compile[quant]'")
+        raise ImportError(f"kv={sorted(map(str, kinds))[0]!r} needs torchao: pip install 'sparse-compile[quant]'")
     if "fp8" in kinds and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        found = torch.cuda.get_device_capability(device)
-        raise ValueError(f"fp8 needs a GPU of compute capability 8.9, and {device} has {found[0]}.{found[1]}: use int8")
+        major, minor = torch.cuda.get_device_capability(device)
+        raise ValueError(f"fp8 needs a GPU of compute capability 8.9, but {device} has {major}.{minor}: use int8")

@@ -1,4 +1,4 @@
-"""One layer of a SparseCache, as transformers sees it: ``update`` and a few sizes."""
+"""One layer of a SparseCache, behind the layer interface of transformers: ``update`` and a few sizes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from sparse_compile.cache.device_positions import Positions
 from sparse_compile.cache.host_state import Books
 from sparse_compile.passes.ops import cache_update  # noqa: F401  # registers the op that update() calls
 from sparse_compile.passes.storage.codec import Codes, dequantize
-from sparse_compile.passes.storage.layer_plan import Choice, LayerPlan, Pages, Ring, Storage, codes_of, misfit
+from sparse_compile.passes.storage.graph_text import to_text
+from sparse_compile.passes.storage.layer_plan import Choice, LayerPlan, codes_of, misfit
 
 
 class SparseCacheLayer(CacheLayerMixin):
-    """The keys and values of one layer: two buffers ``[max_batch, heads, slots, D]`` for each way in which heads are kept.
+    """The keys and values of one layer: two buffers ``[max_batch, heads, slots, D]`` for each storage group.
 
-    Of pages in fewer bits the buffers have the latest columns only, and ``codes`` all of them.
+    For quantized pages, ``codes`` hold every column, and the buffers hold only the latest columns, unquantized.
     """
 
     is_compileable = True
@@ -41,21 +42,21 @@ class SparseCacheLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]  # transformers'
         self.plan, self.buffers, self.positions, self.books = plan, buffers, positions, books
         self.codes = codes
-        self.text = plan.to_text()
-        self.own, self.selection = own, selection  # what is kept here to choose pages, and what steps use
+        self.text = to_text(plan)
+        self.own, self.selection = own, selection  # page-selection state of this layer, and what its decode steps use
         self.stream = [] if frequencies is None else [*positions.stream, frequencies]
         self.dtype, self.device = buffers[0].dtype, buffers[0].device
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is left to do: addresses have to be there before a graph is traced."""
+        """Do nothing: the constructor has allocated the buffers, because a traced graph needs their addresses."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take new keys and values ``[B, Hkv, Q, D]``; what comes back is for the backend to replace.
+        """Append new keys and values ``[B, Hkv, Q, D]``. The backend replaces the tensors that this returns.
 
         Raises ``ValueError`` for tensors of another model, dtype or device, and ``SparseCacheError`` without the backend.
         """
-        # While a graph is traced the kv pass checks: of an error here Dynamo makes a model that runs un-compiled from then on.
+        # While a graph is traced, the kv pass checks instead: after an error here Dynamo would run the model un-compiled.
         why = "" if torch.compiler.is_compiling() else misfit(key_states, value_states, self.buffers, self.plan)
         if why:
             raise ValueError(why)
@@ -77,67 +78,68 @@ class SparseCacheLayer(CacheLayerMixin):
         return k, v
 
     def get_seq_length(self) -> Any:
-        """The tokens seen so far, padding included: a tensor while a graph is traced, else a number.
+        """The number of tokens seen so far, padding included: a tensor while a graph is traced, an int otherwise.
 
-        A traced model takes the rotary position of its next token from here.
+        A traced model uses this as the rotary position of its next token.
         """
         if not torch.compiler.is_compiling():
             return self.books.columns
         return self.positions.stream[0] if self.stream else self.positions.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks are written over all columns there may ever be, as for a ``StaticCache``; traced ones are not built."""
+        """Return sizes for masks over all columns of the cache, as ``StaticCache`` does. Traced masks are never built."""
         return self.plan.columns, 0
 
     def get_max_length(self) -> int:
-        """The most tokens the cache takes."""
+        """The maximum number of tokens of a sequence."""
         return self.books.max_length
 
     def digests(self) -> list[tuple[Tensor, int]]:
-        """The digests of this layer's own pages, and how many keys each describes."""
-        chosen = [s.selecting for s in self.plan.storages if isinstance(s, Pages)]
-        pages = [s.selector.page for s in chosen if s is not None and s.leader == self.plan.layer]
-        found = zip((choice.digest for choice in self.own), pages, strict=True)
-        return [(digest, page) for digest, page in found if digest is not None]
+        """The page summaries that this layer owns, and how many keys each entry describes."""
+        chosen = [s.selecting for s in self.plan.storages if s.leads(self.plan.layer)]
+        pages = [selecting.selector.page for selecting in chosen if selecting is not None]
+        summaries = zip((choice.digest for choice in self.own), pages, strict=True)
+        return [(summary, page) for summary, page in summaries if summary is not None]
 
     def encoded(self) -> list[tuple[Tensor, int]]:
-        """The parts of all codes, and how many columns each of their places stands for."""
-        forms = [form for s in self.plan.storages if isinstance(s, Pages) for form in s.forms or ()]
+        """The tensors of the quantized keys and values, and how many columns each of their entries covers."""
+        forms = [form for storage in self.plan.storages for form in storage.forms or ()]
         tokens = [n for form in forms for n in (1, *[form.tokens] * (form.count - 1))]
         return list(zip(self.codes, tokens, strict=True))
 
     def restore_tails(self, remove: int) -> None:
-        """Of encoded pages: what the tails no longer have of the columns before the last ``remove``, from the codes.
+        """Refill the tails of quantized pages for a cache without its last ``remove`` columns.
 
-        A group that is filled further is then encoded a second time: where more is taken back than a page, and the
-        ``rollback`` of the cache, which makes tails longer.
+        Columns that the tails have overwritten are dequantized. If ``remove`` exceeds a page plus the cache's ``rollback``,
+        which lengthens the tails, these columns include the group that is filled next. It is then quantized a second time.
         """
         end = self.books.columns
         for number, storage in enumerate(self.plan.storages):
-            if not isinstance(storage, Pages) or storage.forms is None:
+            if storage.forms is None:
                 continue
-            lost = torch.arange(max(0, end - remove - storage.tail), max(0, end - storage.tail), device=self.device)
+            tail_slots = storage.buffer_slots
+            lost = torch.arange(max(0, end - remove - tail_slots), max(0, end - tail_slots), device=self.device)
             tails = self.buffers[2 * number : 2 * number + 2]
             for tail, codes, form in zip(tails, codes_of(self.plan, self.codes, number), storage.forms, strict=True):
-                group = form.tokens  # the groups that they are in
+                group = form.tokens  # ``first`` to ``last`` are the groups of the lost columns
                 first, last = (int(lost[0]) // group, int(lost[-1]) // group + 1) if lost.numel() else (0, 0)
                 sizes = (group, *[1] * (form.count - 1)) if group > 1 else (1,) * form.count
                 parts = [part[:, :, first * size : last * size] for part, size in zip(codes.used(), sizes, strict=True)]
                 found = dequantize(Codes(*parts), form, tail.dtype)
-                tail.index_copy_(2, lost % storage.tail, found.index_select(2, lost - first * group))
+                tail.index_copy_(2, lost % tail_slots, found.index_select(2, lost - first * group))
 
     def tensors(self) -> list[Tensor]:
-        """All that this layer keeps."""
+        """All tensors that this layer owns."""
         return [*self.buffers, *self.codes, *(tensor for choice in self.own for tensor in choice.used())]
 
     @property
     def nbytes(self) -> int:
-        """The bytes of keys and values as they are kept, and of what describes their pages."""
+        """The bytes of the stored keys and values, and of the page-selection state."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
     @property
     def head_nbytes(self) -> tuple[int, ...]:
-        """The bytes of each KV head."""
+        """The bytes of the keys and values of each KV head."""
         each: dict[int, int] = {}
         for number, storage in enumerate(self.plan.storages):
             kept = self.buffers[2 * number : 2 * number + 2]
@@ -146,13 +148,4 @@ class SparseCacheLayer(CacheLayerMixin):
         return tuple(each[head] for head in sorted(each))
 
     def __repr__(self) -> str:
-        return f"SparseCacheLayer({', '.join(_written(storage) for storage in self.plan.storages)})"
-
-
-def _written(storage: Storage) -> str:
-    kept = f"{len(storage.heads)} heads x {storage.slots} slots"
-    if isinstance(storage, Pages) and storage.forms is not None:
-        kept += " in {}, {}".format(*(form.kind or "full" for form in storage.forms))
-    if isinstance(storage, Ring):
-        return f"{kept} (sink {storage.sink}, recent {storage.recent})"
-    return kept if storage.selecting is None else f"{kept} ({storage.selecting.selector})"
+        return f"SparseCacheLayer({', '.join(map(str, self.plan.storages))})"

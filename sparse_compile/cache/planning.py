@@ -1,9 +1,8 @@
-"""Plan a cache: ask the masks of a model and a policy what they need of the past, and choose how each KV head is kept."""
+"""Plan a cache: derive from the masks of model and policy which past tokens each KV head needs, and choose its storage."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from sparse_compile.cache.kv_format import KVFormat
 from sparse_compile.cache.page_buffers import selecting_pages
 from sparse_compile.masks import Mask, causal, chunked, sliding_window
 from sparse_compile.masks.analysis import Past
+from sparse_compile.masks.operators import union
 from sparse_compile.masks.selection.budget import check_budget, check_pages
 from sparse_compile.masks.selection.page_topk import PageTopK, offered, selector_of, static_part
 from sparse_compile.passes.ops.block_tables import BLOCK
@@ -25,7 +25,7 @@ KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a cache has to know of a model: its attention layers, their heads and sizes, and the masks its config announces."""
+    """The facts that a cache needs of a model: head counts, head sizes, and the mask of each attention layer per its config."""
 
     heads: int
     kv_heads: int
@@ -63,14 +63,14 @@ def _dims(config: Any, heads: int) -> tuple[int, int]:
 
 
 def _masks(config: Any, layers: int) -> tuple[Mask, ...]:
-    """The mask of each layer, as transformers sizes its own caches."""
+    """The mask of each layer, by the rules with which transformers sizes its own caches."""
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         kinds = ["sliding_attention" if window else "chunked_attention" if chunk else "full_attention"] * layers
     unknown = sorted(set(kinds[:layers]) - KINDS)
     if unknown:
-        raise ValueError(f"a SparseCache keeps keys and values of attention, and the model has layers of kind {unknown[0]!r}")
+        raise ValueError(f"a SparseCache supports attention layers only, but the model has layers of kind {unknown[0]!r}")
     masks: dict[str, Mask] = {"full_attention": causal}
     if window:
         masks["sliding_attention"] = causal & sliding_window(window)
@@ -90,14 +90,14 @@ def plan_layers(
     formats: list[list[KVFormat]],
     debug: bool,
 ) -> tuple[LayerPlan, ...]:
-    """How each layer is kept: KV heads whose masks see a sink and a window in a ring, all others in pages of their formats."""
+    """Plan each layer: a ring for KV heads whose masks see only a sink and a window, pages in their formats for all others."""
     if mode not in MODES:
         raise ValueError(f"mode needs to be one of {', '.join(MODES)}, got {mode!r}")
     if policy is not None:
         policy.check(len(geometry.masks), geometry.heads, geometry.kv_heads)
         if policy.names_modules():
             raise ValueError(
-                "a SparseCache knows layers by number, and the policy names modules: write it with layer indices or ranges"
+                "a SparseCache identifies layers by number, but the policy names modules: use layer indices or ranges"
             )
     columns = -(-max_length // page_size) * page_size
     plans: list[LayerPlan] = []
@@ -111,7 +111,7 @@ def plan_layers(
         storages = _storages(geometry, model, [prefill, decode], forms, max_length, page_size, rollback, mode, plans)
         last = layer == len(geometry.masks) - 1
         plans.append(LayerPlan(layer, last, columns, (), storages, model, prefill, decode, mode, debug=debug))
-    rings = dict.fromkeys(s.kind for plan in plans for s in plan.storages if isinstance(s, Ring))
+    rings = dict.fromkeys(s.ring_kind for plan in plans for s in plan.storages if s.ring_kind is not None)
     return tuple(replace(plan, rings=tuple(rings)) for plan in plans)
 
 
@@ -128,7 +128,7 @@ def _storages(
 ) -> tuple[Storage, ...]:
     group = geometry.heads // geometry.kv_heads
     pages: dict[tuple[PageTopK | None, Forms | None], dict[int, Mask]] = {}
-    rings: dict[tuple[int, int], list[tuple[int, int]]] = {}  # sink and slots: head and recent
+    rings: dict[tuple[int, int], list[tuple[int, int]]] = {}  # (sink, slots) -> [(head, recent)]
     most = -(-max_length // page_size) * page_size
     for head in range(geometry.kv_heads):
         queries = range(head * group, (head + 1) * group)
@@ -138,8 +138,9 @@ def _storages(
         )
         past = _union([needed_past(mask, mode, max_length) for mask in {*prefill, *decode}])
         slots = most if past is None else -(-(past.sink + past.recent + rollback) // page_size) * page_size
-        for phase in (prefill, decode):  # what chooses among pages needs pages, and the last one counts in a step
-            whole = reduce(lambda a, b: a | b, dict.fromkeys(phase))
+        # A head that selects pages stores pages. After the loop ``whole`` and ``selector`` are those of decode steps.
+        for phase in (prefill, decode):
+            whole = union(phase)
             selector = selector_of(whole)
             if selector is not None:
                 check_budget(selector, whole, max_length)
@@ -155,7 +156,7 @@ def _storages(
         kept = Pages(tuple(heads), most)
         if selector is not None:
             kept = selecting_pages(selector, heads, most, page_size, len(before), before)
-        # Twice a page: the group that is being filled is still there after a page was taken back.
+        # Two pages, so that after a page has been cropped the tail still holds the group that is being filled.
         tail = 2 * page_size + -(-rollback // page_size) * page_size
         storages.append(kept if form is None else replace(kept, forms=form, tail=tail))
     for (sink, slots), members in rings.items():
@@ -172,7 +173,7 @@ def _union(pasts: list[Past | None]) -> Past | None:
 
 
 def check_sizes(max_length: int, max_batch: int, page_size: int, rollback: int) -> None:
-    """Raise ``ValueError`` for sizes that make no cache."""
+    """Raise ``TypeError`` or ``ValueError`` for sizes that a cache cannot have."""
     for name, value, least in (
         ("max_length", max_length, 1),
         ("max_batch", max_batch, 1),
@@ -186,6 +187,6 @@ def check_sizes(max_length: int, max_batch: int, page_size: int, rollback: int) 
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """Raise ``ValueError`` unless keys and values can be kept in ``dtype``."""
+    """Raise ``ValueError`` unless ``dtype`` is a floating point type."""
     if not dtype.is_floating_point:
-        raise ValueError(f"a SparseCache keeps floating point numbers, got dtype {dtype}")
+        raise ValueError(f"a SparseCache needs a floating point dtype, got {dtype}")

@@ -1,4 +1,4 @@
-"""A SparseCache as a safetensors file: the tokens in use, and a header that says whose they are."""
+"""Save and load a SparseCache as a safetensors file: the slots in use, and a header that identifies the cache."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from sparse_compile.cache.host_state import Books
 from sparse_compile.cache.layer import SparseCacheLayer
 from sparse_compile.cache.planning import Geometry
 from sparse_compile.masks.json_format import encode
-from sparse_compile.passes.storage.layer_plan import Ring, Storage
 
 FORMAT = "sparse_compile.SparseCache"
 VERSION = 1
 
 
 class Contents(Protocol):
-    """What a file says of a ``SparseCache``, which imports this file."""
+    """The members of ``SparseCache`` that this module uses. A protocol avoids an import cycle with ``SparseCache``."""
 
     geometry: Geometry
     mode: str
@@ -57,19 +56,20 @@ def load(cache: Contents, path: str | Path) -> None:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except SafetensorError as broken:
-        raise ValueError(f"{path} is no file of a SparseCache: {broken}") from broken
+        raise ValueError(f"{path} is not a SparseCache file: {broken}") from broken
     if header.get("format") != FORMAT or header.get("version") != str(VERSION):
-        raise ValueError(f"{path} is no file of a SparseCache of version {VERSION}: it says {header or 'nothing about itself'}")
+        raise ValueError(f"{path} is not a SparseCache file of version {VERSION}: its header is {header or 'empty'}")
     if header.get("cache") != _identity(cache):
         what = "model, policy, mode, page size, rollback, dtype or kv format"
         raise ValueError(f"{path} was saved from a cache of another {what} than this one")
     sizes = [header.get(name, "") for name in ("rows", "columns")]
     if not all(size.isdecimal() for size in sizes):
-        raise ValueError(f"{path} is broken: its header counts {sizes[0]!r} rows of {sizes[1]!r} columns")
+        raise ValueError(f"{path} is broken: its header gives {sizes[0]!r} rows and {sizes[1]!r} columns")
     rows, columns = map(int, sizes)
     if rows > cache.max_batch or columns > cache.max_length:
         raise ValueError(
-            f"{path} holds {rows} sequences of {columns} tokens, and the cache takes {cache.max_batch} of {cache.max_length}"
+            f"{path} holds {rows} sequences of {columns} tokens, but the cache has room for {cache.max_batch} of "
+            f"{cache.max_length}: load it into a larger cache"
         )
     parts = cache.parts(rows, columns)
     wrong = [name for name, part in parts.items() if part.numel() and not _fits(tensors.get(name), part)]
@@ -88,20 +88,13 @@ def _fits(tensor: Tensor | None, part: Tensor) -> bool:
     return tensor is not None and tensor.shape == part.shape and tensor.dtype == part.dtype
 
 
-def _kept(storage: Storage) -> list[Any]:
-    if isinstance(storage, Ring):
-        return [storage.heads, [storage.sink, storage.slots]]
-    forms = [*(form.to_text() for form in storage.forms or ()), storage.tail]
-    return [storage.heads, "pages", *([] if storage.selecting is None else [storage.selecting.page_size]), *forms]
-
-
 def _identity(cache: Contents) -> str:
-    """A digest of all that decides what the tensors mean; not of ``max_length``, which may differ."""
+    """A hash of everything that determines what the tensors mean, without ``max_length``, which may differ."""
     layers: list[Any] = []
     for layer in cache.kept:
         plan = layer.plan
         masks = [None if mask is None else encode(mask) for mask in (plan.model, plan.prefill, plan.decode)]
-        kept = [_kept(storage) for storage in plan.storages]
+        kept = [storage.identity() for storage in plan.storages]
         layers.append([masks, kept, plan.rings])
     geometry = cache.geometry
     sizes = [geometry.heads, geometry.kv_heads, geometry.key_dim, geometry.value_dim]

@@ -1,4 +1,4 @@
-"""SparseCache: a transformers cache that holds what its policy still sees."""
+"""SparseCache: a transformers cache that stores only what its policy can still see."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from sparse_compile.cache.planning import Geometry, check_dtype, check_sizes, pl
 from sparse_compile.cache.rope import in_cache_positions
 from sparse_compile.masks import Mask
 from sparse_compile.passes.ops.cache_update import SparseCacheError
-from sparse_compile.passes.storage.layer_plan import Pages, Ring
 from sparse_compile.passes.torch_private import mark_static, real_tensors
 from sparse_compile.policy import Policy, as_policy
 
@@ -27,28 +26,33 @@ from sparse_compile.policy import Policy, as_policy
 class SparseCache(Cache):
     """A KV cache whose memory follows the policy: ``model.generate(..., past_key_values=cache)`` on a compiled model.
 
-    KV heads whose masks see no more than a sink and a window keep a ring of those tokens; all others keep every token. Which
-    is which is asked of the masks, the model's own (sliding windows of the config) and the policy's, for prefill and decode
-    together. Compile the model with the same policy, or with none: the masks of both apply.
+    A KV head whose masks see only a sink and a window stores those tokens in a ring. Every other head stores all tokens in
+    pages. The cache derives this from the masks of prefill and decode together: those of the model (sliding windows in its
+    config) and those of the policy. Compile the model with the same policy or with none. The masks of both the cache and the
+    compiled policy apply.
 
-    ``max_length`` is the most tokens of a sequence, prompt and padding included; everything is allocated now, for
-    ``max_batch`` sequences, in ``dtype`` (the config's) on ``device``. Rings are as long as whole pages of ``page_size``
-    tokens that hold sink, window and ``rollback`` more tokens, which ``crop`` may take back of a full ring.
+    ``max_length`` is the maximum number of tokens of a sequence, prompt and padding included. The constructor allocates all
+    memory, for ``max_batch`` sequences, in ``dtype`` (default: the config's) on ``device``. A ring holds the sink, the window
+    and ``rollback`` more tokens, rounded up to whole pages of ``page_size`` tokens. ``crop`` can therefore remove ``rollback``
+    tokens even from a full ring.
 
-    ``kv`` keeps pages in fewer bits: ``"int8"``, ``"fp8"``, ``"int4"`` or a ``KVFormat``, one for all or a sequence with one
-    for each layer, in which a sequence has one for each KV head. A step reads them as they are (on CPU, and under masks and
-    score mods that only FlexAttention knows, they are decoded for each call). New tokens of a prompt attend to one another as
-    they are, and to what is kept of those before; a ring stays in ``dtype``, as it is small. ``debug`` raises ``ValueError``
-    where numbers to encode (``kv``) are not finite; it waits for the device, forbids CUDA graphs, and wants ``reset`` then.
+    ``kv`` quantizes pages to ``"int8"``, ``"fp8"``, ``"int4"`` or a ``KVFormat``. It is one format for all layers, or a
+    sequence with one entry per layer, where an entry may be a sequence with one format per KV head. Decode steps read
+    quantized pages directly. On CPU, and under masks and score mods that only FlexAttention supports, each call dequantizes
+    them first. The new tokens of a prompt attend to one another unquantized, and to earlier tokens as they are stored. Rings
+    are small and stay in ``dtype``. With ``debug``, numbers that are not finite raise ``ValueError`` when they are quantized.
+    ``debug`` waits for the device and rules out CUDA graphs, and the cache needs a ``reset`` after such an error.
 
-    ``mode`` is ``strict`` (each query sees exactly what the mask says, however a prompt is cut into chunks) or
-    ``chunk_relaxed`` (each chunk sees itself, and of what came before what the mask shows to the position before it:
-    DuoAttention's published prefill, which depends on the chunks).
+    | ``mode``        | What a query of a prompt chunk sees                                                          |
+    |-----------------|----------------------------------------------------------------------------------------------|
+    | `strict`        | exactly what the mask shows, however the prompt is cut into chunks                           |
+    | `chunk_relaxed` | its own chunk, and of earlier tokens those that the mask shows to the last one before the    |
+    |                 | chunk; the result depends on the chunks (DuoAttention's published prefill)                   |
 
-    With ``cache_positions`` a query stands where it would in the cache, not in the text (StreamingLLM,
-    https://arxiv.org/abs/2309.17453): the sink stays near, and texts may be longer than any position the model knows. It needs
-    rotary position embeddings, and a policy under which every head forgets; ``max_length`` may then be as large as you like
-    when the model is called token by token or chunk by chunk. ``generate`` and padding write masks over all of ``max_length``.
+    With ``cache_positions`` a query is placed at its position in the cache instead of in the text (StreamingLLM,
+    https://arxiv.org/abs/2309.17453). The sink stays near, and texts may be longer than the model's largest position. This
+    needs rotary position embeddings, and a policy under which every head drops keys. ``max_length`` may then be as large as you
+    like if the model is called token by token or chunk by chunk; ``generate`` and padding build masks over all of it.
 
         >>> policy = sc.policies.streaming_llm(sink=4, recent=28)
         >>> cache = sc.SparseCache(model.config, policy, max_length=4096)
@@ -58,10 +62,10 @@ class SparseCache(Cache):
         >>> cache.nbytes < cache.dense_nbytes / 10
         True
 
-    Raises ``ValueError`` or ``TypeError`` for sizes, a policy or a config that make no cache. In use: ``SparseCacheError``
-    without the backend, beyond ``max_length``, and where a ring no longer has what is asked for; ``ValueError`` for tensors of
-    another model, dtype, device or a larger batch. The cache then holds what it held before. Graphs that read a cache have no
-    gradients.
+    The constructor raises ``ValueError`` or ``TypeError`` for invalid sizes, policies and configs. A cache in use raises
+    ``SparseCacheError`` without the backend, beyond ``max_length``, and where a ring no longer holds tokens that are needed. It
+    raises ``ValueError`` for tensors of another model, dtype or device, and for a larger batch. The cache is unchanged after
+    these errors. Graphs that read a cache have no gradients.
     """
 
     def __init__(
@@ -90,13 +94,13 @@ class SparseCache(Cache):
         sizes = {"max_length": max_length, "page_size": page_size, "rollback": rollback}
         formats = formats_of(kv, len(self.geometry.masks), self.geometry.kv_heads)
         check_formats(formats, device)
-        with real_tensors():  # masks are asked, also where nothing else is computed
+        with real_tensors():  # planning evaluates masks, even while the surrounding code runs on fake tensors
             plans = plan_layers(self.geometry, self.policy, **sizes, mode=mode, formats=formats, debug=debug)
         frequencies: list[Tensor | None] = [None] * len(plans)
         if cache_positions:
             plans, frequencies = in_cache_positions(plans, config, self.geometry.key_dim, device)
-        has_pages = any(isinstance(storage, Pages) for plan in plans for storage in plan.storages)
-        selects = any(isinstance(s, Pages) and s.selecting is not None for plan in plans for s in plan.storages)
+        has_pages = any(storage.holds_every_key for plan in plans for storage in plan.storages)
+        selects = any(storage.selecting is not None for plan in plans for storage in plan.storages)
         columns = plans[0].columns if has_pages else 0
         self.positions = Positions(max_batch, columns, plans[0].rings, device, moving=cache_positions, selects=selects)
         self.books = Books(max_length, max_batch, len(plans))
@@ -104,10 +108,10 @@ class SparseCache(Cache):
         selection = Selection(plans, self.geometry.key_dim, max_batch, dtype, device)
         kept = []
         for plan, turns in zip(plans, frequencies, strict=True):
-            slots = [(len(s.heads), (s.tail if isinstance(s, Pages) else 0) or s.slots) for s in plan.storages]
+            slots = [(len(storage.heads), storage.buffer_slots) for storage in plan.storages]
             shapes = [((*size, dim), dtype) for size in slots for dim in dims]
-            encoded = [part for s in plan.storages if isinstance(s, Pages) for part in s.code_shapes(dims, dtype)]
-            # Not ``empty``: a masked value takes part with weight 0, and 0 * NaN is NaN.
+            encoded = [part for storage in plan.storages for part in storage.code_shapes(dims, dtype)]
+            # ``zeros``, not ``empty``: a masked value enters the sum with weight 0, and 0 * NaN is NaN.
             buffers, codes = (
                 [torch.zeros((max_batch, *shape), dtype=kind, device=device) for shape, kind in group]
                 for group in (shapes, encoded)
@@ -115,42 +119,42 @@ class SparseCache(Cache):
             chosen: dict[str, Any] = {"own": selection.own(plan), "selection": selection.used(plan)}
             state = SparseCacheLayer(plan, buffers, self.positions, self.books, codes=codes, frequencies=turns, **chosen)
             kept.append(state)
-        self.kept = tuple(kept)  # ``layers``, by their own type
+        self.kept = tuple(kept)  # the same objects as ``layers``, with their own type
         layers: list[Any] = kept
         super().__init__(layers=layers)
-        self.positions.columns.sparse_cache_books = self.books  # type: ignore[attr-defined]  # how the backend finds the books
+        self.positions.columns.sparse_cache_books = self.books  # type: ignore[attr-defined]  # read by the backend
         for tensor in self._tensors():
-            mark_static(tensor)  # or a second cache of another size would make the sizes of both dynamic
+            mark_static(tensor)  # otherwise a second cache of another size would make the sizes of both dynamic
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take the new keys and values of a layer; models call this. See ``SparseCacheLayer.update``."""
+        """Append new keys and values to a layer. Models call this; see ``SparseCacheLayer.update``."""
         if layer_idx >= len(self.kept) and not torch.compiler.is_compiling():
-            raise ValueError(f"the cache has {len(self.kept)} layers, and the model a layer {layer_idx}: use its own config")
-        # A layer too many, traced, gets the last one's place; the kv pass refuses that.
+            raise ValueError(f"the cache has {len(self.kept)} layers, got layer {layer_idx}: build it from this model's config")
+        # While a graph is traced, a layer beyond the last maps to the last one, and the kv pass rejects the graph.
         return self.kept[min(layer_idx, len(self.kept) - 1)].update(key_states, value_states)
 
-    # -- what it holds ----------------------------------------------------------------------------------------------
+    # -- contents ---------------------------------------------------------------------------------------------------
 
     @property
     def nbytes(self) -> int:
-        """The bytes that are resident: keys and values with their scales, offsets and tails, digests and positions."""
+        """The allocated bytes: keys and values with their scales, offsets and tails, page summaries and positions."""
         return sum(tensor.nbytes for tensor in self._tensors())
 
     @property
     def dense_nbytes(self) -> int:
-        """The bytes of a dense cache of the same lengths, as ``StaticCache`` allocates it."""
+        """The bytes of a dense cache of the same ``max_length`` and ``max_batch``, as ``StaticCache`` allocates it."""
         geometry, each = self.geometry, self.kept[0].dtype.itemsize
         token = len(self.kept) * geometry.kv_heads * (geometry.key_dim + geometry.value_dim) * each
         return token * self.max_batch * self.max_length
 
     @property
     def is_compileable(self) -> bool:
-        """Whether ``generate`` should write out masks itself, which keeps the shapes of decode steps.
+        """Whether ``generate`` should build masks itself, which keeps the shapes of decode steps static.
 
-        A padded prompt is better off with the two-dimensional mask, which the backend reads as padding; so is eager attention,
-        which adds its mask to the scores, and may add anything else.
+        A padded prompt works better with the two-dimensional mask, because the backend recognizes it as padding. The same holds
+        for eager attention: it adds its mask to the scores, and such a term could be anything.
         """
         if torch.compiler.is_compiling():
             return True
@@ -169,47 +173,48 @@ class SparseCache(Cache):
         return f"SparseCache({held}, dense {self.dense_nbytes / 2**20:.1f} MiB, layers={self.layers})"
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
-        """The column of the next token: a tensor while a graph is traced, else a number."""
+        """The column of the next token: a tensor while a graph is traced, an int otherwise."""
         return self.positions.columns if torch.compiler.is_compiling() else self.books.columns
 
-    # -- what can be done to it -------------------------------------------------------------------------------------
+    # -- changes ----------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Forget everything. Addresses stay."""
+        """Empty the cache. Its tensors keep their addresses."""
         self.positions.clear()
         self.books.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last ``-tokens_to_remove`` tokens: ``crop(-3)`` is as if they had never been there.
+        """Remove the last ``-tokens_to_remove`` tokens: after ``crop(-3)`` it is as if the last three had never been appended.
 
-        Raises ``SparseCacheError`` if a ring has already overwritten what would be visible again; ``rollback`` of the
-        constructor makes room. Raises ``ValueError`` for positive numbers and for more tokens than there are.
+        Raises ``SparseCacheError`` if a ring has already overwritten tokens that would be visible again. The constructor's
+        ``rollback`` makes room for them. Raises ``ValueError`` for positive numbers and for more tokens than the cache holds.
         """
         remove = -tokens_to_remove
         if remove < 0:
-            raise ValueError(f"crop takes back tokens and needs a number of at most 0, got {tokens_to_remove}: crop(-n)")
+            raise ValueError(f"crop needs a number of at most 0, got {tokens_to_remove}: call crop(-n) to remove n tokens")
         if remove > self.books.columns:
-            raise ValueError(f"the cache holds {self.books.columns} tokens, and {remove} cannot be taken back")
+            raise ValueError(f"the cache holds {self.books.columns} tokens, so {remove} cannot be removed: remove fewer")
         if remove == self.books.columns:
             self.reset()
         if remove == 0 or self.books.columns == 0:
             return
         at, rows = self.positions, self.books.batch or 0
-        first = self.books.columns - remove  # the first column that goes
+        first = self.books.columns - remove  # the first column that is removed
         texts = self._texts_without(first, rows)
         recents: dict[tuple[int, int], int] = {}
-        for ring in (s for layer in self.kept for s in layer.plan.storages if isinstance(s, Ring)):
-            recents[ring.kind] = max(recents.get(ring.kind, 0), ring.recent)
+        for storage in (storage for layer in self.kept for storage in layer.plan.storages):
+            if (kind := storage.ring_kind) is not None:
+                recents[kind] = max(recents.get(kind, 0), storage.needed_recent())
         for number, (sink, slots) in enumerate(self.kept[0].plan.rings):
             kept = at.rings[2 * number][:rows]
             start = (texts - (recents[sink, slots] - 1)).clamp(min=sink).unsqueeze(1)
-            there = ((kept >= start) & (kept < texts.unsqueeze(1))).sum(dim=1)
-            missing = int(((texts - start.squeeze(1)).clamp(min=0) - there).max())
+            present = ((kept >= start) & (kept < texts.unsqueeze(1))).sum(dim=1)
+            missing = int(((texts - start.squeeze(1)).clamp(min=0) - present).max())
             if missing > 0:
                 room = slots - sink - recents[sink, slots] + missing
                 raise SparseCacheError(
-                    f"{remove} tokens cannot be taken back: a ring of {slots} slots has overwritten what would be visible "
-                    f"again. Build the cache with rollback={room} or more. It holds what it held before"
+                    f"{remove} tokens cannot be removed: a ring of {slots} slots has overwritten tokens that would be visible "
+                    f"again. Build the cache with rollback={room} or more. The cache is unchanged"
                 )
         for layer in self.kept:
             layer.restore_tails(remove)
@@ -227,7 +232,7 @@ class SparseCache(Cache):
         self.books.columns = first
 
     def _texts_without(self, first: int, rows: int) -> Tensor:
-        """The text lengths ``[rows]`` without the columns from ``first`` on."""
+        """The text lengths ``[rows]`` after the columns from ``first`` on are removed."""
         at = self.positions
         if at.page_texts is not None:
             return (at.page_texts[:rows, :first] >= 0).sum(dim=1)
@@ -235,13 +240,13 @@ class SparseCache(Cache):
         smallest = min(table.shape[1] for table in at.rings)
         if self.books.columns - first > smallest:
             raise SparseCacheError(
-                f"{self.books.columns - first} tokens cannot be taken back from rings of {smallest} slots. It holds what it "
-                "held before"
+                f"{self.books.columns - first} tokens cannot be removed from rings of {smallest} slots: build the cache with a "
+                "larger rollback. The cache is unchanged"
             )
         return at.texts[:rows] - torch.stack(gone).amax(dim=0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row ``i`` goes on from what row ``beam_idx[i]`` held: beam search."""
+        """Let row ``i`` continue from the contents of row ``beam_idx[i]``, for beam search."""
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -252,7 +257,7 @@ class SparseCache(Cache):
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row ``repeats`` times, one after the other. Raises ``ValueError`` beyond ``max_batch`` rows."""
+        """Repeat each row ``repeats`` times, with its copies side by side. Raises ``ValueError`` beyond ``max_batch`` rows."""
         rows = self.books.batch or 0
         self._select(torch.arange(rows).repeat_interleave(repeats))
 
@@ -264,7 +269,7 @@ class SparseCache(Cache):
             )
         held = self.books.batch or 0
         if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < max(held, 1):
-            raise ValueError(f"the cache holds {held} sequences, and the rows {rows.tolist()} are not all among them")
+            raise ValueError(f"the cache holds {held} sequences, got rows {rows.tolist()}: pass rows that it holds")
         rows = rows.to(self.positions.columns.device)
         for part in self.parts(max(held, rows.numel())).values():
             if part.dim():
@@ -273,7 +278,7 @@ class SparseCache(Cache):
         self.books.batch = rows.numel() or None
 
     def parts(self, rows: int, columns: int | None = None) -> dict[str, Tensor]:
-        """What the cache holds, as views: positions, keys and values of so many rows and columns (those in use if None)."""
+        """The contents as named views: positions, keys and values of the first rows and columns (None: all columns in use)."""
         at, columns = self.positions, self.books.columns if columns is None else columns
         parts = {"texts": at.texts[:rows]}
         if at.page_texts is not None:
@@ -284,23 +289,24 @@ class SparseCache(Cache):
         for layer in self.kept:
             for number, buffer in enumerate(layer.buffers):
                 storage = layer.plan.storages[number // 2]
-                by_column = isinstance(storage, Pages) and storage.forms is None
+                by_column = storage.columns_are_slots
                 parts[f"layer_{layer.plan.layer}_{number}"] = buffer[:rows, :, :columns] if by_column else buffer[:rows]
             for number, (part, tokens) in enumerate(layer.encoded()):
                 parts[f"layer_{layer.plan.layer}_code_{number}"] = part[:rows, :, : -(-columns // tokens)]
-            for number, (digest, page) in enumerate(layer.digests()):
-                parts[f"layer_{layer.plan.layer}_digest_{number}"] = digest[:rows, :, : -(-columns // page)]
+            for number, (summary, page) in enumerate(layer.digests()):
+                parts[f"layer_{layer.plan.layer}_digest_{number}"] = summary[:rows, :, : -(-columns // page)]
         return parts
 
     # -- files ------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write what the cache holds to a safetensors file, to go on from the same prompt later."""
+        """Write the contents of the cache to a safetensors file, to continue from the same prompt later."""
         serialization.save(self, path)
 
     def load(self, path: str | Path) -> None:
-        """Read ``save`` back into a cache of the same model, policy and mode, of any ``max_length`` that is enough.
+        """Read a file of ``save`` into a cache that was built alike. ``max_length`` and ``max_batch`` may be larger.
 
-        Raises ``ValueError`` for files that are broken or belong to another cache; the cache then holds what it held before.
+        Raises ``FileNotFoundError`` if there is no file, and ``ValueError`` if it is broken or belongs to a cache of another
+        model, policy, mode, page size, rollback, dtype or kv format. The cache is then unchanged.
         """
         serialization.load(self, path)

@@ -1,4 +1,4 @@
-"""``python -m sparse_compile calibrate``: a model or a config in, a profile out."""
+"""``python -m sparse_compile calibrate``: read a model or a config and write a profile."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparse_compile.calibration.head_statistics import echo_profile
 from sparse_compile.calibration.passkey_data import Passkeys
 from sparse_compile.head_profile import Profile
 
-LONGEST = 32000  # tokens of a text, as published
+LONGEST = 32000  # tokens of the longest text, as published
 
 
 def run_calibrate(
@@ -33,21 +33,22 @@ def run_calibrate(
 ) -> Profile:
     """Calibrate the causal language model of ``source`` and write its profile to ``out``.
 
-    ``source`` is a folder that ``save_pretrained`` wrote, or a ``config.json`` or its folder, whose weights are then random.
-    ``device`` of None is the GPU if there is one. Passkeys are words in ``text`` if the folder has a tokenizer, else random
-    tokens. Raises ``ValueError`` and ``OSError`` for what is neither, and ``ImportError`` without transformers.
+    ``source`` is a folder that ``save_pretrained`` wrote. It may also be a ``config.json``, or a folder with a ``config.json``
+    and no weights; the weights are then random. ``device`` defaults to the GPU if there is one. Passkeys are words hidden in
+    ``text`` if the folder has a tokenizer, and random tokens otherwise. Raises ``ValueError`` or ``OSError`` for another
+    ``source``, and ``ImportError`` without transformers.
     """
     if not out.absolute().parent.is_dir():
-        raise ValueError(f"--out {out} is in a folder that is not there: create it")
+        raise ValueError(f"--out {out} is in a folder that does not exist: create the folder")
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: name a file in it")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs a GPU, and torch finds none: leave --device out")
+        raise ValueError("--device cuda needs a GPU, but torch finds none: omit --device")
     given: dict[str, Any] = {"steps": steps, "longest": longest, "sink": sink, "recent": recent, "text": text, "resume": resume}
     given = {name: value for name, value in given.items() if value is not None}
     if method == "echo" and given:
-        raise ValueError(f"--method echo reads random tokens and trains nothing: leave out --{', --'.join(given)}")
+        raise ValueError(f"--method echo reads random tokens and trains nothing: omit --{', --'.join(given)}")
     model, tokenizer = load(source, device)
     inner = "inductor" if device == "cuda" else "eager"
     if method == "echo":
@@ -64,21 +65,21 @@ def run_calibrate(
 
 
 def load(source: Path, device: str) -> tuple[Any, Any]:
-    """The model, and its tokenizer or None."""
+    """Load the model, and its tokenizer if it has one."""
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError as missing:
         raise ImportError("calibrate needs transformers: pip install 'sparse-compile[hf]'") from missing
     if not source.exists():
-        raise ValueError(f"calibrate needs a model folder or a config.json, and there is none at {source}")
+        raise ValueError(f"calibrate needs a model folder or a config.json, but there is none at {source}")
     folder: Any = source if source.is_dir() else source.parent
     has_weights = any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
     factory: Any = AutoModelForCausalLM
     if has_weights and source.is_dir():
         model = factory.from_pretrained(folder)
     else:
-        beside = "; for those beside it, name the folder" if has_weights else ""
-        print(f"{source} has no weights: they are random, and so is what heads need{beside}", file=sys.stderr)
+        beside = "; to use the weights beside it, name the folder" if has_weights else ""
+        print(f"{source} has no weights, so the weights and the scores of the heads are random{beside}", file=sys.stderr)
         torch.manual_seed(0)
         model = factory.from_config(AutoConfig.from_pretrained(source))
     has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
@@ -87,16 +88,16 @@ def load(source: Path, device: str) -> tuple[Any, Any]:
 
 
 def passkeys(model: Any, tokenizer: Any, text: Path | None, longest: int, seed: int) -> Passkeys:
-    """Data whose sizes fit texts of ``longest`` tokens."""
+    """Build passkey data whose longest texts have ``longest`` tokens."""
     sizes: dict[str, Any] = {"longest": longest, "shortest": min(longest, max(1000, longest // 32)), "seed": seed}
     if tokenizer is not None:
         from sparse_compile.demo import find_license
 
         content = (text or find_license()).read_text(encoding="utf-8", errors="replace")
-        # How many tokens the words take, and so what fits, is known once they are read.
+        # Only the tokenized words show how many passkeys fit, so the first sizes are large enough for any.
         data = Passkeys.of_text(tokenizer, content, shortest=1 << 40, longest=1 << 40, seed=seed)
         return data.fit(sizes["shortest"], longest)
     if text is not None:
-        raise ValueError(f"--text {text} is read by a tokenizer, and the model has none beside it: leave --text out")
+        raise ValueError(f"--text {text} needs a tokenizer, but the folder of the model has none: omit --text")
     vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
     return Passkeys.of_tokens(vocabulary, count=min(10, max(1, sizes["shortest"] // 100)), **sizes)

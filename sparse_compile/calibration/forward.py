@@ -1,4 +1,4 @@
-"""The last hidden states of a model, which calibration runs: what comes before the matrix of the vocabulary."""
+"""Run a model up to its last hidden states, which calibration uses: everything before the vocabulary projection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Hidden = Callable[[nn.Module, Tensor], Tensor]
 
 
 def last_hidden(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Of a transformers decoder, ``[B, N, hidden]``, without a cache."""
+    """Return the last hidden states ``[B, N, hidden]`` of a transformers decoder that runs without a cache."""
     find = getattr(model, "get_decoder", None)
     decoder: Any = find() if find is not None else getattr(model, "base_model", model)
     hidden: Tensor = decoder(input_ids=tokens, use_cache=False).last_hidden_state
@@ -24,12 +24,12 @@ def last_hidden(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def compiled_hidden(model: nn.Module, hidden: Hidden, backend: Backend) -> Callable[[Tensor], Tensor]:
-    """``hidden(model, tokens)`` by ``backend``; raises ``ValueError`` if an attention call was not understood."""
+    """Compile ``hidden(model, tokens)`` with ``backend``. Raises ``ValueError`` if an attention call was not recognized."""
 
     def run(tokens: Tensor) -> Tensor:
         return hidden(model, tokens)
 
-    # Dynamo counts recompiles per code object: one of its own keeps a calibration from using up those of the next.
+    # Dynamo limits recompiles per code object. A fresh one keeps this calibration from using up the limit of the next.
     own = FunctionType(run.__code__.replace(), run.__globals__, "hidden", None, run.__closure__)
     compiled: Callable[[Tensor], Tensor] = torch.compile(own, backend=backend)
 
@@ -37,7 +37,9 @@ def compiled_hidden(model: nn.Module, hidden: Hidden, backend: Backend) -> Calla
         out = compiled(tokens)
         left = [f"{site.module}: {site.reason}" for site in backend.report.sites if site.action == "left"]
         if left:
-            raise ValueError(f"{len(left)} attention calls were not understood, nor are their heads: {'; '.join(left)}")
+            raise ValueError(
+                f"{len(left)} attention calls were not recognized, so their heads have no scores: {'; '.join(left)}"
+            )
         return out
 
     return checked
@@ -45,7 +47,7 @@ def compiled_hidden(model: nn.Module, hidden: Hidden, backend: Backend) -> Calla
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Within, the model is in evaluation and has no weights to train; afterwards it is as it was."""
+    """Put the model in eval mode without trainable weights, and restore both on exit."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     modes = [(module, module.training) for module in model.modules()]
     model.eval().requires_grad_(False)
@@ -59,7 +61,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def positions_of(config: Any) -> int | None:
-    """How many tokens a model was made for, as far as its config says."""
+    """The number of positions that a model was made for, or None if its config does not say."""
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     return next((int(value) for name in names if isinstance(value := getattr(config, name, None), int)), None)
 

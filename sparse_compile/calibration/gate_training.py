@@ -1,4 +1,4 @@
-"""Train a gate for each KV head: how much of full attention its answers need (DuoAttention, arXiv:2410.10819)."""
+"""Train a gate for each KV head that says how much full attention its answers need (DuoAttention, arXiv:2410.10819)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparse_compile.calibration.forward import Hidden, compiled_hidden, frozen, last_hidden, sizes_of
-from sparse_compile.dynamo import Backend, with_passes
+from sparse_compile.dynamo import Backend, Hooks
 from sparse_compile.head_profile import Profile, signature
 from sparse_compile.masks import causal, sliding_window
 from sparse_compile.masks import sink as first_tokens
 
-Batches = Callable[[int], tuple[Tensor, Tensor]]  # of a step: tokens [B, N], and which of them are asked, bool [B, N]
+Batches = Callable[[int], tuple[Tensor, Tensor]]  # step -> tokens [B, N], and bool [B, N] for those that count
 STEPS, RATE, PENALTY = 2000, 0.02, 0.05  # as published
 SAVED = 100  # steps between two checkpoints
 
@@ -38,35 +38,37 @@ def train_gates(
     progress: bool = True,
     hidden: Hidden = last_hidden,
 ) -> Profile:
-    """Gates as a profile: the higher, the more a KV head's answers need keys beyond a sink and a window.
+    """Train gates and return them as a profile. A high gate means that a KV head needs keys beyond a sink and a window.
 
-    Heads compute ``a * full + (1 - a) * streaming``. Only the gates ``a`` are trained, from 1 on, towards a small squared error
-    of the last hidden states of asked tokens and a small mean: the loss is that error, mean over channels and asked tokens,
-    plus ``penalty`` times the mean gate. AdamW without decay; the rate rises for a fifth of the steps and falls in the
-    last fifth.
+    Heads compute ``a * full + (1 - a) * streaming``. Only the gates ``a`` are trained, and they start at 1. The loss is the
+    squared error of the last hidden states against full attention, averaged over channels and asked tokens, plus ``penalty``
+    times the mean gate. The optimizer is AdamW without weight decay. The learning rate rises over the first fifth of the steps
+    and falls over the last fifth.
 
-    ``batches(step)`` gives tokens ``[B, N]`` and which are asked, bool ``[B, N]``, the same whenever it is called for a step:
-    ``Passkeys`` for any model. ``resume`` is a file: training goes on from there if it exists, and writes it as it goes; it
-    remembers ``batches.digest``, if there is one, and refuses other data. ``hidden`` gets what is compared,
-    ``[B, N, *]``, for models that are not of transformers.
+    ``batches(step)`` returns tokens ``[B, N]``, and which of them are asked, bool ``[B, N]``: only those count in the loss. It
+    has to return the same batch whenever it is called for the same step. ``Passkeys`` works for any model. ``resume`` is a
+    checkpoint file. Training continues from it if it exists, and writes it every 100 steps. The file records
+    ``batches.digest``, if there is one, and training refuses a file of other data. ``hidden`` computes the states that are
+    compared, ``[B, N, *]``; pass it for models that are not from transformers.
 
         >>> tokens, asked = torch.randint(64, (2, 48)), torch.arange(48).expand(2, 48) >= 40
         >>> profile = train_gates(model, lambda step: (tokens, asked), steps=2, sink=2, recent=8, inner="eager", progress=False)
         >>> profile.method, len(profile.scores)
         ('gates', 2)
 
-    Raises ``ValueError`` for a model without config or causal layers, batches of other shapes, and a file of another run.
+    Raises ``ValueError`` for a model without config or causal layers, for batches of other shapes, and for a file of another
+    run.
     """
     if steps < 1:
         raise ValueError(f"train_gates needs steps >= 1, got {steps}")
     config = sizes_of(model)
-    found = signature(config)
+    identity = signature(config)
     device = next(model.parameters()).device
-    gates = [nn.Parameter(torch.ones(found["kv_heads"], device=device)) for _ in range(found["layers"])]
+    gates = [nn.Parameter(torch.ones(identity["kv_heads"], device=device)) for _ in range(identity["layers"])]
     optimizer = torch.optim.AdamW(gates, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_at, steps=steps))
     settings = {"steps": steps, "sink": sink, "recent": recent, "rate": rate, "penalty": penalty}
-    run: dict[str, Any] = settings | {"model": found, "data": getattr(batches, "digest", "")}
+    run: dict[str, Any] = settings | {"model": identity, "data": getattr(batches, "digest", "")}
     if resume is not None:
         run["weights"] = _digest(model)
     state = _State(gates, optimizer, schedule, run, Path(resume) if resume is not None else None)
@@ -74,7 +76,7 @@ def train_gates(
     streaming = causal & (first_tokens(sink) | sliding_window(recent))
     with frozen(model), torch.enable_grad():
         teacher = compiled_hidden(model, hidden, Backend(inner=inner))
-        mixing = with_passes(_mixing(gates, streaming), trains=True, inner=inner)
+        mixing = Backend(inner=inner, hooks=Hooks((_mixing(gates, streaming),), trains=True))
         student = compiled_hidden(model, hidden, mixing)
         bar = tqdm(range(start, steps), initial=start, total=steps, disable=not progress, unit="step")
         for step in bar:
@@ -85,7 +87,7 @@ def train_gates(
             mean = torch.stack(list(gates)).mean()
             last = float(error.detach() + penalty * mean.detach())
             optimizer.zero_grad()
-            # One after the other: the penalty reaches every gate, the error those of layers that were understood.
+            # The error is differentiated first and alone, because it reaches only the gates of layers that were recognized.
             if error.requires_grad:
                 error.backward()
             _check_reached(gates)
@@ -100,11 +102,11 @@ def train_gates(
             if (step + 1) % SAVED == 0 or step + 1 == steps:
                 state.save(step + 1, last)
     numbers = settings | {"loss": last} | ({"data": run["data"]} if run["data"] else {})
-    return Profile(torch.stack(list(gates)).tolist(), method="gates", model=found, numbers=numbers)
+    return Profile(torch.stack(list(gates)).tolist(), method="gates", model=identity, numbers=numbers)
 
 
 def rate_at(step: int, *, steps: int) -> float:
-    """The factor of the learning rate: up over a fifth of the steps, flat, and down over the last fifth, a tenth at least."""
+    """The learning-rate factor: it rises to 1 over a fifth of the steps, falls over the last fifth, and is at least 0.1."""
     return min(1.0, max((step + 1) / (steps / 5), 0.1), max((steps - step) / (steps / 5), 0.1))
 
 
@@ -115,7 +117,7 @@ def _mixing(gates: list[nn.Parameter], streaming: Any) -> Callable[[Any], int]:
 
 
 def _digest(model: nn.Module) -> str:
-    """What tells the weights of a model from others: a sum of each, which is enough to notice another checkpoint."""
+    """A hash that identifies the weights of a model: the sum of each weight, which is enough to notice another checkpoint."""
     sums = [float(weight.detach().double().sum()) for weight in model.parameters()]
     return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
 
@@ -123,8 +125,8 @@ def _digest(model: nn.Module) -> str:
 def _checked(tokens: Tensor, asked: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     if tokens.dim() != 2 or asked.shape != tokens.shape or asked.dtype != torch.bool or not bool(asked.any()):
         raise ValueError(
-            f"a batch is tokens [B, N] and which of them are asked, bool [B, N] and some true; got {list(tokens.shape)} and "
-            f"{asked.dtype} {list(asked.shape)} with {int(asked.sum())} true"
+            "a batch needs tokens [B, N], and asked tokens as bool [B, N] with at least one true, got "
+            f"{list(tokens.shape)} and {asked.dtype} {list(asked.shape)} with {int(asked.sum())} true"
         )
     return tokens.to(device), asked.to(device)
 
@@ -132,11 +134,11 @@ def _checked(tokens: Tensor, asked: Tensor, device: torch.device) -> tuple[Tenso
 def _check_reached(gates: list[nn.Parameter]) -> None:
     missing = [layer for layer, gate in enumerate(gates) if gate.grad is None]
     if missing:
-        raise ValueError(f"layers {missing} have no causal attention that was understood: ask explain(model, ...) why")
+        raise ValueError(f"layers {missing} have no causal attention that was recognized: call explain(model, ...) to see why")
 
 
 class _State:
-    """What a file needs to hold for training to go on."""
+    """The training state that a checkpoint file stores."""
 
     def __init__(
         self,
@@ -149,22 +151,22 @@ class _State:
         self.gates, self.optimizer, self.schedule, self.settings, self.path = gates, optimizer, schedule, settings, path
 
     def load(self) -> tuple[int, float]:
-        """The step to go on with, and the loss of the one before."""
+        """Return the step to continue with, and the loss of the step before it."""
         if self.path is None:
             return 0, 0.0
         if not self.path.parent.is_dir():
-            raise ValueError(f"{self.path} is to be written while gates are trained, and its folder is not there: create it")
+            raise ValueError(f"training writes {self.path}, but its folder does not exist: create the folder")
         if not self.path.exists():
             return 0, 0.0
         try:
             found = torch.load(self.path, map_location="cpu", weights_only=True)
             settings, shapes = found["settings"], [list(gate.shape) for gate in found["gates"]]
         except (RuntimeError, EOFError, UnpicklingError, LookupError, TypeError) as wrong:
-            raise ValueError(f"{self.path} was not written by train_gates: give it another file, or remove that one") from wrong
+            raise ValueError(f"{self.path} was not written by train_gates: pass another file, or remove this one") from wrong
         if settings != dict(self.settings) or shapes != [list(gate.shape) for gate in self.gates]:
             raise ValueError(
-                f"{self.path} is of a run with {settings} over gates {shapes}, and this one has {self.settings}: give "
-                "it another file, or remove that one"
+                f"{self.path} belongs to a run with {settings} over gates {shapes}, but this run has {self.settings}: pass "
+                "another file, or remove this one"
             )
         with torch.no_grad():
             for gate, old in zip(self.gates, found["gates"], strict=True):
@@ -174,7 +176,7 @@ class _State:
         return int(found["step"]), float(found["loss"])
 
     def save(self, step: int, loss: float) -> None:
-        """Write the file anew, whole or not at all."""
+        """Replace the file atomically."""
         if self.path is None:
             return
         content: dict[str, Any] = {"step": step, "loss": loss, "settings": dict(self.settings)}

@@ -1,4 +1,4 @@
-"""What every head does with its attention, from one forward pass, and the heads that repeat what they have seen."""
+"""Measure the attention of every head in one forward pass, and find the heads that attend to repeated tokens."""
 
 from __future__ import annotations
 
@@ -10,23 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from sparse_compile.calibration.forward import Hidden, compiled_hidden, frozen, last_hidden, positions_of, sizes_of
-from sparse_compile.dynamo import with_passes
+from sparse_compile.dynamo import Backend, Hooks
 from sparse_compile.head_profile import Profile, signature
 
 if TYPE_CHECKING:
     from sparse_compile.passes.ops.attention_stats import Look
 
-PERIOD, REPEATS = 2500, 4  # random tokens, and how often they come, as published
+PERIOD, REPEATS = 2500, 4  # the number of random tokens, and of their repeats, as published
 
 
 @dataclass(frozen=True)
 class Observations:
-    """Means over queries, ``[layers][query heads]`` each; what was not looked for is not a number.
+    """Statistics of each head's attention, averaged over queries, ``[layers][query heads]``. NaN marks one not measured.
 
-    ``sink`` and ``recent`` are the mass on the first and last keys, of queries that see more than those. ``rate`` is the mass
-    on the very first key of the first 64 queries. ``entropy`` is in nats. ``echo`` and ``induction`` are the mass on earlier
-    copies of a token, and on what followed them. ``pages`` is the mass on each page of 64 keys, ``[layers][query
-    heads][pages]``.
+    | field       | mean over queries                                                              |
+    |-------------|--------------------------------------------------------------------------------|
+    | `sink`      | attention mass on the first keys, for queries that see more than sink + recent |
+    | `recent`    | mass on the last keys, for the same queries                                    |
+    | `entropy`   | entropy of the attention weights, in nats                                      |
+    | `rate`      | mass on the very first key, for the first 64 queries                           |
+    | `echo`      | mass on earlier copies of the query's token                                    |
+    | `induction` | mass on the tokens that followed those copies                                  |
+    | `pages`     | mass on each page of 64 keys, ``[layers][query heads][pages]``                 |
     """
 
     sink: list[list[float]]
@@ -38,12 +43,12 @@ class Observations:
     pages: list[list[list[float]]] = field(repr=False)
 
     def sink_rate(self, threshold: float = 0.3) -> float:
-        """The share of heads that give more than ``threshold`` to the first key (https://arxiv.org/abs/2410.10781)."""
+        """The share of heads whose ``rate`` exceeds ``threshold`` (https://arxiv.org/abs/2410.10781)."""
         heads = [mass for row in self.rate for mass in row]
         return sum(mass > threshold for mass in heads) / len(heads)
 
     def by_kv_head(self, name: str, kv_heads: int) -> list[list[float]]:
-        """A statistic for each KV head: the largest of the query heads that share it."""
+        """A statistic for each KV head: the maximum over the query heads that share it."""
         rows: list[list[float]] = getattr(self, name)
         group = len(rows[0]) // kv_heads
         return [[max(row[at * group : (at + 1) * group]) for at in range(kv_heads)] for row in rows]
@@ -60,17 +65,17 @@ def observe(
     inner: str = "inductor",
     hidden: Hidden = last_hidden,
 ) -> Observations:
-    """Watch every head of ``model`` read ``tokens`` ``[B, N]``, once.
+    """Measure the attention of every head of ``model`` in one forward pass over ``tokens`` ``[B, N]``.
 
-    ``period`` says that the text repeats itself every so many tokens, from token ``start`` on; without, there is no ``echo``
-    and no ``induction``. Memory grows with N, not with its square.
+    From token ``start`` on, the text repeats itself every ``period`` tokens. If ``period`` is 0, ``echo`` and ``induction``
+    are NaN. Memory grows linearly with N, not quadratically.
 
         >>> seen = observe(model, torch.randint(64, (1, 32)).repeat(1, 2), period=32, recent=8, inner="eager")
         >>> len(seen.echo), len(seen.echo[0])
         (2, 4)
 
-    Raises ``ValueError`` for a model without config, with layers whose attention was not understood, or with attention that
-    reads more than queries, keys and positions, and for a period of 1 or a negative start.
+    Raises ``ValueError`` for a model without config, with layers whose attention was not recognized, or with attention that
+    reads more than queries, keys and positions. Also raises it for a period of 1 and a negative period or start.
     """
     from sparse_compile.passes.calibration.observe_heads import watch_attention
     from sparse_compile.passes.ops.attention_stats import Look
@@ -82,7 +87,7 @@ def observe(
     config = signature(sizes_of(model))
     device = next(model.parameters()).device
     sums = _Sums(config["layers"], Look(sink, recent, period=period, start=start), device)
-    backend = with_passes(partial(watch_attention, look=sums.look, sums=sums), inner=inner)
+    backend = Backend(inner=inner, hooks=Hooks((partial(watch_attention, look=sums.look, sums=sums),)))
     with frozen(model), torch.no_grad():
         compiled_hidden(model, hidden, backend)(tokens.to(device))
     return sums.means()
@@ -98,17 +103,18 @@ def echo_profile(
     inner: str = "inductor",
     hidden: Hidden = last_hidden,
 ) -> Profile:
-    """Which KV heads look for what they have seen, found without data: random tokens, repeated (https://arxiv.org/abs/2407.15891).
+    """Score KV heads by their attention to repeated random tokens, without data (https://arxiv.org/abs/2407.15891).
 
-    A head's score is the larger of its induction and echo mass, that of a KV head the largest of its query heads; both are in
-    ``numbers``. ``period`` of None is 2,500 tokens, or what fills half of the model's positions if that is fewer; the text
-    begins with the config's ``bos_token_id``, without which a model may lack its sink and attend otherwise than it is used.
-    The paper keeps the 14 % of heads with the highest induction and the 1 % with the highest echo scores.
+    The score of a query head is the larger of its induction and echo mass, and that of a KV head is the maximum over its query
+    heads. ``numbers`` holds both masses. ``period`` defaults to 2,500 tokens, or to fewer so that all repeats fill half of the
+    model's positions. The text begins with the config's ``bos_token_id`` if there is one: without it a model may lack its
+    attention sink and attend differently than usual. The paper keeps the 14 % of heads with the highest induction scores and
+    the 1 % with the highest echo scores.
 
         >>> echo_profile(model, period=16, inner="eager").method
         'echo'
 
-    Raises as ``observe``.
+    Raises ``ValueError`` for fewer than two tokens or repeats, and where ``observe`` does.
     """
     config = sizes_of(model)
     if period is None:
@@ -119,7 +125,7 @@ def echo_profile(
     rng = torch.Generator().manual_seed(seed)
     tokens = torch.randint(config.vocab_size, (batch, period), generator=rng).repeat(1, repeats)
     begins = isinstance(getattr(config, "bos_token_id", None), int)
-    if begins:  # and is no copy of anything
+    if begins:  # ``start`` excludes this token, which is not repeated
         tokens = torch.cat([torch.full((batch, 1), config.bos_token_id), tokens], dim=1)
     seen = observe(model, tokens, period=period, start=int(begins), inner=inner, hidden=hidden)
     found = signature(config)
@@ -130,7 +136,7 @@ def echo_profile(
 
 
 class _Sums:
-    """What graphs add to, for each layer."""
+    """The sums of each layer, to which the compiled graphs add."""
 
     def __init__(self, layers: int, look: Look, device: torch.device) -> None:
         self.layers, self.look, self.device = layers, look, device
@@ -140,7 +146,9 @@ class _Sums:
         from sparse_compile.passes.ops.attention_stats import STATISTICS
 
         if layer in self.found or layer >= self.layers:
-            raise ValueError(f"layer {layer} attends twice, or is none of {self.layers}: heads are told apart by layer")
+            raise ValueError(
+                f"layer {layer} attends twice, or is not one of the {self.layers} layers: each layer needs one attention call"
+            )
         make = partial(torch.zeros, dtype=torch.float64, device=self.device)
         self.found[layer] = make(heads, len(STATISTICS), 2), make(heads, -(-keys // self.look.page), 2)
         return self.found[layer]
@@ -150,7 +158,9 @@ class _Sums:
 
         missing = sorted(set(range(self.layers)) - set(self.found))
         if missing:
-            raise ValueError(f"layers {missing} have no causal attention that was understood: ask explain(model, ...) why")
+            raise ValueError(
+                f"layers {missing} have no causal attention that was recognized: call explain(model, ...) to see why"
+            )
         rows = [self.found[layer] for layer in range(self.layers)]
         totals = [_mean(totals) for totals, _ in rows]
         named = {name: [row[:, at].tolist() for row in totals] for at, name in enumerate(STATISTICS)}

@@ -1,4 +1,4 @@
-"""Long texts in which passkeys are hidden, all of them asked at the end: what DuoAttention trains its gates on."""
+"""Long texts with hidden passkeys, all of which are asked for at the end: the data on which DuoAttention trains gates."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ WORDS = (
     "tango uniform victor whiskey xray yankee zulu"
 ).split()
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
-LENGTHS = 50  # from the shortest to the longest
+LENGTHS = 50  # the number of lengths from the shortest to the longest
 
 
 @dataclass(frozen=True, eq=False)
 class Passkeys:
-    """``passkeys(step)``: a text ``[1, N]``, and which of its tokens are asked: the questions and answers at its end.
+    """Passkey texts: ``passkeys(step)`` returns a text ``[1, N]``, and which of its tokens are asked, bool ``[1, N]``.
 
-    A text is a piece of ``haystack``, with each passkey of ``size`` words announced somewhere between 5 % and 95 % of it, and
-    all of them asked in order behind it. Lengths go from ``shortest`` to ``longest`` in fifty steps, one at random for each
-    text. The same step of the same ``seed`` is the same text.
+    A text is a stretch of ``haystack``. Each passkey of ``size`` words is announced at a random place between 5 % and 95 % of
+    it. The questions for all passkeys follow in order, with their answers, and these are the asked tokens. Each text has one of
+    fifty lengths from ``shortest`` to ``longest``, at random. The same step of the same ``seed`` gives the same text.
 
         >>> data = Passkeys.of_tokens(64, longest=192, shortest=96, count=2, size=4)
         >>> tokens, asked = data(0)
         >>> tokens.shape == asked.shape, int(asked.sum())
         (True, 10)
 
-    Raises ``ValueError`` where the shortest text has no room for what it asks, or nothing is asked or hidden.
+    Raises ``ValueError`` if the shortest text has no room for the passkeys, and if there are no passkeys or no haystack.
     """
 
     haystack: Tensor  # [tokens]
     words: Sequence[Tensor]
-    announcing: Sequence[Tensor]  # what stands before each passkey in the haystack
-    asking: Sequence[Tensor]  # and what stands before it at the end
-    opening: Tensor  # what every text begins with
+    announcing: Sequence[Tensor]  # the tokens before each passkey in the haystack
+    asking: Sequence[Tensor]  # the tokens before each passkey at the end
+    opening: Tensor  # the tokens with which every text begins
     size: int
     shortest: int
     longest: int
@@ -52,23 +52,23 @@ class Passkeys:
             )
         if not self.told < self.shortest <= self.longest:
             raise ValueError(
-                f"texts of {self.shortest} to {self.longest} tokens need room for {len(self.asking)} passkeys told and asked, "
-                f"{self.told} tokens, and more: give longer texts, fewer passkeys or shorter ones"
+                f"texts of {self.shortest} to {self.longest} tokens need room for more than the {self.told} tokens of "
+                f"{len(self.asking)} passkeys: use longer texts, or fewer or shorter passkeys"
             )
 
     @property
     def told(self) -> int:
-        """The tokens that passkeys take at most, told and asked."""
+        """The maximum number of tokens that the opening, the announcements, the questions and the answers take."""
         longest_word = max(word.numel() for word in self.words)
         around = sum(a.numel() + b.numel() for a, b in zip(self.announcing, self.asking, strict=True))
         return self.opening.numel() + around + len(self.asking) * 2 * self.size * longest_word
 
     def fit(self, shortest: int, longest: int) -> Passkeys:
-        """In other texts, with fewer passkeys if ``longest`` has no room for twice what they take."""
+        """A copy for texts of other lengths, with fewer passkeys if these would take more than half of ``longest``."""
         counts = range(len(self.asking), 0, -1)
         fewer = [replace(self, announcing=self.announcing[:count], asking=self.asking[:count]) for count in counts]
-        found = next((data for data in fewer if 2 * data.told <= longest), fewer[-1])
-        return replace(found, shortest=max(shortest, min(longest, 2 * found.told)), longest=longest)
+        fitting = next((data for data in fewer if 2 * data.told <= longest), fewer[-1])
+        return replace(fitting, shortest=max(shortest, min(longest, 2 * fitting.told)), longest=longest)
 
     @staticmethod
     def of_text(
@@ -81,9 +81,11 @@ class Passkeys:
         size: int = 32,
         seed: int = 42,
     ) -> Passkeys:
-        """In words, for a transformers tokenizer; ``text`` is what they are hidden in, repeated if it is short."""
+        """Passkeys of words for a transformers tokenizer. They are hidden in ``text``, which is repeated if it is short."""
         if count > len(ORDINALS):
-            raise ValueError(f"passkeys are called the first to the tenth, and {count} are asked for: hide fewer")
+            raise ValueError(
+                f"passkeys are named first to tenth, so there can be at most {len(ORDINALS)}, got {count}: hide fewer"
+            )
 
         def encode(piece: str) -> Tensor:
             return torch.tensor(tokenizer.encode(piece, add_special_tokens=False), dtype=torch.int64)
@@ -101,9 +103,9 @@ class Passkeys:
     def of_tokens(
         vocabulary: int, *, longest: int = 32000, shortest: int = 1000, count: int = 10, size: int = 32, seed: int = 42
     ) -> Passkeys:
-        """In random tokens, for a model without a tokenizer: each passkey follows a token of its own, told and asked."""
+        """Passkeys of random tokens for a model without a tokenizer. A marker token announces each passkey and asks for it."""
         if vocabulary < 2 * count + 2:
-            raise ValueError(f"{count} passkeys need {2 * count + 2} tokens, and the vocabulary has {vocabulary}: hide fewer")
+            raise ValueError(f"{count} passkeys need a vocabulary of {2 * count + 2} tokens, got {vocabulary}: hide fewer")
         rng = torch.Generator().manual_seed(seed)
         marks, rest = torch.randperm(vocabulary, generator=rng).split((count, vocabulary - count))
         haystack = rest[torch.randint(len(rest), (2 * longest,), generator=rng)]
@@ -112,13 +114,13 @@ class Passkeys:
 
     @property
     def digest(self) -> str:
-        """What tells these texts from others: a digest of all that they are made of."""
+        """A hash of everything that the texts are made of, to tell them from other texts."""
         parts = [part.tolist() for part in (self.haystack, self.opening, *self.words, *self.announcing, *self.asking)]
         made = (parts, len(self.asking), self.size, self.shortest, self.longest, self.seed)
         return hashlib.sha256(repr(made).encode()).hexdigest()[:16]
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """The text of a step, int64 ``[1, N]``, and what is asked, bool ``[1, N]``."""
+        """Return the text of a step, int64 ``[1, N]``, and which of its tokens are asked, bool ``[1, N]``."""
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
 
         def pick(count: int, size: int = 1) -> list[int]:
@@ -126,13 +128,13 @@ class Passkeys:
 
         length = self.shortest + (self.longest - self.shortest) * pick(LENGTHS)[0] // (LENGTHS - 1)
         keys = [torch.cat([self.words[at] for at in pick(len(self.words), self.size)]) for _ in self.asking]
-        told = [torch.cat(pair) for pair in zip(self.announcing, keys, strict=True)]
+        announced = [torch.cat(pair) for pair in zip(self.announcing, keys, strict=True)]
         tail = torch.cat([part for pair in zip(self.asking, keys, strict=True) for part in pair])
-        room = length - self.opening.numel() - tail.numel() - sum(part.numel() for part in told)
+        room = length - self.opening.numel() - tail.numel() - sum(part.numel() for part in announced)
         start = pick(max(1, len(self.haystack) - room))[0]
         hay = self.haystack[(start + torch.arange(room)) % len(self.haystack)]
-        places = (0.05 + 0.9 * torch.rand(len(told), generator=rng)).mul(room).long().sort().values
-        shuffled = [told[at] for at in torch.randperm(len(told), generator=rng).tolist()]
+        places = (0.05 + 0.9 * torch.rand(len(announced), generator=rng)).mul(room).long().sort().values
+        shuffled = [announced[at] for at in torch.randperm(len(announced), generator=rng).tolist()]
         pieces = hay.tensor_split(places)
         context = [part for pair in zip(pieces[:-1], shuffled, strict=True) for part in pair]
         tokens = torch.cat([self.opening, *context, pieces[-1], tail]).unsqueeze(0)

@@ -1,4 +1,4 @@
-"""Published policies by name: what they are in masks, and which heads they choose."""
+"""Published policies by name: the masks they consist of, and the heads they choose."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ STREAMING = causal & (sink(64) | sliding_window(256))
 
 
 def published(folder: Path, gates: list[list[float]]) -> Path:
-    """A pattern as DuoAttention publishes it."""
+    """Write a pattern as DuoAttention publishes it."""
     folder.mkdir()
     (folder / "full_attention_heads.tsv").write_text("\n".join("\t".join(f"{g:.6e}" for g in row) for row in gates) + "\n")
     (folder / "config.json").write_text(json.dumps({"sink_size": 128, "recent_size": 512}))
@@ -115,7 +115,7 @@ def test_what_is_no_pattern_is_refused(tmp_path: Path) -> None:
         policies.duo_attention(tmp_path / "nowhere")
     broken = tmp_path / "broken.tsv"
     broken.write_text("0.1\tmany\n")
-    with pytest.raises(ValueError, match="one layer a line, and this is no number"):
+    with pytest.raises(ValueError, match="one layer of gates per line, but one gate is not a number"):
         policies.duo_attention(broken)
     with pytest.raises(ValueError, match="a row for each layer"):
         policies.duo_attention([[0.1, 0.2], [0.3]])

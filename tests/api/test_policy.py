@@ -1,4 +1,4 @@
-"""A policy chooses a mask by layer, module and phase, is a value, survives a file, and does in a model what it says."""
+"""Policies choose masks by layer, module and phase, are values, can be saved, and apply their masks in models."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_policies_that_differ_are_not_equal() -> None:
 
 def test_a_policy_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
-        Policy(NEAR).default = FAR  # type: ignore[misc]  # what is tested
+        Policy(NEAR).default = FAR  # type: ignore[misc]  # the error under test
 
 
 def test_layers_given_are_copied() -> None:
@@ -144,11 +144,11 @@ def test_layers_given_are_copied() -> None:
 
 def test_a_policy_is_made_of_masks() -> None:
     with pytest.raises(TypeError, match="a policy is made of masks, got 'causal'"):
-        Policy("causal")  # type: ignore[arg-type]  # what is tested
+        Policy("causal")  # type: ignore[arg-type]  # the error under test
     with pytest.raises(TypeError, match="a policy is made of masks, got None for layer 0"):
-        Policy(layers={0: None})  # type: ignore[dict-item]  # what is tested
+        Policy(layers={0: None})  # type: ignore[dict-item]  # the error under test
     with pytest.raises(TypeError, match="policy needs a Policy, a mask or None, got 3"):
-        Policy(decode=3)  # type: ignore[arg-type]  # what is tested
+        Policy(decode=3)  # type: ignore[arg-type]  # the error under test
 
 
 @pytest.mark.parametrize("layer", [True, 1.5, None, (0, 1)])
@@ -166,7 +166,7 @@ def test_layers_count_from_zero(layer: Any) -> None:
 @pytest.mark.parametrize("text", ["", "{", "not json", '{"version": 1'])
 def test_a_broken_file_is_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "policy.json").write_text(text)
-    with pytest.raises(ValueError, match="a policy is read from JSON, and this is not JSON"):
+    with pytest.raises(ValueError, match="cannot read a policy, because the text is not valid JSON"):
         Policy.load(tmp_path / "policy.json")
 
 
@@ -259,9 +259,9 @@ masks_of_layers: dict[int, Mask] = {}
 
 
 def layered(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """The oracle, with one mask per layer."""
+    """The attention oracle with one mask per layer."""
     previous = oracle.extra["mask"]
-    oracle.extra["mask"] = masks_of_layers[module.layer_idx]  # type: ignore[index]  # transformers' name of the layer
+    oracle.extra["mask"] = masks_of_layers[module.layer_idx]  # type: ignore[index]  # set by transformers
     try:
         return oracle.attend(module, *args, **kwargs)
     finally:
@@ -273,7 +273,7 @@ AttentionMaskInterface.register("layered", eager_mask)
 
 
 def wanted(masks: list[Mask]) -> Tensor:
-    """The logits of a tiny llama whose layers see ``masks``, as the oracle has them."""
+    """The oracle's logits of a tiny Llama whose layers see ``masks``."""
     model: Any = DECODERS[0].build()
     model.set_attn_implementation("layered")
     masks_of_layers.update(enumerate(masks))
@@ -283,13 +283,13 @@ def wanted(masks: list[Mask]) -> Tensor:
 
 
 def rows(before: Mask, after: Mask) -> Mask:
-    """``before`` for the queries of the prompt, ``after`` for those of the decode steps."""
+    """A mask that applies ``before`` to the queries of the prompt and ``after`` to those of decode steps."""
     row = torch.arange(TOTAL).view(-1, 1)
     return explicit(torch.where(row < PROMPT, before.dense(TOTAL, TOTAL), after.dense(TOTAL, TOTAL)))
 
 
 def decoded(policy: Policy) -> tuple[Tensor, sc.Report]:
-    """The logits of a prompt and a few steps through the backend."""
+    """The logits of a prompt and a few decode steps through the backend, and its report."""
     torch._dynamo.reset()
     model: Any = DECODERS[0].build()
     backend = sc.Backend(policy, inner="eager")

@@ -1,4 +1,4 @@
-"""Profiles: scores by head, files, the heads they choose, and the policies they make."""
+"""Profiles: scores by head, files, the heads that they choose, and the policies that they build."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_each_layer_may_keep_some() -> None:
     profile = Profile([[0.9, 0.8, 0.7], [0.3, 0.2, 0.1]])
     assert kept(profile, 0.5) == [(0, 0), (0, 1), (0, 2)]
     assert kept(profile, 0.5, minimum=1) == [(0, 0), (0, 1), (1, 0)]
-    with pytest.raises(ValueError, match=r"minimum=2 takes 4 heads, and retrieval=0.5 of 2 x 3 heads are 3: give a smaller"):
+    with pytest.raises(ValueError, match=r"minimum=2 takes 4 heads, but retrieval=0.5 of 2 x 3 heads is 3: pass a smaller"):
         profile.heads(0.5, minimum=2)
 
 
@@ -93,10 +93,10 @@ def test_a_profile_knows_its_model() -> None:
     profile = Profile([[0.5, 0.5]] * 2, model=signature(config))
     profile.check(config)
     with pytest.raises(
-        ValueError, match=r"this profile is of .*'layers': 2.* and the model is .*'layers': 3.*: calibrate it anew"
+        ValueError, match=r"this profile is of .*'layers': 2.* but the model is .*'layers': 3.*: calibrate this model"
     ):
         profile.check(llama(num_hidden_layers=3).config)
-    with pytest.raises(ValueError, match="calibrate it anew"):
+    with pytest.raises(ValueError, match="calibrate this model"):
         Profile([[0.5]]).check(config)
 
 
@@ -109,7 +109,7 @@ def test_what_is_no_table_is_refused(scores: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("{", "this is not JSON"),
+        ("{", "the text is not valid JSON"),
         ("[]", "needs version 1 and a profile, got version None"),
         ('{"version": 2, "profile": {}}', "got version 2"),
         ('{"version": 1, "profile": {}}', "a profile needs scores"),

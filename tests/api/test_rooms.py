@@ -39,7 +39,7 @@ LAYERS = (
 PRIVATE = re.compile(r"torch(\.\w+)*\._[a-z]")  # torch._dynamo, torch.cpu._is_avx2_supported; not torch.__version__
 PRIVATE_ATTRIBUTES = {"_opoverload", "_schema", "_compiled_call_impl", "_param_name_to_source"}
 MAY_TOUCH_PRIVATE = "passes/torch_private.py"
-MOST_FILES = 16  # in a folder, so that a stranger can survey it
+MOST_FILES = 17  # in a folder, so that a stranger can survey it
 ROOMS = (*MAY_IMPORT, "sparse_compile")
 FILES = sorted(path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 

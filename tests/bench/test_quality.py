@@ -1,4 +1,4 @@
-"""The quality bench: its scores are those of a plain forward, its budgets those of the cache, its intervals the textbook's."""
+"""Test the scores of the quality bench against a plain forward, its budgets against the cache, and its intervals."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def cache_of(method: Method, length: int) -> SparseCache:
 
 
 def test_decoding_over_a_cache_scores_as_one_forward_does() -> None:
-    """Greedy answers of random weights are right about never: what is compared is the model's own guesses."""
+    """Random weights almost never answer right, so the test compares the model's own guesses."""
     items = made(Cell("turns", 160), Size(None, items=2, seeds=2))
     model = build(0, SHAPE).eval()
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_the_plan_asks_every_method_of_every_task() -> None:
 
 
 def test_what_fails_is_told_and_the_rest_goes_on() -> None:
-    """In processes of their own: a job that fails, and one that does not."""
+    """Run two jobs in a worker process: one that fails, and one that does not."""
     size, failed = Size(None, items=1, seeds=1, rows=1), list[str]()
     jobs = [Asking(EXACT, (Cell(task, 96),), 96, size) for task in ("no such task", "single")]
     assert [at for at, _ in done(jobs, 1, failed)] == [1]
@@ -165,14 +165,14 @@ def test_errors_of_torch_can_be_told_by_another_process() -> None:
     class Error(RuntimeError):
         def __init__(self, reason: object) -> None:
             super().__init__(reason)
-            self.reason = lambda: reason  # which no pickle holds
+            self.reason = lambda: reason  # cannot be pickled
 
     def job(device: str) -> list[Any]:
         raise Error("out of order")
 
-    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*raise Error.*out of order") as told:
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*raise Error.*out of order") as raised:
         run(0, cast(Asking, job), "cpu")
-    assert "out of order" in str(pickle.loads(pickle.dumps(told.value)))
+    assert "out of order" in str(pickle.loads(pickle.dumps(raised.value)))
 
 
 def test_a_smoke_run_writes_rows_that_plots_and_findings_read(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A SparseCache that is rolled back, saved and loaded gives what whole texts give."""
+"""A SparseCache that is rolled back, saved or loaded gives the same logits as whole texts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_rollback_is_as_if_the_tokens_had_never_been_there(name: str) -> None:
 
 
 def test_a_rejected_draft_of_one_chunk_is_rolled_back() -> None:
-    """Also one longer than the ring, of which the first tokens stay."""
+    """This includes a chunk that is longer than the ring and whose first tokens are kept."""
     ids, session = random_tokens(40), Session(NO_RETRIEVAL_BELOW, rollback=4)
     wanted = whole(ids, NO_RETRIEVAL_BELOW)
     for stays in (15, 30):
@@ -81,7 +81,7 @@ def test_a_rollback_beyond_the_room_for_it_is_refused_and_changes_nothing(name: 
     session = Session(policy, rollback=2)
     session.feed(ids[:, :25], [14, *ones(11)])
     for remove in (4, 9, 20):
-        with pytest.raises(sc.SparseCacheError, match=rf"{remove} tokens cannot be taken back"):
+        with pytest.raises(sc.SparseCacheError, match=rf"{remove} tokens cannot be removed"):
             session.cache.crop(-remove)
     assert session.cache.get_seq_length() == 25
     assert error(session.feed(ids[:, 25:], ones(15)), whole(ids, policy)[:, 25:]) < 1e-5

@@ -1,4 +1,4 @@
-"""``SparseCache(..., cache_positions=True)``: StreamingLLM, whose queries stand where they would in the cache."""
+"""``SparseCache(..., cache_positions=True)`` computes StreamingLLM, which places queries at cache positions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def text(length: int) -> Tensor:
 
 @torch.no_grad()
 def token_by_token(model: Any, ids: Tensor) -> Tensor:
-    """StreamingLLM's own way: keys are kept as they were before rotation, and all are rotated anew for every token."""
+    """The method of StreamingLLM: cache keys before their rotation, and rotate all of them again for every token."""
     config, core = model.config, model.model
     rotate = importlib.import_module(type(model).__module__).apply_rotary_pos_emb
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -119,7 +119,7 @@ def test_chunks_change_nothing(chunks: list[int]) -> None:
 
 
 def test_positions_are_set_back_and_nobody_notices() -> None:
-    """Twice, with keys that were turned along in the window, in chunks of several sizes."""
+    """Rotary positions are set back twice, which rotates the keys in the window as well, with chunks of several sizes."""
     model, ids = build(num_hidden_layers=1), text(900)
     stream = Stream(model)
     got = stream.feed(ids, [300, *[1] * 20, 250, *[1] * 30, 300])
@@ -141,7 +141,7 @@ def test_a_million_tokens_lose_no_precision_and_no_memory() -> None:
     assert stream.cache.get_seq_length() == 1_000_960
     assert stream.cache.nbytes == before
     assert int(stream.cache.positions.stream[0]) <= 512
-    # What the last tokens see goes back two windows, and to the sink: the text in between may as well be left out.
+    # The last tokens depend on the sink and on two windows only, so the reference skips the text in between.
     short = torch.cat([ids[:, :SINK], ids[:, -100:]], dim=1)
     assert (got - token_by_token(model, short)[:, -24:]).abs().max() < 1e-5
 
@@ -194,7 +194,7 @@ def test_a_saved_stream_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_heads_that_keep_everything_are_refused() -> None:
     config = build().config
     policy = per_head([causal, causal & (sink(4) | sliding_window(12))])
-    with pytest.raises(ValueError, match="needs a policy under which every head forgets, and layer 0 keeps every key"):
+    with pytest.raises(ValueError, match="needs a policy under which every head drops keys, but layer 0 keeps every key"):
         sc.SparseCache(config, policy, max_length=1000, cache_positions=True)
 
 

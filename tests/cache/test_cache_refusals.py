@@ -1,4 +1,4 @@
-"""What makes no SparseCache, and what cannot be done to one: sizes, rollback, rows, files."""
+"""Invalid arguments and operations of a SparseCache raise errors: sizes, rollback, rows and files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from support.sessions.held import (
 pytestmark = pytest.mark.usefixtures("fresh")
 
 
-# -- what makes no cache ----------------------------------------------------------------------------------------------------
+# -- invalid arguments ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
         ({"page_size": "64"}, TypeError, "page_size needs an integer, got '64'"),
         ({"rollback": None}, TypeError, "rollback needs an integer, got None"),
         ({"mode": "loose"}, ValueError, "mode needs to be one of strict, chunk_relaxed, got 'loose'"),
-        ({"dtype": torch.int8}, ValueError, r"keeps floating point numbers, got dtype torch\.int8"),
+        ({"dtype": torch.int8}, ValueError, r"needs a floating point dtype, got torch\.int8"),
     ],
 )
 def test_sizes_and_modes_that_make_no_cache_are_refused(options: dict[str, Any], kind: type[Exception], message: str) -> None:
@@ -63,8 +63,12 @@ def test_sizes_and_modes_that_make_no_cache_are_refused(options: dict[str, Any],
         (sc.Policy(layers={2: STREAMING}), ValueError, r"names layer 2, but the model has 2 layers \(0 to 1\)"),
         (sc.Policy(layers={range(1, 5): STREAMING}), ValueError, "names layer 4, but the model has 2 layers"),
         (sc.Policy(prefill=sc.Policy(layers={7: STREAMING})), ValueError, "names layer 7"),
-        (sc.Policy(layers={"model.layers.*": STREAMING}), ValueError, "knows layers by number, and the policy names modules"),
-        (sc.Policy(decode=sc.Policy(layers={"a": STREAMING})), ValueError, "write it with layer indices or ranges"),
+        (
+            sc.Policy(layers={"model.layers.*": STREAMING}),
+            ValueError,
+            "identifies layers by number, but the policy names modules",
+        ),
+        (sc.Policy(decode=sc.Policy(layers={"a": STREAMING})), ValueError, "use layer indices or ranges"),
         (
             per_head([causal, STREAMING, causal]),
             ValueError,
@@ -94,16 +98,16 @@ def test_what_is_no_config_is_refused(config: Any) -> None:
         sc.SparseCache(config, max_length=24)
 
 
-# -- what is done to it -------------------------------------------------------------------------------------------------------
+# -- operations ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["rings", "both"])
 def test_a_crop_to_a_length_or_of_too_many_tokens_is_refused(name: str) -> None:
     model, cache = holding(POLICIES[name])
     before = content(cache)
-    with pytest.raises(ValueError, match=r"needs a number of at most 0, got 3: crop\(-n\)"):
+    with pytest.raises(ValueError, match=r"needs a number of at most 0, got 3: call crop\(-n\)"):
         cache.crop(3)
-    with pytest.raises(ValueError, match="the cache holds 14 tokens, and 15 cannot be taken back"):
+    with pytest.raises(ValueError, match="the cache holds 14 tokens, so 15 cannot be removed"):
         cache.crop(-15)
     cache.crop(0)
     assert_untouched(cache, before)
@@ -111,7 +115,7 @@ def test_a_crop_to_a_length_or_of_too_many_tokens_is_refused(name: str) -> None:
 
 
 def test_a_crop_of_an_empty_cache_is_refused() -> None:
-    with pytest.raises(ValueError, match="holds 0 tokens, and 1 cannot be taken back"):
+    with pytest.raises(ValueError, match="holds 0 tokens, so 1 cannot be removed"):
         new_cache().crop(-1)
 
 
@@ -119,18 +123,18 @@ def test_a_crop_of_an_empty_cache_is_refused() -> None:
 def test_a_crop_of_what_a_ring_has_overwritten_is_refused(name: str) -> None:
     model, cache = holding(POLICIES[name])
     before = content(cache)
-    with pytest.raises(sc.SparseCacheError, match="4 tokens cannot be taken back: a ring of 8 slots has overwritten"):
+    with pytest.raises(sc.SparseCacheError, match="4 tokens cannot be removed: a ring of 8 slots has overwritten"):
         cache.crop(-4)
     assert_untouched(cache, before)
     assert_goes_on(model, cache, POLICIES[name])
 
 
 def test_the_room_that_the_error_of_a_crop_asks_for_is_enough() -> None:
-    """Also after an earlier crop has used some of it."""
+    """The suggested ``rollback`` also covers the slots that an earlier crop has used."""
     model, cache = holding(STREAMING, rollback=8)
     call(model, cache, TEXT[:, HELD:20])
     cache.crop(-6)
-    with pytest.raises(sc.SparseCacheError, match=r"5 tokens cannot be taken back") as refused:
+    with pytest.raises(sc.SparseCacheError, match=r"5 tokens cannot be removed") as refused:
         cache.crop(-5)
     asked = int(str(refused.value).split("rollback=")[1].split(" ")[0])
     assert asked > 8, f"the cache has rollback=8, and the error asks for {asked}"
@@ -224,11 +228,11 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (cut_short, "is no file of a SparseCache"),
-        (noise, "is no file of a SparseCache"),
-        (nothing, "is no file of a SparseCache"),
-        (foreign, "is no file of a SparseCache of version 1: it says nothing about itself"),
-        (another_version, "is no file of a SparseCache of version 1"),
+        (cut_short, "is not a SparseCache file"),
+        (noise, "is not a SparseCache file"),
+        (nothing, "is not a SparseCache file"),
+        (foreign, "is not a SparseCache file of version 1: its header is empty"),
+        (another_version, "is not a SparseCache file of version 1"),
         (without_a_tensor, "is broken: .* is missing or has another shape"),
         (with_another_shape, "is broken: layer_1_0 is missing or has another shape"),
         (with_another_dtype, "is broken: layer_1_0 is missing or has another"),
@@ -277,7 +281,7 @@ def test_a_file_of_more_than_fits_is_refused(sizes: dict[str, Any], tmp_path: Pa
     call(model, cache, random_tokens(HELD, batch=2))
     cache.save(tmp_path / "prompt")
     smaller = new_cache(**{"max_batch": 2, **sizes})
-    with pytest.raises(ValueError, match="holds 2 sequences of 14 tokens, and the cache takes"):
+    with pytest.raises(ValueError, match="holds 2 sequences of 14 tokens, but the cache has room for"):
         smaller.load(tmp_path / "prompt")
     assert smaller.get_seq_length() == 0
 

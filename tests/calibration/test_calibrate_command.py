@@ -1,4 +1,4 @@
-"""``python -m sparse_compile calibrate``, as a user types it."""
+"""Run ``python -m sparse_compile calibrate`` as a user types it."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model as ``save_pretrained`` writes it."""
+    """A folder with a model, written by ``save_pretrained``."""
     llama().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
 def error_of(arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a failing command prints."""
+    """The single error line that a failing command prints."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 1
     captured = capsys.readouterr()
-    *above, line = captured.err.splitlines()  # there may be progress bars above it
+    *above, line = captured.err.splitlines()  # progress bars may precede the line
     assert line.startswith("error: "), captured.err
     assert not any(text in other for other in above for text in ("error", "Traceback")), captured.err
     assert captured.out == ""
@@ -71,16 +71,17 @@ def test_a_bare_config_has_random_weights_and_says_so(file: str, tmp_path: Path,
     llama().config.save_pretrained(tmp_path)
     source, out = tmp_path / file, tmp_path / "profile.json"
     assert main(["calibrate", str(source), "--method", "echo", "--out", str(out)]) == 0
-    told = capsys.readouterr().err
-    assert f"{source} has no weights: they are random, and so is what heads need" in told
-    assert "beside it" not in told
+    printed = capsys.readouterr().err
+    assert f"{source} has no weights, so the weights and the scores of the heads are random" in printed
+    assert "beside it" not in printed
     assert Profile.load(out).model == signature(llama().config)
 
 
 def test_weights_beside_a_config_are_not_read_and_it_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = folder.parent / "profile.json"
     assert main(["calibrate", str(folder / "config.json"), "--method", "echo", "--out", str(out)]) == 0
-    assert "they are random, and so is what heads need; for those beside it, name the folder" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "scores of the heads are random; to use the weights beside it, name the folder" in printed
 
 
 def test_a_tokenizer_beside_the_model_hides_words_in_a_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,7 +93,7 @@ def test_a_tokenizer_beside_the_model_hides_words_in_a_text(folder: Path, capsys
 
 
 def test_words_of_many_tokens_still_find_room() -> None:
-    """Ten passkeys of 32 words take more tokens than the shortest text has, for most tokenizers."""
+    """With most tokenizers, ten passkeys of 32 words take more tokens than the shortest text has."""
     data = passkeys(llama(), word_tokenizer(letters=True), None, 32000, 1)
     assert (len(data.asking), data.longest) == (10, 32000)
     assert data(0)[0].shape[1] <= 32000
@@ -107,18 +108,18 @@ def test_a_run_is_resumed(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main([*arguments, "--out", str(again)]) == 0
     assert Profile.load(first) == Profile.load(again)
     message = error_of([*arguments[:3], "5", *arguments[4:], "--out", again], capsys)
-    assert f"{file} is of a run with" in message
+    assert f"{file} belongs to a run with" in message
 
 
 def test_problems_are_one_line_on_stderr(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calibrate = ["calibrate", folder, "--steps", 1]
     assert "there is none at /no/such/model" in error_of(["calibrate", "/no/such/model"], capsys)
-    assert "need room for 1 passkeys" in error_of([*calibrate, "--longest", 20], capsys)
+    assert "tokens of 1 passkeys" in error_of([*calibrate, "--longest", 20], capsys)
     assert "steps >= 1, got 0" in error_of(["calibrate", folder, "--steps", 0], capsys)
-    assert "is in a folder that is not there" in error_of([*calibrate, "--out", folder / "no" / "profile.json"], capsys)
-    assert "its folder is not there" in error_of([*calibrate, "--resume", folder / "no" / "gates.pt"], capsys)
+    assert "is in a folder that does not exist" in error_of([*calibrate, "--out", folder / "no" / "profile.json"], capsys)
+    assert "its folder does not exist" in error_of([*calibrate, "--resume", folder / "no" / "gates.pt"], capsys)
     text = folder.parent / "text.txt"
-    assert "is read by a tokenizer, and the model has none" in error_of([*calibrate, "--text", text], capsys)
+    assert "needs a tokenizer, but the folder of the model has none" in error_of([*calibrate, "--text", text], capsys)
     assert "sliding_window size needs to be at least 1, got 0" in error_of(
         [*calibrate, "--recent", 0, "--longest", 200], capsys
     )
@@ -128,9 +129,9 @@ def test_problems_are_one_line_on_stderr(folder: Path, capsys: pytest.CaptureFix
     (folder.parent / "gates.pt").unlink()
     assert main([str(word) for word in (*resumed, "--out", folder / "profile.json")]) == 0
     capsys.readouterr()
-    assert "is of a run with" in error_of([*resumed, "--seed", 7], capsys)
+    assert "belongs to a run with" in error_of([*resumed, "--seed", 7], capsys)
     ignored = ["calibrate", folder, "--method", "echo", "--steps", 3, "--sink", 4]
-    assert "leave out --steps, --sink" in error_of(ignored, capsys)
+    assert "omit --steps, --sink" in error_of(ignored, capsys)
     if not torch.cuda.is_available():
         assert "--device cuda needs a GPU" in error_of([*calibrate, "--device", "cuda"], capsys)
     word_tokenizer().save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Gates: what a gated model computes and trains is what loops over heads compute and train, and nothing else changes."""
+"""A gated model computes and trains the same as loops over heads, and calibration changes nothing else."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_open_gates_are_the_model_and_closed_ones_the_streaming_policy(decoder: 
 
 
 def test_one_gate_moves_its_query_heads_and_no_other() -> None:
-    """In the first layer, before what heads say is mixed: the output of attention, head by head."""
+    """The test compares the attention output of the first layer by head, before the output projection mixes the heads."""
     model, ids, seen = llama().requires_grad_(False), random_tokens(LENGTH), []
     leaves = [nn.Parameter(torch.ones(2)) for _ in range(2)]
     model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
@@ -108,7 +108,7 @@ def test_training_is_the_published_loop(name: str, batch: int) -> None:
     kv_heads = signature(model.config)["kv_heads"]
     batches = partial(last, batch=batch)
     sizes = {"steps": 7, "sink": SINK, "recent": RECENT, "rate": 0.08, "penalty": 0.4}
-    wanted = trained(model, batches, kv_heads, layers=2, **sizes)  # type: ignore[arg-type]  # mypy does not read dicts of kwargs
+    wanted = trained(model, batches, kv_heads, layers=2, **sizes)  # type: ignore[arg-type]  # mypy rejects unpacked dicts
     profile = train_gates(model, batches, **(SETTINGS | sizes))
     assert float((torch.tensor(profile.scores) - wanted).abs().max()) < 2e-3
     assert float(wanted.max() - wanted.min()) > 0.02, "all gates go the same way: the test shows nothing"
@@ -117,7 +117,7 @@ def test_training_is_the_published_loop(name: str, batch: int) -> None:
 def test_the_loss_is_the_error_of_asked_tokens_and_the_mean_gate() -> None:
     model, (ids, asked) = llama(), last(0)
     profile = train_gates(model, lambda step: (ids, asked), steps=2, penalty=0.3, rate=0.5, **SETTINGS)
-    # The first step of Adam moves every gate by the rate, factor(0, 2) of 0.5: the error is still 0, the slope the penalty's.
+    # Adam's first step moves every gate by the rate, 0.5 * factor(0, 2). The error is still 0, so only the penalty counts.
     moved = torch.full((2, 2), 1 - 0.5 * factor(0, 2))
     with torch.no_grad():
         squares = (gated_hidden(model, ids, moved, SINK, RECENT) - last_hidden(model, ids)).square()
@@ -146,7 +146,7 @@ def test_without_a_penalty_nothing_is_given_up() -> None:
 
 
 def test_heads_whose_own_window_is_smaller_than_ours_lose_their_gates_first() -> None:
-    """Gemma's first layer sees 8 keys, which a window of 8 keeps: full and streaming are the same there."""
+    """The first layer of Gemma sees only 8 keys, so full and streaming attention with a window of 8 are equal there."""
     model = next(d for d in DECODERS if d.name == "gemma3_text").sharp()
     profile = train_gates(model, last, steps=12, **(SETTINGS | {"recent": 8, "rate": 0.08}))
     assert max(profile.scores[0]) < min(profile.scores[1]) - 0.1
@@ -160,7 +160,7 @@ def test_a_profile_of_gates_says_whose_they_are_and_how_they_were_found() -> Non
     assert numbers == {"steps": 2, "sink": SINK, "recent": RECENT, "rate": 0.02, "penalty": 0.05}
 
 
-# -- what stays as it was -------------------------------------------------------------------------------------------
+# -- unchanged state ------------------------------------------------------------------------------------------------
 
 
 def state_of(model: nn.Module) -> Any:
@@ -225,7 +225,7 @@ def test_a_frozen_model_is_thawed_only_where_it_was_thawed() -> None:
 
 
 def test_many_calibrations_and_lengths_do_not_run_out_of_compiles() -> None:
-    """Dynamo compiles one code object eight times at most, and then runs it as it is: gates would not be trained."""
+    """Dynamo compiles one code object at most eight times. Then it runs the object un-compiled, and gates would not train."""
     model = toy()
     for _ in range(10):
         trained_toy(last, model, steps=1)
@@ -246,7 +246,7 @@ def test_texts_of_all_lengths_train_a_model_with_windows_of_its_own() -> None:
     train_gates(model, data, steps=12, **SETTINGS)
 
 
-# -- what is refused ------------------------------------------------------------------------------------------------
+# -- errors ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_texts_of_all_lengths_train_a_model_with_windows_of_its_own() -> None:
 )
 def test_batches_of_another_shape_are_refused(ids: Tensor, asked: Tensor) -> None:
     with pytest.raises(
-        ValueError, match=r"a batch is tokens \[B, N\] and which of them are asked, bool \[B, N\] and some true"
+        ValueError, match=r"a batch needs tokens \[B, N\], and asked tokens as bool \[B, N\] with at least one true"
     ):
         trained_toy(lambda step: (ids, asked), steps=1)
 
@@ -287,7 +287,7 @@ def bert() -> Any:
 def test_an_encoder_is_refused() -> None:
     model = bert()
     before = state_of(model)
-    with pytest.raises(ValueError, match=r"layers \[0, 1\] have no causal attention that was understood: ask explain"):
+    with pytest.raises(ValueError, match=r"layers \[0, 1\] have no causal attention that was recognized: call explain"):
         train_gates(model, last, steps=1, **SETTINGS)
     assert_same_state(state_of(model), before)
 
@@ -295,7 +295,7 @@ def test_an_encoder_is_refused() -> None:
 def test_a_layer_without_attention_is_refused() -> None:
     model = toy()
     model.config.num_hidden_layers = 3
-    with pytest.raises(ValueError, match=r"layers \[2\] have no causal attention that was understood"):
+    with pytest.raises(ValueError, match=r"layers \[2\] have no causal attention that was recognized"):
         trained_toy(last, model, steps=1)
 
 
@@ -306,7 +306,9 @@ def test_a_model_of_your_own_is_trained() -> None:
 
 
 def test_an_attention_call_that_was_not_understood_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"2 attention calls were not understood, nor are their heads: .*dropout_p=0.1"):
+    with pytest.raises(
+        ValueError, match=r"2 attention calls were not recognized, so their heads have no scores: .*dropout_p=0.1"
+    ):
         trained_toy(last, Toy(sdpa(is_causal=True, dropout_p=0.1)), steps=1)
 
 

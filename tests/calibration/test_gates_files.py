@@ -1,4 +1,4 @@
-"""Gates that are trained in several sittings: files that go on, and files that are refused."""
+"""Checkpoints of gate training: runs that resume, and files that are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_same_run_twice_gives_the_same_gates_bit_for_bit() -> None:
 
 
 class Interrupted(Exception):
-    """What stands for a lost machine."""
+    """Stands for a machine that fails during training."""
 
 
 def interrupted(at: int) -> Callable[[int], tuple[Tensor, Tensor]]:
@@ -71,7 +71,9 @@ def test_a_file_of_another_run_is_refused(change: dict[str, Any], tmp_path: Path
     file = tmp_path / "gates.pt"
     trained_toy(last, steps=2, resume=file)
     kept = file.read_bytes()
-    with pytest.raises(ValueError, match=r"gates.pt is of a run with .* and this one has .*: give it another file, or remove"):
+    with pytest.raises(
+        ValueError, match=r"gates.pt belongs to a run with .* but this run has .*: pass another file, or remove"
+    ):
         trained_toy(last, resume=file, **({"steps": 2} | change))
     assert file.read_bytes() == kept
 
@@ -80,7 +82,7 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "gates.pt"
     trained_toy(last, steps=2, resume=file)
     for other in (llama(), llama(num_key_value_heads=4), llama(num_hidden_layers=3)):
-        with pytest.raises(ValueError, match=r"is of a run with .* give it another file, or remove that one"):
+        with pytest.raises(ValueError, match=r"belongs to a run with .* pass another file, or remove this one"):
             train_gates(other, last, steps=2, resume=file, **SETTINGS)
 
 
@@ -88,7 +90,7 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_no_run_is_refused(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "gates.pt"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"gates.pt was not written by train_gates: give it another file, or remove that one"):
+    with pytest.raises(ValueError, match=r"gates.pt was not written by train_gates: pass another file, or remove this one"):
         trained_toy(last, steps=2, resume=file)
     assert file.read_bytes() == content
 
@@ -102,7 +104,7 @@ def test_other_things_that_torch_saved_are_refused(other: Any, tmp_path: Path) -
 
 
 def test_a_file_that_cannot_be_written_is_told_before_training(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"its folder is not there: create it"):
+    with pytest.raises(ValueError, match=r"its folder does not exist: create the folder"):
         trained_toy(interrupted(0), steps=2, resume=tmp_path / "nowhere" / "gates.pt")
 
 
@@ -132,5 +134,5 @@ def test_a_file_of_other_weights_is_refused(tmp_path: Path) -> None:
     train_gates(model, last, steps=2, resume=file, **SETTINGS)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1.5)
-    with pytest.raises(ValueError, match=r"is of a run with .* give it another file, or remove that one"):
+    with pytest.raises(ValueError, match=r"belongs to a run with .* pass another file, or remove this one"):
         train_gates(model, last, steps=2, resume=file, **SETTINGS)

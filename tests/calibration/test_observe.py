@@ -1,4 +1,4 @@
-"""What heads are seen to do is what loops over the weights find that transformers itself computes."""
+"""Measured statistics equal those of loops over the attention weights that transformers returns."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def repeated(batch: int = 1, length: int = LENGTH) -> Tensor:
 
 
 def weights_of(model: Any, ids: Tensor) -> list[Tensor]:
-    """The attention weights ``[B, Hq, N, N]`` of each layer, as transformers gives them."""
+    """The attention weights ``[B, Hq, N, N]`` of each layer, as transformers returns them."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -47,7 +47,7 @@ def mean(numbers: list[float]) -> float:
 
 
 def by_loops(rows: list[list[float]], period: int, sink: int, recent: int, start: int) -> dict[str, list[float]]:
-    """What each row of weights of one head and text adds to each statistic."""
+    """The values that the rows of weights of one head and text add to each statistic."""
     found: dict[str, list[float]] = {name: [] for name in STATISTICS}
     for i, row in enumerate(rows):
         if i >= sink + recent:
@@ -121,7 +121,7 @@ def test_the_size_of_blocks_does_not_matter(rows: int, monkeypatch: pytest.Monke
 
 
 class Largest(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that an operation gives."""
+    """Records the number of elements of the largest tensor that an operation returns."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotations there
@@ -150,7 +150,7 @@ def test_no_matrix_of_all_weights_is_held(length: int, monkeypatch: pytest.Monke
     assert len(blocks) == 2 * (4 * length**2 >> 16)
 
 
-# -- what was not looked for ----------------------------------------------------------------------------------------
+# -- statistics not measured ----------------------------------------------------------------------------------------
 
 
 def test_what_was_not_looked_for_is_no_number() -> None:
@@ -217,7 +217,7 @@ def test_texts_that_repeat_nothing_are_refused(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("period", [-1, 1])
 def test_a_period_of_one_token_is_refused(period: int) -> None:
-    """Every token would follow its own copy."""
+    """With such a period every token would follow its own copy."""
     with pytest.raises(ValueError, match=f"a text that does not repeat, and start >= 0, got {period} and 0"):
         observe(llama(), random_tokens(8), period=period, inner="eager")
 
@@ -227,7 +227,7 @@ def test_a_text_repeats_itself_from_one_of_its_tokens_on() -> None:
         observe(llama(), random_tokens(8), period=4, start=-1, inner="eager")
 
 
-# -- what stays, and what is refused --------------------------------------------------------------------------------
+# -- unchanged state and errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["", "after an error"])
@@ -274,7 +274,7 @@ def test_padding_is_refused() -> None:
 def test_an_encoder_is_refused() -> None:
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = BertForMaskedLM(BertConfig(**sizes, vocab_size=VOCABULARY))
-    with pytest.raises(ValueError, match=r"layers \[0, 1\] have no causal attention that was understood: ask explain"):
+    with pytest.raises(ValueError, match=r"layers \[0, 1\] have no causal attention that was recognized: call explain"):
         observe(model, tokens(length=12), inner="eager")
 
 
@@ -289,5 +289,7 @@ def test_a_layer_that_attends_twice_is_refused() -> None:
     def twice(model: Any, ids: Tensor) -> Tensor:
         return last_hidden(model, ids) + last_hidden(model, ids + 1)
 
-    with pytest.raises(ValueError, match=r"layer 0 attends twice, or is none of 2: heads are told apart by layer"):
+    with pytest.raises(
+        ValueError, match=r"layer 0 attends twice, or is not one of the 2 layers: each layer needs one attention call"
+    ):
         observe(llama(), tokens(length=12), inner="eager", hidden=twice)

@@ -1,4 +1,4 @@
-"""Passkey texts: of the right length, told before they are asked, and the same whenever a step is asked for."""
+"""Passkey texts have the right length, announce passkeys before they ask for them, and depend only on the step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def places(tokens: list[int], piece: list[int]) -> list[int]:
 
 
 def assert_told_then_asked(data: Passkeys, tokens: Tensor, asked: Tensor) -> None:
-    """The tail is every question with its passkey, in order, and each passkey stands announced between 5 % and 95 %."""
+    """Assert that the tail has all questions and passkeys in order, and that each is announced between 5 % and 95 %."""
     text = tokens[0].tolist()
     start = text_start = int(asked[0].int().argmax())
     assert asked[0].tolist() == [False] * start + [True] * (len(text) - start), "what is asked is the tail"
@@ -45,7 +45,7 @@ def assert_told_then_asked(data: Passkeys, tokens: Tensor, asked: Tensor) -> Non
     assert start == len(text)
     before = data.opening.numel()
     for begin, end in sorted(found):
-        hidden = (begin - before) / hay  # how much of the haystack stands before it
+        hidden = (begin - before) / hay  # the share of the haystack before it
         before += end - begin
         assert 0.05 - 1 / hay <= hidden <= 0.95
 
@@ -145,7 +145,7 @@ def test_passkeys_stand_everywhere_and_in_any_order() -> None:
 @pytest.mark.parametrize("changes", [{"shortest": 40}, {"longest": 60}, {"count": 9}, {"size": 30}])
 def test_too_little_room_is_refused(changes: dict[str, int]) -> None:
     sizes: dict[str, Any] = {"longest": 100, "shortest": 80, "count": 4, "size": 4} | changes
-    with pytest.raises(ValueError, match=r"need room for \d passkeys told and asked, \d+ tokens, and more: give longer texts"):
+    with pytest.raises(ValueError, match=r"need room for more than the \d+ tokens of \d passkeys: use longer texts"):
         Passkeys.of_tokens(64, **sizes)
 
 
@@ -159,12 +159,12 @@ def test_nothing_to_ask_is_refused(changes: dict[str, int]) -> None:
 def test_a_text_without_words_and_more_than_ten_passkeys_are_refused() -> None:
     with pytest.raises(ValueError, match=r"count >= 1, size >= 1 and a text to hide them in, got 10 of 32 words in 0"):
         Passkeys.of_text(word_tokenizer(), "")
-    with pytest.raises(ValueError, match=r"passkeys are called the first to the tenth, and 11 are asked for: hide fewer"):
+    with pytest.raises(ValueError, match=r"passkeys are named first to tenth, so there can be at most 10, got 11: hide fewer"):
         Passkeys.of_text(word_tokenizer(), TEXT, count=11)
 
 
 def test_a_vocabulary_too_small_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"10 passkeys need 22 tokens, and the vocabulary has 21: hide fewer"):
+    with pytest.raises(ValueError, match=r"10 passkeys need a vocabulary of 22 tokens, got 21: hide fewer"):
         Passkeys.of_tokens(21)
 
 
@@ -175,7 +175,7 @@ def test_passkeys_fit_texts_with_as_many_as_have_room() -> None:
     for longest in (200, 500, 1000):
         fitted = data.fit(100, longest)
         assert_told_then_asked(fitted, *fitted(0))
-    with pytest.raises(ValueError, match="need room for 1 passkeys"):
+    with pytest.raises(ValueError, match="tokens of 1 passkeys"):
         data.fit(50, 60)
 
 

@@ -279,14 +279,13 @@ def test_documents_of_a_policy_reach_the_kernel() -> None:
 
 def test_tables_never_wait_for_the_device() -> None:
     mask = causal & (sink(64) | sliding_window(1024))
-    table = torch.ops.sparse_compile.block_tables
-    from sparse_compile.passes.ops.block_tables import block_tables_op
+    from sparse_compile.passes.ops.block_tables import BlockTables, Cut, block_tables_op
 
-    assert block_tables_op is not None
     start = torch.tensor(5, device="cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        table(mask.to_json(), 1, 4096, 8192, 0, 0, start, [], 128, 128, 64, True, torch.device("cuda"))
+        cut = Cut(1, 4096, 8192, 0, 0, 128, 128, 64, split=True)
+        block_tables_op(BlockTables(mask, cut, start, [], torch.device("cuda")))
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import sparse_compile as sc
 from sparse_compile.masks.selection.page_scoring import digest_width
+from sparse_compile.passes.kernels.operands import Append
 from sparse_compile.passes.storage.codec import Codes, Format
 
 pytestmark = [
@@ -106,7 +107,7 @@ def check(
 ) -> None:
     """Append a token at each of ``columns`` both ways; ``change`` turns the numbers of tails and tokens into others."""
     from sparse_compile.passes.kernels.append_token import launch_append
-    from sparse_compile.passes.ops import quantized_append
+    from sparse_compile.passes.ops.quantized_append import append_in_torch
 
     torch.manual_seed(SEED)
     forms = kv.forms(*dims, PAGE)
@@ -120,13 +121,13 @@ def check(
         texts = torch.randint(-1, 2, (BATCH, SLOTS), device=DEVICE) if padded else None
         wanted, at = state.copy(), torch.tensor(column, device=DEVICE)
         told = (k, v, at, texts, *forms, page, score)
-        append(quantized_append._append, wanted, *told)
+        append(append_in_torch, wanted, *told)
         append(launch_append, state, *told)
         assert_same(state, wanted, exactly=score != "mean")
 
 
 def append(how: Callable[..., None], state: State, *told: Any) -> None:
-    how(state.key_tail, state.value_tail, state.keys, state.values, state.digest, *told)
+    how(Append(state.key_tail, state.value_tail, state.keys, state.values, state.digest, *told))
 
 
 def assert_same(got: State, wanted: State, *, exactly: bool = True) -> None:
@@ -196,8 +197,9 @@ def test_what_is_not_finite_stays_in_its_group(name: str, wrong: float) -> None:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_step_that_chooses_pages_encodes_as_well(name: str, padded: bool, every: int) -> None:
-    from sparse_compile.passes.kernels.page_scores import select_pages
-    from sparse_compile.passes.ops import quantized_append
+    from sparse_compile.passes.kernels.operands import PageScoring, SelectPages
+    from sparse_compile.passes.kernels.page_scores import launch_select_pages
+    from sparse_compile.passes.ops.quantized_append import append_in_torch
 
     torch.manual_seed(SEED)
     forms = FORMATS[name].forms(64, 64, PAGE)
@@ -208,19 +210,20 @@ def test_a_step_that_chooses_pages_encodes_as_well(name: str, padded: bool, ever
         k, v = (numbers(BATCH, 3, 64, torch.bfloat16)[:, :, 1:2] for _ in range(2))
         texts = torch.randint(-1, 2, (BATCH, SLOTS), device=DEVICE) if padded else None
         classes = torch.ones(1, 1, PAGES, device=DEVICE, dtype=torch.int8)
-        changed = torch.zeros(1, device=DEVICE, dtype=torch.int32) if every > 1 else None
+        changed = torch.zeros(1, device=DEVICE, dtype=torch.int32)
         at, anchor = (torch.tensor(n, device=DEVICE) for n in (column, 1))
         choices = []
         wanted = state.copy()
-        append(quantized_append._append, wanted, k, v, at, texts, *forms, 16, "minmax")
+        append(append_in_torch, wanted, k, v, at, texts, *forms, 16, "minmax")
         for x in (state, plain := wanted.copy()):
             scores = torch.zeros(BATCH + 1, HEADS, PAGES, device=DEVICE)
             counts = torch.zeros(BATCH + 1, HEADS, 1, device=DEVICE, dtype=torch.int32)
             table = torch.zeros(BATCH + 1, HEADS, 1, 3, device=DEVICE, dtype=torch.int32)
-            told: Any = (x.key_tail, x.value_tail, x.digest, scores, counts, table, classes, at, anchor, changed, texts)
-            codes: Any = ((x.keys, x.values), forms) if x is state else ()
-            how: Any = {"page_size": PAGE, "page": 16, "score": "minmax", "group": "max", "every": every, "budget": 2}
-            select_pages(q, k, v, *told, *codes, **how)
+            buffers = (x.key_tail, x.value_tail, x.digest, scores, counts, table)
+            codes: Any = (x.keys, x.values, forms) if x is state else (None, None, (Format(), Format()))
+            token, how = (q, k, v, classes, at, anchor, changed, texts), PageScoring(PAGE, 16, "minmax", "max", every)
+            fields: Any = (*buffers, *codes[:2], *token, how, 2, *codes[2])
+            launch_select_pages(SelectPages(*fields), always=every == 1)
             choices.append((scores, counts, table))
         assert all(torch.equal(a, b) for a, b in zip(*choices, strict=True))
         assert_same(state, wanted)
@@ -230,7 +233,7 @@ def test_a_step_that_chooses_pages_encodes_as_well(name: str, padded: bool, ever
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
 def test_a_graph_goes_on_as_columns_advance(name: str) -> None:
     from sparse_compile.passes.kernels.append_token import launch_append
-    from sparse_compile.passes.ops import quantized_append
+    from sparse_compile.passes.ops.quantized_append import append_in_torch
 
     torch.manual_seed(SEED)
     forms = FORMATS[name].forms(64, 64, PAGE)
@@ -250,5 +253,5 @@ def test_a_graph_goes_on_as_columns_advance(name: str) -> None:
         for x in (k, v):
             x.normal_()
         graph.replay()
-        append(quantized_append._append, wanted, *told)
+        append(append_in_torch, wanted, *told)
     assert_same(state, wanted)

@@ -18,14 +18,14 @@ BATCH, PAGE = 2, 64
 
 def keep(x: Tensor, kind: str, tokens: int, channels: int) -> tuple[Any, Tensor]:
     """``x`` as pages keep it, and the numbers that this stands for; groups are of ``tokens`` or of ``channels``."""
-    from sparse_compile.passes.kernels.paged_decode import Kept
+    from sparse_compile.passes.kernels.operands import Stored
 
     if kind == "":
-        return Kept(x), x.double()
+        return Stored(x), x.double()
     if kind == "fp8":
         scale = (x.abs().amax(-1, keepdim=True) / 448).half()
         data = (x.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
-        return Kept(data, scale, None, kind), data.double() * scale.double()
+        return Stored(data, scale, None, kind), data.double() * scale.double()
     grouped = x.float().unflatten(3, (-1, channels)).unflatten(2, (-1, tokens))
     least, most = grouped.amin((3, 5), keepdim=True), grouped.amax((3, 5), keepdim=True)
     levels = 255 if kind == "int8" else 15
@@ -36,7 +36,7 @@ def keep(x: Tensor, kind: str, tokens: int, channels: int) -> tuple[Any, Tensor]
     if kind == "int4":
         low, high = data.chunk(2, dim=-1)
         data = low | high << 4
-    return Kept(data, scale.flatten(2, 3).flatten(3), offset.flatten(2, 3).flatten(3), kind), numbers
+    return Stored(data, scale.flatten(2, 3).flatten(3), offset.flatten(2, 3).flatten(3), kind), numbers
 
 
 def poison(kept: Any, unseen: Tensor, tokens: int) -> Any:
@@ -72,7 +72,8 @@ def check(
     padded: bool = False,
 ) -> None:
     """Heads ``rings`` have a ring, the others pages, of which ``reading`` says which are read."""
-    from sparse_compile.passes.kernels.paged_decode import Ring, attend_kept
+    from sparse_compile.passes.kernels.operands import PagedDecode, PageRead, RingRead
+    from sparse_compile.passes.kernels.paged_decode import launch_paged_decode
 
     torch.manual_seed(0)
     device, (dim, wide), scale = "cuda", dims, dims[0] ** -0.5
@@ -113,10 +114,12 @@ def check(
         wanted[:, list(rings)] = found.unflatten(1, (-1, group))
         for x in (ring_keys, ring_values):
             x[:BATCH].masked_fill_(~seen.unsqueeze(3), math.nan)
-        ring = Ring(ring_keys, ring_values, at, text, 4, 60)
-    sizes: dict[str, Any] = {"page_size": page, "scale": scale, "usual": pages if table is None else 16}
-    at_column, bits = torch.tensor(column, device=device), sum(1 << head for head in rings)
-    got = attend_kept(q, keys, values, counts, table, at_column, texts, ring, rings=bits, **sizes)
+        ring = RingRead(ring_keys, ring_values, at, text, 4, 60, list(rings))
+    at_column, usual = torch.tensor(column, device=device), pages if table is None else 16
+    read = None
+    if keys is not None and values is not None:
+        read = PageRead(keys, values, counts, table, at_column, texts, page, usual)
+    got = launch_paged_decode(PagedDecode(q, read, ring, scale))
     assert got.shape == (BATCH, heads * group, 1, wide) and got.is_contiguous()
     expected = wanted.flatten(1, 2)
     if reading == "none" and not rings:
@@ -172,14 +175,15 @@ def test_nothing_listed_gives_zeros(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["", "int8", "int4"])
 def test_large_and_small_numbers_survive(kind: str) -> None:
-    from sparse_compile.passes.kernels.paged_decode import attend_kept
+    from sparse_compile.passes.kernels.operands import PagedDecode, PageRead
+    from sparse_compile.passes.kernels.paged_decode import launch_paged_decode
 
     torch.manual_seed(0)
     q = torch.randn(1, 4, 1, 128, device="cuda", dtype=torch.bfloat16) * 1e-6
     keys, exact_keys = keep(torch.randn(1, 1, 1024, 128, device="cuda", dtype=torch.bfloat16) * 1e3, kind, 32, 1)
     values, exact_values = keep(torch.randn(1, 1, 1024, 128, device="cuda", dtype=torch.bfloat16) * 1e4, kind, 1, 128)
     at, scale = torch.tensor(1000, device="cuda"), 100.0
-    got = attend_kept(q, keys, values, None, None, at, None, None, rings=0, page_size=64, scale=scale, usual=16)
+    got = launch_paged_decode(PagedDecode(q, PageRead(keys, values, None, None, at, None, 64, 16), None, scale))
     seen = (torch.arange(1024, device="cuda") <= 1000).view(1, 1, -1)
     wanted = dense(q, exact_keys, exact_values, seen, scale)
     assert (got.double() - wanted).norm() / wanted.norm() < 1e-2
@@ -187,7 +191,8 @@ def test_large_and_small_numbers_survive(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["", "int8"])
 def test_a_graph_goes_on_as_columns_advance(kind: str) -> None:
-    from sparse_compile.passes.kernels.paged_decode import attend_kept
+    from sparse_compile.passes.kernels.operands import PagedDecode, PageRead
+    from sparse_compile.passes.kernels.paged_decode import launch_paged_decode
 
     torch.manual_seed(0)
     q = torch.randn(1, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
@@ -196,7 +201,7 @@ def test_a_graph_goes_on_as_columns_advance(kind: str) -> None:
     column = torch.tensor(5, device="cuda")
 
     def attend() -> Tensor:
-        return attend_kept(q, keys, values, None, None, column, None, None, rings=0, page_size=64, scale=0.1, usual=128)
+        return launch_paged_decode(PagedDecode(q, PageRead(keys, values, None, None, column, None, 64, 128), None, 0.1))
 
     attend()
     torch.cuda.synchronize()

@@ -79,7 +79,9 @@ def test_padded_rows_equal_the_reference() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "group", "dim"), [(2, 4, 128), (8, 1, 64), (1, 3, 80)])
 def test_scores_equal_those_of_plain_pytorch(heads: int, group: int, dim: int, dtype: torch.dtype, score: str) -> None:
-    from sparse_compile.passes.kernels.page_scores import score_pages
+    from sparse_compile.passes.kernels.operands import PageScoring, SelectPages
+    from sparse_compile.passes.kernels.page_scores import launch_score_pages
+    from sparse_compile.passes.storage.codec import Format
 
     torch.manual_seed(0)
     batch, pages, column = 2, 100, 64 * 90 + 21
@@ -94,7 +96,14 @@ def test_scores_equal_those_of_plain_pytorch(heads: int, group: int, dim: int, d
     digest[:batch, :, 4 * 90 + 1] = 1e4  # stale
     scores = torch.full((3, heads, pages), -7.0, device="cuda")
     at = torch.tensor(column, device="cuda")
-    score_pages(q, keys, digest, scores, at, at - 6, texts, page_size=64, page=16, score=score, group="max", every=3)
+    how, unread = PageScoring(64, 16, score, "max", 3), torch.empty(0, device="cuda")
+
+    def score_pages(q: Tensor, anchor: Tensor) -> None:
+        state = (keys, unread, digest, scores, unread, unread, None, None)
+        token = (q, unread, unread, unread, at, anchor, unread, texts)
+        launch_score_pages(SelectPages(*state, *token, how, 0, Format(), Format()))
+
+    score_pages(q, at - 6)
     exact = {"rtol": 0, "atol": 0} if score == "minmax" else {"rtol": 1e-2, "atol": 1e-6}  # means are summed in another order
     torch.testing.assert_close(digest[:batch, :, 4 * 90 + 1], wanted[:, :, 4 * 90 + 1], **exact)
     found = score_digests(q.unflatten(1, (heads, group)).squeeze(3), wanted, score)
@@ -102,7 +111,7 @@ def test_scores_equal_those_of_plain_pytorch(heads: int, group: int, dim: int, d
     torch.testing.assert_close(scores[:batch, :, :90], pooled[:, :, :90], rtol=1e-4, atol=1e-3)
     assert (scores[:batch, :, 90] == math.inf).all()
     before = scores.clone()
-    score_pages(q * 2, keys, digest, scores, at, at - 7, texts, page_size=64, page=16, score=score, group="max", every=3)
+    score_pages(q * 2, at - 7)
     assert torch.equal(scores, before)  # it is not time to
 
 
@@ -144,7 +153,8 @@ def test_the_newest_page_is_listed_without_being_searched(newest: int, later: in
 def test_attention_to_listed_pages(
     heads: int, group: int, dim: int, value_dim: int, dtype: torch.dtype, tolerance: float
 ) -> None:
-    from sparse_compile.passes.kernels.paged_decode import Kept, attend_kept
+    from sparse_compile.passes.kernels.operands import PagedDecode, PageRead, Stored
+    from sparse_compile.passes.kernels.paged_decode import launch_paged_decode
 
     torch.manual_seed(0)
     batch, pages, column = 2, 40, 64 * 37 + 20
@@ -156,8 +166,8 @@ def test_attention_to_listed_pages(
     counts = chosen.sum(-1).int()
     table = torch.where(chosen, torch.arange(pages, device="cuda"), pages).sort(-1).values.clamp(max=pages - 1).int()
     at = torch.tensor(column, device="cuda")
-    sizes: dict[str, Any] = {"rings": 0, "page_size": 64, "scale": dim**-0.5, "usual": 16}
-    got = attend_kept(q, Kept(keys), Kept(values), counts, table, at, None, None, **sizes)
+    read = PageRead(Stored(keys), Stored(values), counts, table, at, None, 64, 16)
+    got = launch_paged_decode(PagedDecode(q, read, None, dim**-0.5))
     seen = chosen.repeat_interleave(64, dim=3) & (torch.arange(pages * 64, device="cuda") <= column)
     k, v = (x[:batch].repeat_interleave(group, dim=1).double() for x in (keys, values))
     scores = (q.double() @ k.mT * dim**-0.5).masked_fill(~seen.repeat_interleave(group, dim=1), -math.inf)

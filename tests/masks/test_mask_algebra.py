@@ -1,4 +1,4 @@
-"""What holds of every mask: random trees against operations on dense tensors."""
+"""Properties of every mask: random trees compared with operations on dense tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.oracles.masks import as_a_kernel_sees
 
 NAMES = {name: getattr(sparse_compile.masks, name) for name in sparse_compile.masks.__all__}
 block_sizes = st.one_of(st.integers(1, 6), st.tuples(st.integers(1, 6), st.integers(1, 6)), st.just(128))
-# Few patterns over and over, so that parts of a tree often are equal, imply one another or contradict.
+# Use only a few patterns, so that parts of a tree are often equal, imply one another or contradict one another.
 alike = trees(
     3, st.sampled_from([sparse_compile.masks.sink(n) for n in (1, 3)] + [sparse_compile.masks.chunked(n) for n in (2, 4)])
 )
@@ -142,14 +142,14 @@ def test_rebuilding_from_children_keeps_masks(a: Mask) -> None:
 
 @given(masks, shapes, block_sizes)
 def test_a_kernel_sees_the_dense_mask(a: Mask, shape: Shape, block_size: int | tuple[int, int]) -> None:
-    found = a.block_mask(shape.q_len, shape.kv_len, q_offset=shape.q_offset, batch=BATCH, heads=HEADS, block_size=block_size)
-    assert torch.equal(as_a_kernel_sees(found), shape.dense(a))
+    table = a.block_mask(shape.q_len, shape.kv_len, q_offset=shape.q_offset, batch=BATCH, heads=HEADS, block_size=block_size)
+    assert torch.equal(as_a_kernel_sees(table), shape.dense(a))
 
 
 @given(trees(4, patterns), shapes, block_sizes)
 def test_a_kernel_sees_the_dense_mask_of_one_head(a: Mask, shape: Shape, block_size: int | tuple[int, int]) -> None:
-    found = a.block_mask(shape.q_len, shape.kv_len, q_offset=shape.q_offset, batch=BATCH, block_size=block_size)
-    assert torch.equal(as_a_kernel_sees(found), shape.dense(a)[:, :1])
+    table = a.block_mask(shape.q_len, shape.kv_len, q_offset=shape.q_offset, batch=BATCH, block_size=block_size)
+    assert torch.equal(as_a_kernel_sees(table), shape.dense(a)[:, :1])
 
 
 @given(masks, shapes)

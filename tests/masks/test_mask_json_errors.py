@@ -1,4 +1,4 @@
-"""What is no mask in JSON, and what the error says of it."""
+"""Invalid JSON masks raise errors that say what is wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_compile.masks import (
 
 @pytest.mark.parametrize("text", ["", "{", "causal", '{"version": 1, "mask": {"causal": {}}'], ids=repr)
 def test_broken_json_says_so(text: str) -> None:
-    with pytest.raises(ValueError, match="a mask is read from JSON, and this is not JSON"):
+    with pytest.raises(ValueError, match="cannot read a mask, because the text is not valid JSON"):
         Mask.from_json(text)
 
 
@@ -37,15 +37,15 @@ def test_another_version_is_refused(content: object, got: str) -> None:
 @pytest.mark.parametrize(
     ("mask", "rule"),
     [
-        ({"moonlight": {}}, "unknown mask 'moonlight': this version knows causal, chunked"),
-        ("causal", "a mask in JSON is an object with one key, the pattern, got 'causal'"),
-        ({}, "a mask in JSON is an object with one key"),
-        ({"causal": {}, "full": {}}, "a mask in JSON is an object with one key"),
+        ({"moonlight": {}}, "unknown mask 'moonlight': this version supports causal, chunked"),
+        ("causal", "a mask in JSON must be an object with one key, the pattern, got 'causal'"),
+        ({}, "a mask in JSON must be an object with one key"),
+        ({"causal": {}, "full": {}}, "a mask in JSON must be an object with one key"),
         ({"and": []}, "'and' in JSON needs a list of masks"),
         ({"or": {"causal": {}}}, "'or' in JSON needs a list of masks"),
-        ({"not": []}, "a mask in JSON is an object with one key"),
-        ({"and": [{"causal": {}}, 3]}, "a mask in JSON is an object with one key, the pattern, got 3"),
-        ({"sink": [3]}, "the arguments of 'sink' in JSON are an object"),
+        ({"not": []}, "a mask in JSON must be an object with one key"),
+        ({"and": [{"causal": {}}, 3]}, "a mask in JSON must be an object with one key, the pattern, got 3"),
+        ({"sink": [3]}, "the arguments of 'sink' in JSON must be an object"),
         ({"sink": {}}, "cannot build 'sink'"),
         ({"sink": {"size": 3, "colour": 2}}, "cannot build 'sink'.*colour"),
         ({"sink": {"size": "3"}}, "cannot build 'sink'.*sink size needs an integer, got '3'"),

@@ -1,4 +1,4 @@
-"""Every row of the catalogue means what its oracle says, however it is asked, and is a plain value."""
+"""Every row of the catalog agrees with its oracle in every kind of call, and is a plain value."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ def test_dense_from_a_later_position_is_what_the_oracle_says(row: Row) -> None:
 @every_row
 def test_python_integers_give_what_the_oracle_says(row: Row) -> None:
     mask = row.mask.for_heads(row.heads)
-    asked = [
+    visible = [
         [[[bool(mask(b, h, i, j)) for j in range(row.kv_len)] for i in range(row.q_len)] for h in range(row.heads)]
         for b in range(row.batch)
     ]
-    torch.testing.assert_close(torch.tensor(asked), pairs(row))
+    torch.testing.assert_close(torch.tensor(visible), pairs(row))
 
 
 @every_row
 def test_vmap_as_in_flex_attention_gives_what_the_oracle_says(row: Row) -> None:
-    asked = create_mask(row.mask.for_heads(row.heads), row.batch, row.heads, row.q_len, row.kv_len, device="cpu")
-    torch.testing.assert_close(asked, pairs(row))
+    visible = create_mask(row.mask.for_heads(row.heads), row.batch, row.heads, row.q_len, row.kv_len, device="cpu")
+    torch.testing.assert_close(visible, pairs(row))
 
 
 @every_row
@@ -213,7 +213,7 @@ def test_sizes_are_the_largest_of_the_parts() -> None:
 
 
 def test_hashes_need_no_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.Tensor, "numpy", None)  # torch does not install it
+    monkeypatch.setattr(torch.Tensor, "numpy", None)  # torch does not install numpy
     assert hash(document([[0, 1]])) == hash(document([[0, 1]]))
 
 

@@ -1,4 +1,4 @@
-"""``page_topk`` refuses what makes no selection, and static answers: the rule, the value, the remedy."""
+"""``page_topk`` rejects invalid selections and static use. Its errors state the rule, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -60,21 +60,21 @@ def test_layers_are_counted_from_zero(share: Any) -> None:
     ("share", "circle"), [({0: 0}, "0 -> 0"), ({0: 1, 1: 0}, "0 -> 1 -> 0"), ({1: 2, 2: 3, 3: 1}, "1 -> 2 -> 3 -> 1")], ids=str
 )
 def test_a_circle_of_leaders_is_refused(share: Any, circle: str) -> None:
-    with pytest.raises(ValueError, match=f"share goes round in a circle: {circle}. One layer has to choose for itself"):
+    with pytest.raises(ValueError, match=f"share has a cycle, {circle}: one of these layers must score its own pages"):
         page_topk(64, share=share)
 
 
 def test_a_leader_that_runs_later_is_refused() -> None:
-    with pytest.raises(ValueError, match="share gives layer 1 the pages of layer 3, which runs later: name an earlier one"):
+    with pytest.raises(ValueError, match="share gives layer 1 the pages of layer 3, which runs later: name an earlier layer"):
         page_topk(64, share={1: 3})
-    with pytest.raises(ValueError, match="share gives layer 0 the pages of layer 2, which runs later: name an earlier one"):
+    with pytest.raises(ValueError, match="share gives layer 0 the pages of layer 2, which runs later: name an earlier layer"):
         page_topk(64, share=2).leader(0)
 
 
 def test_the_opposite_of_a_selector_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"page_topk\(64\) says what is worth reading, .* leave the ~ out"):
+    with pytest.raises(ValueError, match=r"page_topk\(64\) selects pages and cannot be negated: remove the ~"):
         ~page_topk(64)
-    with pytest.raises(ValueError, match=r"page_topk\(64\) says what is worth reading, .* leave the ~ out"):
+    with pytest.raises(ValueError, match=r"page_topk\(64\) selects pages and cannot be negated: remove the ~"):
         ~(causal & (sink(4) | page_topk(64)))
 
 
@@ -95,7 +95,7 @@ QUESTIONS: dict[str, Make] = {
 def test_a_static_answer_is_refused_with_what_to_ask(question: str, mask: Mask) -> None:
     if question == "plot":
         pytest.importorskip("matplotlib")
-    rule = r"page_topk\(64\) depends on queries and keys, so there is no static answer: ask mask.selected\(q, k\)"
+    rule = r"page_topk\(64\) depends on queries and keys, so the mask is not static: call mask.selected\(q, k\)"
     with pytest.raises(ValueError, match=rule):
         QUESTIONS[question](mask if question != "call" else mask.for_head(1, 2))
 
@@ -103,13 +103,13 @@ def test_a_static_answer_is_refused_with_what_to_ask(question: str, mask: Mask) 
 @pytest.mark.parametrize(
     ("mask", "rule"),
     [
-        (causal & (page_topk(4, page=2) | page_topk(8, page=2)), "it has one page_topk, and here are two"),
-        (per_head([causal & page_topk(4, page=2), causal & page_topk(8, page=2)]), "it has one page_topk, and here are two"),
+        (causal & (page_topk(4, page=2) | page_topk(8, page=2)), "need the same page_topk, got page_topk"),
+        (per_head([causal & page_topk(4, page=2), causal & page_topk(8, page=2)]), "need the same page_topk, got page_topk"),
         (
             causal & page_topk(8, page=3),
-            "a step reads pages of 4 keys, and .* describes pages of 3: give it a page that divides 4",
+            "a decode step reads pages of 4 keys, but .* summarizes pages of 3: give it a page that divides 4",
         ),
-        (causal & page_topk(8, page=8), "a step reads pages of 4 keys, and .* describes pages of 8"),
+        (causal & page_topk(8, page=8), "a decode step reads pages of 4 keys, but .* summarizes pages of 8"),
     ],
     ids=["two in a head", "two in a group", "does not divide", "larger"],
 )

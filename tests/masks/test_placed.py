@@ -1,4 +1,4 @@
-"""Masks over keys out of order: what is stored in a ring, behind padding, or in a chunk of its own."""
+"""Masks over keys that are not in text order: keys in a ring, behind padding, or in a chunk that attends to itself."""
 
 import pytest
 import torch
@@ -22,11 +22,11 @@ INNER = [
 
 
 def positions(draw: st.DrawFn, length: int, *, ordered: bool) -> list[int]:
-    """Distinct positions below 40, some of them missing (-1)."""
-    found: list[int] = draw(st.lists(st.integers(0, 39), min_size=length, max_size=length, unique=True))
-    found = sorted(found) if ordered else found
-    kept = draw(st.lists(st.booleans(), min_size=length, max_size=length))
-    return [at if keep else -1 for at, keep in zip(found, kept, strict=True)]
+    """Draw distinct positions below 40, some of them missing (-1)."""
+    distinct: list[int] = draw(st.lists(st.integers(0, 39), min_size=length, max_size=length, unique=True))
+    distinct = sorted(distinct) if ordered else distinct
+    present = draw(st.lists(st.booleans(), min_size=length, max_size=length))
+    return [at if is_present else -1 for at, is_present in zip(distinct, present, strict=True)]
 
 
 @st.composite
@@ -40,7 +40,7 @@ def placements(draw: st.DrawFn) -> tuple[Mask, list[list[int]], list[list[int]],
 
 
 def pair_by_pair(mask: Mask, queries: list[list[int]], keys: list[list[int]], heads: int) -> Tensor:
-    """Every pair asked alone, of the dense mask over the whole text."""
+    """Look up every pair by itself in the dense mask of the whole text."""
     dense = mask.dense(40, 40, heads=heads)[0]
     rows = [
         [[[i >= 0 and j >= 0 and bool(dense[h, i, j]) for j in js] for i in qs] for h in range(heads)]
@@ -135,7 +135,7 @@ def test_a_mask_is_asked_what_it_needs_of_the_past(mask: Mask, past: tuple[int, 
 
 @pytest.mark.parametrize("mask", [sink(4) | sliding_window(16), chunked(12), prefix(9) | sliding_window(5), sliding_window(3)])
 def test_what_is_kept_is_all_that_is_seen(mask: Mask) -> None:
-    found = visible_past(mask, 200)
-    assert found is not None
-    kept = causal & (sink(found.sink) | sliding_window(found.recent)) if found.sink else causal & sliding_window(found.recent)
+    past = visible_past(mask, 200)
+    assert past is not None
+    kept = causal & (sink(past.sink) | sliding_window(past.recent)) if past.sink else causal & sliding_window(past.recent)
     assert not bool(((causal & mask).dense(200, 200) & ~kept.dense(200, 200)).any())

@@ -1,4 +1,4 @@
-"""Score mods: what each adds, in which order, and what they are as values."""
+"""Score mods: what each one changes, the order in which they apply, and how they behave as values."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ every_example = pytest.mark.parametrize("mod", EXAMPLES, ids=str)
 
 
 def scores(mod: ScoreMod, q_len: int = 3, kv_len: int = 4, *, start: float = 0.0) -> Tensor:
-    """What becomes of scores that are all ``start``: ``[2, 2, q_len, kv_len]``."""
+    """Apply ``mod`` to scores that are all ``start``: ``[2, 2, q_len, kv_len]``."""
     b, h, i, j = torch.meshgrid(*(torch.arange(n) for n in (2, 2, q_len, kv_len)), indexing="ij")
     changed: Tensor = mod(torch.full(b.shape, start), b, h, i, j)
     return changed
 
 
 def by_pair(change: Any) -> Tensor:
-    """``change(b, h, i, j)`` for every pair: ``[2, 2, 3, 4]``."""
+    """Call ``change(b, h, i, j)`` for every pair: ``[2, 2, 3, 4]``."""
     return torch.tensor([[[[change(b, h, i, j) for j in range(4)] for i in range(3)] for h in range(2)] for b in range(2)])
 
 
@@ -133,12 +133,12 @@ def test_sink_logits_are_no_score_mod() -> None:
 
 @pytest.mark.parametrize("after", [softcap(2.0), alibi(SLOPES), sink_logits([0.0])], ids=str)
 def test_sink_logits_come_last(after: ScoreMod) -> None:
-    with pytest.raises(ValueError, match="sink_logits acts in the softmax and comes last"):
+    with pytest.raises(ValueError, match="sink_logits is part of the softmax and must come last"):
         sink_logits([0.0]) >> after
 
 
 def test_sink_logits_come_last_in_longer_orders() -> None:
-    with pytest.raises(ValueError, match="comes last"):
+    with pytest.raises(ValueError, match="must come last"):
         (softcap(2.0) >> sink_logits([0.0])) >> alibi(SLOPES)
 
 

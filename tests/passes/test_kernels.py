@@ -15,12 +15,13 @@ from torch.nn import functional as F
 from transformers import StaticCache
 
 import sparse_compile as sc
+from sparse_compile.dynamo import Hooks
 from sparse_compile.masks import Mask, causal, chunked, document, full, per_head, prefix, sink, sliding_window
 from sparse_compile.passes import inner_compiler
 from sparse_compile.passes.choose import block_layout, head_groups, kernel_choice, tuning
 from sparse_compile.passes.choose.tuning import Tiles
 from sparse_compile.passes.ir.rewrite import Rewrite
-from sparse_compile.passes.lower import lower_call
+from sparse_compile.passes.lower import tables
 from sparse_compile.passes.ops import block_tables
 from support.models import DECODERS, tokens
 
@@ -157,8 +158,7 @@ def test_flash_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, change: dict[
     monkeypatch.setattr(kernel_choice, "capability", lambda: case["capability"])
     monkeypatch.setattr(kernel_choice, "flash_installed", lambda: case["flash"])
     q, k, v = (x.to(case["dtype"]) for x in operands(dim=case["dim"]))
-    backend = sc.Backend(case["policy"], kernel="flash", inner=case["inner"])
-    backend._device = "cuda"
+    backend = sc.Backend(case["policy"], kernel="flash", inner=case["inner"], hooks=Hooks(device="cuda"))
     with torch.no_grad(), pytest.raises(Failed, match=reason):
         torch.compile(attend, backend=backend)(q, k, v)
 
@@ -228,7 +228,7 @@ def test_equal_masks_are_one_group(monkeypatch: pytest.MonkeyPatch, pattern: lis
 
 
 def test_many_sparse_groups_share_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    pattern: list[Mask] = [causal, *(causal & sliding_window(n) for n in range(1, head_groups.MOST_GROUPS + 3))]
+    pattern: list[Mask] = [causal, *(causal & sliding_window(n) for n in range(1, head_groups.MOST_HEAD_GROUPS + 3))]
     q, k, v = operands(len(pattern), len(pattern))
     gm = graph_of(monkeypatch, attend, q, k, v, backend=sc.Backend(per_head(pattern)))
     names = [str(n.target) for n in gm.graph.nodes]
@@ -258,9 +258,8 @@ def test_tables_of_a_static_prompt_are_kept_with_the_graph(monkeypatch: pytest.M
         calls.append(args)
         return [torch.zeros(1, dtype=torch.int32)] * 6
 
-    monkeypatch.setattr(lower_call, "block_tables_op", build)
-    backend = sc.Backend(STREAMING, kernel="triton")
-    backend._device = "cuda"
+    monkeypatch.setattr(tables, "block_tables_op", build)
+    backend = sc.Backend(STREAMING, kernel="triton", hooks=Hooks(device="cuda"))
     monkeypatch.setattr(inner_compiler, "_compile", lambda gm, *_: lambda *args: (args[0],))
     with torch.no_grad():
         torch.compile(attend, backend=backend, dynamic=False)(*operands())
@@ -272,8 +271,7 @@ def test_a_folded_step_gives_its_tables_the_tensors_they_ask_for(monkeypatch: py
     documents = [document(torch.arange(40).div(n, rounding_mode="floor")[None]) for n in (3, 5, 7, 11)]
     policy = per_head([documents[0], documents[1] & documents[2], documents[3], causal] * 2)
     q, k, v = operands()
-    backend = sc.Backend(causal & policy, kernel="triton")
-    backend._device = "cuda"
+    backend = sc.Backend(causal & policy, kernel="triton", hooks=Hooks(device="cuda"))
 
     def step(q: Tensor, k: Tensor, v: Tensor, at: Tensor) -> Tensor:
         seen = torch.arange(40)[None] <= (at + torch.arange(1))[:, None]
@@ -281,9 +279,10 @@ def test_a_folded_step_gives_its_tables_the_tensors_they_ask_for(monkeypatch: py
 
     gm = graph_of(monkeypatch, step, q[:, :, :1], k, v, torch.tensor(9), backend=backend, run=False)
     (node,) = (n for n in gm.graph.nodes if "block_tables" in str(n.target))
-    assert node.args[1] == 4  # lists for KV heads
-    assert [n.args[0].target if n.op != "get_attr" else n.target for n in node.args[7]] == [
-        c.name for c in block_tables.given(block_tables.parse(node.args[0]))
+    mask, cut, _, captures, _ = block_tables.block_tables_op.build(node.args)
+    assert cut.heads == 4  # lists for KV heads
+    assert [n.args[0].target if n.op != "get_attr" else n.target for n in captures] == [
+        c.name for c in block_tables.given(mask)
     ]
 
 

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 import sparse_compile as sc
 from sparse_compile.masks import alibi, causal, sink, sliding_window
 from sparse_compile.passes.ops.flex_attention import Spec
-from sparse_compile.passes.ops.opaque_attention import module_of, to_text
+from sparse_compile.passes.ops.opaque_attention import module_of
+from sparse_compile.passes.storage.graph_text import to_text
 
 STREAMING = causal & (sink(4) | sliding_window(20))
 

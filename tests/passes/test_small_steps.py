@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from sparse_compile.masks import causal, page_topk, sink, sliding_window
-from sparse_compile.passes.ops import block_tables, cache_update, page_classes, quantized_append
+from sparse_compile.passes.kernels.operands import Append
+from sparse_compile.passes.ops import block_tables, cache_update, page_classes
+from sparse_compile.passes.ops.quantized_append import append_in_torch
 from sparse_compile.passes.ops.ring import _ring_step
 from sparse_compile.passes.ops.small_steps import run_compiled
 from sparse_compile.passes.storage.codec import Codes, Format
@@ -60,7 +62,8 @@ def test_a_token_in_fewer_bits(kind: str) -> None:
         new = [torch.randn(1, 3, 1, 32) for _ in range(2)]
         told = (torch.tensor(at), None, keys, values, 16, "minmax")
         state = (*tails, *(Codes(*part) for part in parts), torch.zeros(2, 3, 16, 64))
-        for a, b in both(quantized_append._append, *state, *new, *told):
+        fields: Any = (*state, *new, *told)
+        for a, b in both(append_in_torch, Append(*fields)):
             if kind == "fp8" and a.dtype == torch.uint8:  # a division is a product with the reciprocal, once compiled
                 numbers = (x.view(torch.float8_e4m3fn).float() for x in (a, b))
                 torch.testing.assert_close(*numbers, rtol=1 / 8, atol=2**-9)

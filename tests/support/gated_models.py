@@ -1,4 +1,4 @@
-"""Models and batches that tests of gates train on."""
+"""Models and batches for tests that train gates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparse_compile.calibration import Batches, train_gates
 from sparse_compile.calibration.forward import compiled_hidden, last_hidden
-from sparse_compile.dynamo import with_passes
+from sparse_compile.dynamo import Backend, Hooks
 from sparse_compile.head_profile import Profile, signature
 from sparse_compile.masks import causal, sink, sliding_window
 from sparse_compile.passes.calibration.mix_gates import mix_gates
@@ -31,18 +31,18 @@ def random_gates(model: Any) -> list[nn.Parameter]:
 
 
 def mixed(model: Any, leaves: Sequence[nn.Parameter], inner: str = "eager") -> Callable[[Tensor], Tensor]:
-    backend = with_passes(partial(mix_gates, gates=leaves, streaming=STREAMING), trains=True, inner=inner)
+    backend = Backend(inner=inner, hooks=Hooks((partial(mix_gates, gates=leaves, streaming=STREAMING),), trains=True))
     return compiled_hidden(model, last_hidden, backend)
 
 
 def last(step: int, batch: int = 1) -> tuple[Tensor, Tensor]:
-    """Random tokens of a step, whose last eight are asked."""
+    """Random tokens of a step, with the last eight as asked tokens."""
     ids = random_tokens(LENGTH, batch=batch, seed=step)
     return ids, torch.arange(ids.shape[1]).expand_as(ids) >= ids.shape[1] - 8
 
 
 class Toy(nn.Module):
-    """A decoder that is not of transformers, with two layers of the attention it is given."""
+    """A decoder that is not from transformers, with two layers that call the given attention."""
 
     def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], times: int = 1, kv_heads: int = 2) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def sdpa(**options: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def toy(**options: Any) -> Toy:
-    """One that compiles fast, the same weights every time."""
+    """A model that compiles fast, with the same weights every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Toy(sdpa(is_causal=True), **options)

@@ -1,4 +1,4 @@
-"""Tasks without a needle: a count over all of the context, and answers so long that decoding them is the task."""
+"""Tasks without a needle: a count over the whole context, and long answers whose decoding is the task."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from bench.lab.data.words import CLOSE, COUNT, DIGITS, KEYS, SUM, TALLY
 
 @dataclass(frozen=True)
 class Counting:
-    """``TALLY`` one to ``most`` times in the haystack; ``COUNT`` asks how often: one digit. Top-k must fail here."""
+    """``TALLY`` occurs one to ``most`` times in the haystack. ``COUNT`` asks how often, and the answer is one digit.
+
+    The answer needs every ``TALLY``, so the task is hard for top-k selection.
+    """
 
     name: str = "counting"
     most: int = 8
@@ -28,15 +31,15 @@ class Counting:
         count = torch.randint(1, self.most + 1, (batch, 1), generator=rng, device=rng.device)
         begins = spread(batch, self.most, 1, size - 1, rng)
         begins = begins.gather(1, torch.rand(begins.shape, generator=rng, device=rng.device).argsort(-1))
-        untold = torch.arange(self.most, device=rng.device) >= count
-        told = context[:, 1:].gather(1, begins).where(untold, TALLY)
+        is_kept = torch.arange(self.most, device=rng.device) >= count
+        tokens = context[:, 1:].gather(1, begins).where(is_kept, TALLY)
         question = torch.full((batch, 1), COUNT, device=rng.device)
-        return Items(written(context, begins, told[:, :, None]), ((question, count + DIGITS.start),))
+        return Items(written(context, begins, tokens[:, :, None]), ((question, count + DIGITS.start),))
 
 
 @dataclass(frozen=True)
 class Sums:
-    """``SUM`` and ``size`` digits, then ``SUM``: the answer is the sum modulo 16 of the first digit, of the first two, ...
+    """The question is ``SUM``, ``size`` digits and ``SUM``. The answer is the running sums of the digits, modulo 16.
 
     Digits are 0 to ``most``. The digit that a step needs is always ``size + 1`` tokens back.
     """
@@ -57,7 +60,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Brackets:
-    """``size`` different names are opened between two ``CLOSE``: the answer closes them, the last one first."""
+    """The question opens ``size`` different names between two ``CLOSE``. The answer closes them, the last one first."""
 
     name: str = "brackets"
     size: int = 16
@@ -71,9 +74,9 @@ class Brackets:
         return Items(context, ((_between(CLOSE, opened), opened.flip(1)),))
 
 
-def _between(marker: int, told: Tensor) -> Tensor:
-    edge = told.new_full((len(told), 1), marker)
-    return torch.cat([edge, told, edge], dim=1)
+def _between(marker: int, tokens: Tensor) -> Tensor:
+    edge = tokens.new_full((len(tokens), 1), marker)
+    return torch.cat([edge, tokens, edge], dim=1)
 
 
 def _refuse(name: str, depth: float | None) -> None:

@@ -1,4 +1,4 @@
-"""What needles are hidden in: noise of a Markov chain, and text that lies on this machine."""
+"""Haystacks that hide the needles: noise of a Markov chain, and text files of this machine."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch import Tensor
 from bench.lab.data.words import NOISE
 
 ROOT = Path(__file__).parents[3]
-OFFSETS = (0, 1, 5, 17)  # one for each successor
-CHAINS, STEPS = 2048, 1024  # the noise is so many chains, one after the other
+OFFSETS = (0, 1, 5, 17)  # one for each successor of a symbol
+CHAINS, STEPS = 2048, 1024  # the noise is CHAINS chains of STEPS tokens, one after the other
 
 
 class Haystack(Protocol):
-    """Tokens without any needle."""
+    """A source of tokens without any needle."""
 
     def __call__(self, batch: int, length: int, rng: torch.Generator) -> Tensor:
-        """``[batch, length]`` on the generator's device."""
+        """Return tokens ``[batch, length]`` on the generator's device."""
         ...
 
 
@@ -39,17 +39,17 @@ class Text:
         return slices(self.pool, batch, length, rng)
 
     def to(self, device: torch.device | str) -> Text:
-        """The same on another device, where the generators that ask for it are."""
+        """Return the same text on another device, which must be that of the generators."""
         return Text(self.pool.to(device), self.sha256)
 
 
 def noise(batch: int, length: int, rng: torch.Generator) -> Tensor:
-    """Slices of an order-1 Markov chain: each of 256 symbols has four successors, always the same."""
+    """Return slices of an order-1 Markov chain in which each of 256 symbols has four fixed successors."""
     return slices(_noise_pool(rng.device), batch, length, rng)
 
 
 def library_text(limit: int = 8_000_000) -> Text:
-    """Sources of Python's standard library, for training: whole files in an order drawn once, up to ``limit`` bytes."""
+    """Return sources of Python's standard library for training: files in a fixed random order, up to ``limit`` bytes."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = [path for path in sorted(folder.rglob("*.py")) if not {"site-packages", "test", "tests"} & set(path.parts)]
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
@@ -57,15 +57,15 @@ def library_text(limit: int = 8_000_000) -> Text:
 
 
 def repository_text() -> Text:
-    """This repository's ``masks/`` and ``passes/``, which no training reads: for evaluation."""
+    """Return this repository's ``masks/`` and ``passes/`` for evaluation. No training reads them."""
     files = [path for room in ("masks", "passes") for path in sorted((ROOT / room).rglob("*.py"))]
     return _read(files, 1 << 30)
 
 
 def slices(pool: Tensor, batch: int, length: int, rng: torch.Generator) -> Tensor:
-    """``[batch, length]``: stretches of ``pool`` from random places."""
+    """Return ``[batch, length]``: stretches from random places of ``pool``. Raises ``ValueError`` if the pool is shorter."""
     if length > len(pool):
-        raise ValueError(f"a slice needs length <= {len(pool)}, the tokens there are, got {length}")
+        raise ValueError(f"a slice needs length <= {len(pool)}, the tokens of the text, got {length}")
     begin = torch.randint(len(pool) - length + 1, (batch, 1), generator=rng, device=rng.device)
     return pool[begin + torch.arange(length, device=rng.device)]
 
@@ -73,7 +73,7 @@ def slices(pool: Tensor, batch: int, length: int, rng: torch.Generator) -> Tenso
 @cache
 def _noise_pool(device: torch.device) -> Tensor:
     rng = torch.Generator().manual_seed(0)
-    # Two permutations, so that every symbol has as many predecessors, and none is rare.
+    # With two permutations every symbol has equally many predecessors, so none is rare.
     order, name = (torch.randperm(len(NOISE), generator=rng) for _ in range(2))
     following = name[(order[:, None] + torch.tensor(OFFSETS)) % len(NOISE)]  # [symbols, successors]
     choices = torch.randint(len(OFFSETS), (STEPS, CHAINS), generator=rng)
@@ -86,10 +86,10 @@ def _noise_pool(device: torch.device) -> Tensor:
 
 
 def _read(files: Iterable[Path], limit: int) -> Text:
-    told = bytearray()
+    content = bytearray()
     for path in files:
-        told += path.read_bytes()
-        if len(told) >= limit:
+        content += path.read_bytes()
+        if len(content) >= limit:
             break
-    told = told[:limit]
-    return Text(torch.frombuffer(told, dtype=torch.uint8).long(), hashlib.sha256(told).hexdigest())
+    content = content[:limit]
+    return Text(torch.frombuffer(content, dtype=torch.uint8).long(), hashlib.sha256(content).hexdigest())

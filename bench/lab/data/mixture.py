@@ -1,4 +1,4 @@
-"""What a training step reads: rows of several tasks and of text, and how much each token counts."""
+"""Batches for training: rows of several tasks and of text, and the weight of each token in the loss."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from bench.lab.data.haystack import Text, noise
 from bench.lab.data.items import Items, Task, filled
 from bench.lab.data.tasks import Copy, Needles, Recall, Variables
 
-GROUPS = 8  # of a batch: the rows of one come from one task
-OTHERS = 0.3  # what all tokens of a row that are not asked count, beside the asked ones
+GROUPS = 8  # groups of a batch; the rows of a group come from one task
+OTHERS = 0.3  # weight of a row's other tokens together; its answer tokens together weigh 1
 
 MIXTURES: dict[str, dict[str, float]] = {
-    # Without many copies at first no induction heads appear, and nothing is retrieved after 2,500 steps.
+    # Without many copies at first, no induction heads appear, and the model retrieves nothing after 2,500 steps.
     "early": {"needles": 0.3, "copy": 0.5, "text": 0.2},
     "late": {
         "needles": 0.4, "copy": 0.1, "text": 0.2, "together": 0.06, "variables": 0.08, "recall": 0.06,
@@ -34,7 +34,7 @@ MIXTURES: dict[str, dict[str, float]] = {
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Tokens and what each counts in the loss; the first token of a row is never asked and counts nothing."""
+    """Tokens and the weight of each in the loss. The first token of a row is never an answer and has weight 0."""
 
     tokens: Tensor  # [B, N]
     weights: Tensor  # [B, N], their sum is about 1
@@ -43,7 +43,7 @@ class Batch:
 def mixed(
     rows: int, length: int, shares: Mapping[str, float], text: Text, *, chance: random.Random, rng: torch.Generator
 ) -> Batch:
-    """``rows`` of ``length`` with these ``shares`` of each kind: which tasks by ``chance``, their tokens by ``rng``."""
+    """Return ``rows`` of ``length`` tokens with these ``shares`` of kinds. ``chance`` draws the tasks, ``rng`` their tokens."""
     groups = []
     for kind in chance.choices(list(shares), list(shares.values()), k=GROUPS):
         if kind == "text":
@@ -57,7 +57,7 @@ def mixed(
 
 
 def drawn_task(kind: str, length: int, text: Text, chance: random.Random) -> Task:
-    """A task of this kind with parameters and a haystack by chance."""
+    """Return a task of this kind with random parameters and haystack. Raises ``ValueError`` for unknown kinds."""
     haystack = chance.choice((noise, text))
     match kind:
         case "needles":
@@ -77,11 +77,11 @@ def drawn_task(kind: str, length: int, text: Text, chance: random.Random) -> Tas
             return Sums(haystack=haystack)
         case "brackets":
             return Brackets(haystack=haystack)
-    raise ValueError(f"no task is called {kind!r}")
+    raise ValueError(f"a kind needs to be a name in MIXTURES, got {kind!r}")
 
 
 def _weights(asked: Tensor) -> Tensor:
-    """Every row counts alike: its asked tokens together 1, the others together 0.3, or 1 where nothing is asked."""
+    """Weigh rows alike: answer tokens together 1 and the others together 0.3, or 1 in a row without answers."""
     count = asked.sum(1, keepdim=True)
     others = torch.where(count > 0, OTHERS, 1.0) / (asked.shape[1] - 1 - count)
     weights = torch.where(asked, 1.0 / count.clamp(min=1), others) / len(asked)

@@ -1,4 +1,4 @@
-"""Tasks of retrieval, from one needle to chains of variables, and all tasks by name."""
+"""Retrieval tasks, from one needle to chains of variables, and all tasks by name."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ NEEDLE_SIZE = 2 + ANSWER
 
 @dataclass(frozen=True)
 class Needles:
-    """``NEEDLE key v v v v`` hidden ``needles`` times; ``ASK key`` for ``asked`` of them, one after the other.
+    """``needles`` needles ``NEEDLE key v v v v`` are hidden. ``ASK key`` asks for ``asked`` of them, one after the other.
 
-    With ``together`` one question names all of them, ``EACH key key``, and the answer repeats each key before its values.
+    With ``together``, one question ``EACH key key`` names all of them, and the answer repeats each key before its values.
     """
 
     name: str
@@ -37,8 +37,8 @@ class Needles:
         values = drawn(batch, self.needles * ANSWER, VALUES, rng).unflatten(1, (self.needles, ANSWER))
         first = at_depth(batch, 1, NEEDLE_SIZE, size - 1, depth, rng)
         begins = inserted(first, self.needles - 1, NEEDLE_SIZE, size - 1, rng)
-        told = torch.cat([torch.full_like(keys, NEEDLE)[:, :, None], keys[:, :, None], values], dim=2)
-        return Items(written(context, begins, told), self._turns(keys, values))
+        needles = torch.cat([torch.full_like(keys, NEEDLE)[:, :, None], keys[:, :, None], values], dim=2)
+        return Items(written(context, begins, needles), self._turns(keys, values))
 
     def _turns(self, keys: Tensor, values: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
         if not self.together:
@@ -50,7 +50,10 @@ class Needles:
 
 @dataclass(frozen=True)
 class Variables:
-    """``SET name value``, then ``SET name name`` for each hop, in this order; ``ASK name`` of the last: the value."""
+    """``SET name value`` is followed by a ``SET name name`` for each hop, in this order.
+
+    ``ASK name`` asks for the value of the last name.
+    """
 
     name: str = "variables"
     hops: int = 2
@@ -67,16 +70,16 @@ class Variables:
         begins = (
             inserted(pinned, (self.chains - 1) * links, 3, size - 1, rng).unflatten(1, (self.chains, links)).sort(-1).values
         )
-        told = torch.stack(
+        chains = torch.stack(
             [torch.full_like(names, SET), names, torch.cat([values[:, :, None], names[:, :, :-1]], dim=2)], dim=3
         )
-        context = written(context, begins.flatten(1), told.flatten(1, 2))
+        context = written(context, begins.flatten(1), chains.flatten(1, 2))
         return Items(context, ((_asks(ASK, names[:, 0, -1:]), values[:, :1]),))
 
 
 @dataclass(frozen=True)
 class Copy:
-    """``COPY`` and a block of ``size`` different symbols in the haystack; ``COPY`` again asks for the block."""
+    """``COPY`` and a block of ``size`` different symbols are in the haystack. A second ``COPY`` asks for the block."""
 
     name: str = "copy"
     size: int = 32
@@ -95,7 +98,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Recall:
-    """A block of ``pairs`` ``key value`` without anything between them; ``ASK key`` for ``asked`` of them."""
+    """A block of ``pairs`` pairs ``key value`` has nothing between them. ``ASK key`` asks for ``asked`` of them."""
 
     name: str = "recall"
     pairs: int = 32
@@ -106,11 +109,11 @@ class Recall:
     def make(self, batch: int, length: int, rng: torch.Generator, *, depth: float | None = None) -> Items:
         size = length - 3 * self.asked
         context = filled(self.haystack, batch, size, rng, needed=2 * self.pairs)
-        told = torch.stack([distinct(batch, self.pairs, KEYS, rng), drawn(batch, self.pairs, VALUES, rng)], dim=2)
+        block = torch.stack([distinct(batch, self.pairs, KEYS, rng), drawn(batch, self.pairs, VALUES, rng)], dim=2)
         begins = at_depth(batch, 1, 2 * self.pairs, size - 1, depth, rng)
-        context = written(context, begins, told.flatten(1)[:, None])
+        context = written(context, begins, block.flatten(1)[:, None])
         order = torch.rand(batch, self.pairs, generator=rng, device=rng.device).argsort(-1)[:, : self.asked]
-        asked = told.gather(1, order[:, :, None].expand(-1, -1, 2))
+        asked = block.gather(1, order[:, :, None].expand(-1, -1, 2))
         turns = tuple((_asks(ASK, asked[:, at, :1]), asked[:, at, 1:]) for at in range(self.asked))
         return Items(context, turns)
 

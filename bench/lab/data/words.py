@@ -1,15 +1,16 @@
-"""The vocabulary: ranges of token ids with names."""
+"""The vocabulary: named ranges of token ids."""
 
 from __future__ import annotations
 
-BYTES = range(256)  # local text, as it lies on disk
-NOISE = range(256, 512)  # what a Markov chain writes
+BYTES = range(256)  # bytes of text files
+NOISE = range(256, 512)  # tokens of a Markov chain
 KEYS = range(512, 640)  # names of needles, pairs and variables
 VALUES = range(640, 768)
 DIGITS = range(768, 784)  # 0 to 15
-SYMBOLS = range(NOISE.start, VALUES.stop)  # what is copied
+SYMBOLS = range(NOISE.start, VALUES.stop)  # symbols of the copy task
 
 START, NEEDLE, ASK, EACH, COPY, SET, TALLY, COUNT, SUM, CLOSE = range(800, 810)
-"""START is the first token of everything; NEEDLE, SET and TALLY lie in contexts; the others ask."""
+"""START begins every sequence. NEEDLE, SET and TALLY occur in contexts, ASK, EACH, COUNT, SUM and CLOSE in questions, and COPY
+in both."""
 
 VOCABULARY = 832  # a multiple of 64; ids from 784 to 799 and from 810 on are never used

@@ -1,4 +1,4 @@
-"""Questions to one method at a time, spread over processes and GPUs."""
+"""Jobs of the quality bench, which each evaluate one method, and a pool that runs them on processes and GPUs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from bench.lab.model import build, config, load
 from bench.lab.session import Session
 from bench.measure.timing import environment
 
-SEED = 1 << 33  # of the items: no training and no scoring has it
-LONGEST = 900  # seconds that a job may take
+SEED = 1 << 33  # first seed of the items; neither training nor scoring uses it
+LONGEST = 900  # seconds to wait until the next job ends
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A task at a length, and where its needle lies and how its first question comes."""
+    """A task at a length, the depth of its needle, and whether its first question is ``decoded`` or ``prefilled``."""
 
     task: str
     length: int
@@ -43,23 +43,23 @@ class Cell:
 
 @dataclass(frozen=True)
 class Size:
-    """How many items of how many seeds a cell has, how many are asked at once, and which model is asked.
+    """The model, the number of seeds and of items per seed in a cell, and the number of items in a batch.
 
-    ``folder`` None is a tiny model with random weights.
+    ``folder`` None stands for a tiny model with random weights.
     """
 
     folder: Path | None
     items: int = 170
     seeds: int = 3
     rows: int = 255
-    relaxed_rows: int = 51  # of a prompt that is not cut into chunks, whose masks are large
+    relaxed_rows: int = 51  # items in a batch if prompts are not cut into chunks, whose masks are large
 
     def model(self) -> Any:
-        """A new model, in float32."""
+        """Build or load a new model in float32."""
         return build(0, config(layers=2, hidden=64)).eval() if self.folder is None else load(self.folder)
 
     def checkpoint(self) -> str:
-        """The first digits of the hash of its weights."""
+        """Return the first digits of the hash of the model's weights."""
         if self.folder is None:
             return "random"
         return hashlib.sha256((self.folder / "model.safetensors").read_bytes()).hexdigest()[:12]
@@ -67,7 +67,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Asking:
-    """A job: one method and its cells, in a cache of ``length`` tokens."""
+    """A job that evaluates one method on its cells, with a cache of ``length`` tokens."""
 
     method: Method
     cells: tuple[Cell, ...]
@@ -81,8 +81,8 @@ class Asking:
 
     def _row(self, session: Session, cell: Cell) -> Row:
         began = time.perf_counter()
-        found = session.right(made(cell, self.size), question=cell.question)
-        every = found.all(1)
+        turns = session.right(made(cell, self.size), question=cell.question)
+        every = turns.all(1)
         right, total = int(every.sum()), len(every)
         low, high = wilson(right, total)
         cache, dense = session.cache, dense_bytes(session.cache)
@@ -103,8 +103,8 @@ class Asking:
             accuracy=right / total,
             low=low,
             high=high,
-            turn_accuracy=float(found.float().mean()),
-            by_turn=_listed(found.float().mean(0)),
+            turn_accuracy=float(turns.float().mean()),
+            by_turn=_listed(turns.float().mean(0)),
             by_seed=_listed(every.unflatten(0, (self.size.seeds, -1)).float().mean(1)),
             seconds=time.perf_counter() - began,
             checkpoint=self.size.checkpoint(),
@@ -114,7 +114,7 @@ class Asking:
 
 @dataclass(frozen=True)
 class Fluency:
-    """Perplexity of held-out text in ``bucket`` tokens from ``position`` on, in the second half of a cache."""
+    """Perplexity of the ``bucket`` tokens of held-out text from ``position`` on, in the second half of a cache."""
 
     method: str
     budget: float
@@ -132,7 +132,7 @@ class Fluency:
 
 @dataclass(frozen=True)
 class Reading:
-    """A job: the perplexity of held-out text under one method, decoded from the middle of ``length`` tokens on."""
+    """A job that measures the perplexity of held-out text under one method, decoded from the middle of ``length`` tokens on."""
 
     method: Method
     length: int
@@ -144,8 +144,8 @@ class Reading:
         session = Session(self.size.model().to(device), self.method, rows=self.rows, length=self.length)
         pool = repository_text().pool
         begins = torch.linspace(0, len(pool) - self.length, self.rows).long()
-        told = pool[begins[:, None] + torch.arange(self.length - 1)]
-        tokens = torch.cat([told.new_full((self.rows, 1), START), told], dim=1)
+        text = pool[begins[:, None] + torch.arange(self.length - 1)]
+        tokens = torch.cat([text.new_full((self.rows, 1), START), text], dim=1)
         begin = self.length // 2
         losses = session.losses(tokens, begin).double().unflatten(1, (-1, self.bucket)).mean((0, 2)).exp().tolist()
         same: dict[str, Any] = {"method": self.method.name, "budget": self.method.budget, "prefill": self.method.mode}
@@ -160,7 +160,7 @@ Job = Asking | Reading
 
 
 def made(cell: Cell, size: Size) -> Items:
-    """The items of all seeds, one seed after the other, on the CPU and the same everywhere."""
+    """Make the items of all seeds, one seed after the other. They are made on the CPU and are the same on every machine."""
     task = TASKS[cell.task]
     parts = []
     for seed in range(size.seeds):
@@ -174,9 +174,10 @@ def made(cell: Cell, size: Size) -> Items:
 
 
 def done(jobs: Sequence[Job], workers: int, failed: list[str]) -> Iterator[tuple[int, list[Any]]]:
-    """The number of each job and its rows, as they come, from so many processes; ``failed`` gets what went wrong.
+    """Run jobs in ``workers`` processes, and yield the number and the rows of each job when it ends.
 
-    Jobs go round over the GPUs there are. With no ``workers`` they run here, one after the other.
+    The errors of failed jobs are appended to ``failed``. Jobs are assigned to the GPUs in turn. With 0 ``workers``, jobs run in
+    this process one after the other, and errors are raised.
     """
     devices = [f"cuda:{at}" for at in range(torch.cuda.device_count())] or ["cpu"]
     if not workers:
@@ -188,19 +189,19 @@ def done(jobs: Sequence[Job], workers: int, failed: list[str]) -> Iterator[tuple
             call = run, (at, job, devices[at % len(devices)])
             pool.apply_async(*call, callback=ended.put, error_callback=_telling(job, failed, ended))
         for _ in jobs:
-            found = ended.get(timeout=LONGEST)
-            if found is not None:
-                yield found
+            result = ended.get(timeout=LONGEST)
+            if result is not None:
+                yield result
         pool.close()
         pool.join()
 
 
 def run(at: int, job: Job, device: str) -> tuple[int, list[Any]]:
-    """A job in a process of many."""
+    """Run a job in a worker process."""
     try:
         rows = job(device)
         torch.cuda.empty_cache()
-    except RuntimeError as error:  # of torch: what its compiler raises cannot be sent to another process
+    except RuntimeError as error:  # errors of torch's compiler cannot be pickled for the parent process
         raise RuntimeError("".join(traceback.format_exception(error))) from None
     return at, rows
 

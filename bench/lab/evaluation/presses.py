@@ -1,4 +1,4 @@
-"""The presses of kvpress within a budget, asked on a stock model; runs where kvpress is, without sparse_compile."""
+"""Run the presses of kvpress within a budget on a stock model. This module needs kvpress, but not sparse_compile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SINK = 4
 
 
 class Pressed(NamedTuple):
-    """A press within a budget, and the share of a dense cache that it masks and still holds."""
+    """A press within a budget, and the share of a dense cache that it masks but still holds."""
 
     name: str
     budget: float
@@ -28,11 +28,15 @@ FULL = Pressed("full", 1, None)
 
 
 def presses(length: int, begin: int, gates: list[list[float]], budget: float) -> Iterator[Pressed]:
-    """For prompts of ``begin`` tokens: what presses keep of them fits the budget together with all that follows."""
+    """Yield the presses for prompts of ``begin`` tokens, out of ``length`` in all.
+
+    What a press keeps of the prompt fits the budget together with all tokens that follow. The last variant of DuoAttention
+    counts the prompt alone.
+    """
     kvpress: Any = importlib.import_module("kvpress")
     after = length - 1 - begin  # the last token is never a key
     kept = int(budget * length) - after
-    ratio, window = 1 - (kept + 0.5) / begin, min(64, kept // 2)  # half a token more, as kvpress rounds down
+    ratio, window = 1 - (kept + 0.5) / begin, min(64, kept // 2)  # half a token more, because kvpress rounds down
     yield Pressed("StreamingLLM", budget, kvpress.StreamingLLMPress(ratio, SINK))
     yield Pressed("SnapKV", budget, kvpress.SnapKVPress(ratio, window), note=f"window {window}")
     yield Pressed("Knorm", budget, kvpress.KnormPress(ratio))
@@ -41,7 +45,10 @@ def presses(length: int, begin: int, gates: list[list[float]], budget: float) ->
 
 
 def _by_heads(name: str, length: int, begin: int, gates: list[list[float]], budget: float, after: int) -> Pressed:
-    """As many full heads as the budget pays for, if the others hold a sink, a window and ``after`` tokens that follow."""
+    """Return a press with as many full heads as the budget pays for.
+
+    The other heads hold a sink, a window and the ``after`` tokens that follow the prompt.
+    """
     heads, least = sum(map(len, gates)), SINK + 1 + after
     tokens = int(budget * length * heads)
     full = (tokens - heads * least) // (length - least)
@@ -49,7 +56,7 @@ def _by_heads(name: str, length: int, begin: int, gates: list[list[float]], budg
     kvpress: Any = importlib.import_module("kvpress")
 
     class Gated(kvpress.DuoAttentionPress):  # type: ignore[misc]
-        """With our scores of heads and sizes in place of published ones."""
+        """DuoAttention with our head scores and sizes in place of the published ones."""
 
         def load_attention_pattern(self, model: Any) -> tuple[int, int, Any]:
             return SINK, recent, torch.tensor(gates, dtype=torch.float64).numpy()
@@ -61,7 +68,7 @@ def _by_heads(name: str, length: int, begin: int, gates: list[list[float]], budg
 
 @torch.no_grad()
 def asked(model: Any, items: Items, begin: int, pressed: Sequence[Pressed], *, rows: int) -> Iterator[tuple[Tensor, float]]:
-    """For each press, ``[B]``: whether all answers are right, and the share that keys and values hold at the end."""
+    """Yield for each press whether all answers are right, ``[B]``, and the share that keys and values hold at the end."""
     tokens, answers, shape = items.tokens(), items.asked()[:, begin:], model.config
     dense = 4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * tokens.numel()
     guesses: list[list[Tensor]] = [[] for _ in pressed]
@@ -71,26 +78,29 @@ def asked(model: Any, items: Items, begin: int, pressed: Sequence[Pressed], *, r
         for number, (cache, masks) in enumerate(kept):
             for layer, mask in zip(model.model.layers, masks, strict=True):
                 layer.self_attn.masked_key_indices = mask
-            found = [first]
-            for at in range(begin, tokens.shape[1] - 1):  # positions go on from the whole context, as in kvpress' pipeline
+            guessed = [first]
+            for at in range(begin, tokens.shape[1] - 1):  # positions continue from the whole context, as in kvpress' pipeline
                 place = torch.full((len(batch), 1), at)
                 logits = model(input_ids=batch[:, at : at + 1], past_key_values=cache, position_ids=place).logits
-                found.append(logits[:, -1].argmax(-1))
-            guesses[number].append(torch.stack(found, dim=1))
+                guessed.append(logits[:, -1].argmax(-1))
+            guesses[number].append(torch.stack(guessed, dim=1))
             held[number] += sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / dense
-    for guessed, share in zip(guesses, held, strict=True):
-        yield ((torch.cat(guessed) == tokens[:, begin:]) | ~answers).all(1), share
+    for batches, share in zip(guesses, held, strict=True):
+        yield ((torch.cat(batches) == tokens[:, begin:]) | ~answers).all(1), share
 
 
 def _prefilled(model: Any, prompt: Tensor, several: Sequence[Any]) -> tuple[Tensor, list[tuple[Any, list[Any]]]]:
-    """The first guess, and the cache and masks by layer of each press: all see one prefill, which none of them changes."""
+    """Return the first guess, and the cache and the masks by layer of each press.
+
+    All presses see the same prefill, which none of them changes.
+    """
     from transformers import DynamicCache
 
     base: Any = importlib.import_module("kvpress").BasePress
     kept: list[tuple[Any, list[Any]]] = [(DynamicCache(), []) for _ in several]
 
     class Several(base):  # type: ignore[misc]
-        """Every press compresses keys and values into a cache of its own."""
+        """Lets every press compress keys and values into its own cache."""
 
         def compress(self, module: Any, hidden: Any, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
             for press, (cache, masks) in zip(several, kept, strict=True):

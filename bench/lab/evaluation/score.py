@@ -12,37 +12,38 @@ from bench.lab.data.haystack import Text
 from bench.lab.data.items import Items, Task
 from bench.lab.data.words import START
 
-CHUNK = 1 << 16  # tokens of a forward
+CHUNK = 1 << 16  # tokens of a forward pass
 
 
 def exact_match(model: Any, items: Items) -> Tensor:
-    """``[B, turns]``: whether every token of a turn's answer is the most likely one, after the right tokens before it."""
+    """Return ``[B, turns]``: whether every token of a turn's answer is the most likely one, given the right tokens before."""
     tokens = items.tokens()
     right = torch.cat([_guesses(model, rows) == rows[:, 1:] for rows in _chunks(tokens)])
     right = torch.cat([torch.ones_like(right[:, :1]), right], dim=1)  # the first token is given
-    found, end = [], items.context.shape[1]
+    turns, end = [], items.context.shape[1]
     for question, answer in items.turns:
         begin, end = end + question.shape[1], end + question.shape[1] + answer.shape[1]
-        found.append(right[:, begin:end].all(1))
-    return torch.stack(found, dim=1)
+        turns.append(right[:, begin:end].all(1))
+    return torch.stack(turns, dim=1)
 
 
 def accuracy(model: Any, task: Task, length: int, rng: torch.Generator, *, items: int) -> float:
-    """The share of a task's questions with all of the answer right, over ``items`` contexts."""
+    """Return the share of a task's questions whose whole answer is right, over ``items`` contexts."""
     return float(exact_match(model, task.make(items, length, rng)).float().mean())
 
 
 @torch.no_grad()
 def perplexity_by_position(model: Any, text: Text, length: int, bucket: int, *, rows: int = 32) -> Tensor:
-    """``[length // bucket]``: perplexity of the tokens 0 to ``bucket``, and so on, of ``rows`` stretches of ``text``.
+    """Return ``[length // bucket]``: the perplexity of each ``bucket`` of tokens, over ``rows`` stretches of ``text``.
 
-    The stretches begin at equal distances; ``length`` must be a multiple of ``bucket``.
+    The stretches begin at equal distances. Raises ``ValueError`` unless ``length`` is a multiple of ``bucket`` and no longer
+    than the text.
     """
     if length % bucket or length > len(text.pool):
         raise ValueError(f"length needs to be a multiple of {bucket} and <= {len(text.pool)}, got {length}")
     begins = torch.linspace(0, len(text.pool) - length, rows, device=text.pool.device).long()
-    told = text.pool[begins[:, None] + torch.arange(length, device=begins.device)]
-    tokens = torch.cat([told.new_full((rows, 1), START), told], dim=1)
+    stretches = text.pool[begins[:, None] + torch.arange(length, device=begins.device)]
+    tokens = torch.cat([stretches.new_full((rows, 1), START), stretches], dim=1)
     losses = torch.cat([_losses(model, chunk) for chunk in _chunks(tokens)])
     return losses.view(rows, length // bucket, bucket).double().mean((0, 2)).exp()
 

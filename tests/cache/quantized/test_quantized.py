@@ -1,4 +1,4 @@
-"""A cache in fewer bits: attention is that to the numbers its codes stand for, and codes do not depend on how text came."""
+"""A quantized cache: attention reads the dequantized numbers, and quantized values do not depend on how text is split."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from torch import Tensor
 import sparse_compile as sc
 from sparse_compile.cache.kv_format import ByLayer
 from sparse_compile.masks import causal, page_topk, sink, sliding_window
+from sparse_compile.passes.kernels.operands import Append, PageScoring, SelectPages
 from sparse_compile.passes.ops.page_selection import select_pages
-from sparse_compile.passes.ops.quantized_append import append_codes
+from sparse_compile.passes.ops.quantized_append import CheckedAppend, append_codes
+from sparse_compile.passes.storage.codec import Codes, Format
 from sparse_compile.passes.storage.layer_plan import Ring
 from support.oracles.cache import error
 from support.oracles.selection import Head, Selecting
 from support.sessions.cache import in_chunks, ones
 from support.sessions.quantized import Session, Text, assert_codes_of_whole_text, assert_same_bits, bits, random_text
 
-LENGTHS = [13, 7, *ones(40), 25, *ones(5)]  # over groups, in steps and in chunks
+LENGTHS = [13, 7, *ones(40), 25, *ones(5)]  # across groups, in steps and in chunks
 STREAMING = causal & (sink(2) | sliding_window(6))
 FORMATS: dict[str, ByLayer] = {
     "int8": "int8",
@@ -48,7 +50,7 @@ POLICIES: dict[str, list[list[Head]]] = {
 
 
 def left_padding(pads: list[int], columns: int) -> Tensor:
-    """Which columns are tokens, bool ``[B, columns]``."""
+    """A bool mask ``[B, columns]`` of the columns that are tokens."""
     return torch.arange(columns) >= torch.tensor(pads)[:, None]
 
 
@@ -63,7 +65,7 @@ def test_attention_is_that_to_what_the_codes_stand_for(name: str) -> None:
 
 
 def test_formats_differ_from_the_numbers_themselves_and_from_one_another() -> None:
-    """Or the test above would show nothing. A prompt, which sees itself as it is, is the same in all."""
+    """Otherwise the test above would show nothing. A prompt sees itself unquantized, so it is equal in all formats."""
     text, found = random_text(60), []
     for kv in (None, "int8", "fp8", "int4"):
         found.append(Session(kv).feed(text, [20, *ones(40)]))
@@ -124,7 +126,7 @@ def test_a_layer_with_a_window_beside_one_in_pages() -> None:
 
 
 def test_a_relaxed_chunk_sees_itself_as_it_is() -> None:
-    """Under masks that see all of the past, which chunks do not change."""
+    """The mask sees all earlier tokens, so it does not depend on the chunks."""
     session = Session("int4", mode="chunk_relaxed")
     session.goes_as_written_out(random_text(70), [13, 7, *ones(10), 40])
 
@@ -144,7 +146,7 @@ def test_numbers_of_16_bits_are_encoded_as_they_are() -> None:
     assert_codes_of_whole_text(session, text)
 
 
-# -- what is kept -------------------------------------------------------------------------------------------------------
+# -- cached values ------------------------------------------------------------------------------------------------------
 
 
 def test_rings_stay_as_they_come() -> None:
@@ -180,10 +182,10 @@ def test_pages_are_described_from_the_keys_as_they_came(score: str) -> None:
 
 
 def test_a_step_that_chooses_pages_keeps_what_an_append_keeps() -> None:
-    """In one op, which is how graphs for CUDA have it."""
+    """CUDA graphs append and select in one op."""
     forms = sc.KVFormat("int8", "int4", 4).forms(16, 16, 8)
     assert forms is not None
-    written, k, v = [form.to_text() for form in forms], torch.randn(2, 2, 1, 16), torch.randn(2, 2, 1, 16)
+    k, v = torch.randn(2, 2, 1, 16), torch.randn(2, 2, 1, 16)
     tails = torch.randn(2, 3, 2, 16, 16)
     parts = [torch.zeros(3, *shape, dtype=dtype) for form in forms for shape, dtype in form.parts(2, 32, 16, torch.float32)]
     column, none = torch.tensor(21), torch.zeros(3, 2, 1, dtype=torch.int32)
@@ -191,19 +193,22 @@ def test_a_step_that_chooses_pages_keeps_what_an_append_keeps() -> None:
     found = []
     for together in (False, True):
         (keys, values), codes = tails.clone(), [part.clone() for part in parts]
+        quantized = Codes(*codes[:3]), Codes(*codes[3:])
         if not together:
-            append_codes(keys, values, *codes, None, k, v, column, None, *written, 1, "", False)
+            append_codes(CheckedAppend(Append(keys, values, *quantized, None, k, v, column, None, *forms, 1, ""), finite=False))
         chosen = [part.clone() for part in choice]
-        told = (torch.ones(1, 1, 4, dtype=torch.int8), column, column, torch.zeros(1, dtype=torch.int32), None)
-        encoded: Any = (codes, written) if together else ([None] * 6, ["/1/0"] * 2)
-        how = (8, 4, "minmax", "max", 1, 1, *encoded[1])
-        select_pages(keys, values, *chosen, *encoded[0], torch.ones(2, 2, 1, 16), k, v, *told, *how)
+        classes, changed = torch.ones(1, 1, 4, dtype=torch.int8), torch.zeros(1, dtype=torch.int32)
+        token = (torch.ones(2, 2, 1, 16), k, v, classes, column, column, changed, None)
+        written: Any = (*quantized, forms) if together else (None, None, (Format(), Format()))
+        how = PageScoring(8, 4, "minmax", "max", 1)
+        fields: Any = (keys, values, *chosen, *written[:2], *token, how, 1, *written[2])
+        select_pages(SelectPages(*fields))
         found.append([keys, values, *chosen, *codes])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert not torch.equal(found[0][-1], parts[-1])
 
 
-# -- how text came ------------------------------------------------------------------------------------------------------
+# -- chunks and steps ---------------------------------------------------------------------------------------------------
 
 EVERY_GROUP: ByLayer = [["int8", sc.KVFormat("int4", "fp8", key_group=8)]]
 ONE_LAYER: dict[str, Any] = {"heads": 2, "windows": (None,)}
@@ -237,7 +242,7 @@ def test_codes_of_padded_rows_do_not_depend_on_chunks() -> None:
 
 @pytest.mark.parametrize("max_length", [33, 64, 70])
 def test_codes_are_right_to_the_last_token_of_a_full_cache(max_length: int) -> None:
-    """The groups that a chunk may touch do not fit behind its first token there."""
+    """At the end of the cache, the groups that a chunk may touch do not fit behind its first token."""
     text, session = one_layer(max_length), Session(EVERY_GROUP, max_length=max_length, **ONE_LAYER)
     for last in (1, 2, 31, 32):
         session.reset()
@@ -246,7 +251,7 @@ def test_codes_are_right_to_the_last_token_of_a_full_cache(max_length: int) -> N
 
 
 def test_codes_of_full_groups_never_change() -> None:
-    """Not in thousands of steps, of which every one encodes the group that is being filled."""
+    """They stay through thousands of steps, although every step quantizes the group that is being filled."""
     text = one_layer(2100)
     session = Session(sc.KVFormat("int4", "int8", key_group=4, value_group=4), max_length=2100, **ONE_LAYER)
     session.feed(text.at(0, 64))

@@ -1,9 +1,8 @@
-"""Formats that a cache refuses, with the rule, the value and the remedy; and numbers that are none."""
+"""Errors of formats state the rule, the value and the remedy. Numbers that are not finite stay in their head."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from transformers import AutoConfig
 
 import sparse_compile as sc
 from sparse_compile.cache.kv_format import ByLayer
-from sparse_compile.passes.choose.kernel_choice import _not_codes
+from sparse_compile.passes.lower.paged import unreadable_format
 from sparse_compile.passes.storage.codec import Format
 from support.models import GPT2
 from support.oracles.cache import error, llama
@@ -23,7 +22,7 @@ from support.sessions.quantized import Session, Text, assert_codes_of_whole_text
 MIXED: ByLayer = [["int8", "int4"], ["fp8", "int8"]]
 
 
-ODD = AutoConfig.for_model("gpt2", **{**GPT2, "n_embd": 60})  # 4 heads of 15
+ODD = AutoConfig.for_model("gpt2", **{**GPT2, "n_embd": 60})  # 4 heads of 15 channels
 
 
 def new_cache(kv: Any, config: Any = None, **options: Any) -> sc.SparseCache:
@@ -56,12 +55,12 @@ def test_other_names_and_sizes_are_refused(make: Callable[[], Any], message: str
 @pytest.mark.parametrize(
     ("kv", "options", "message"),
     [
-        ("int4", {"config": ODD}, r"int4 keeps two channels in a byte, and the head_dim is odd, 15: use int8 or fp8"),
-        (sc.KVFormat(None, "int4"), {"config": ODD}, r"the head_dim is odd, 15: use int8 or fp8"),
-        (sc.KVFormat(key_group=48), {}, r"key_group needs to divide page_size=64, got 48: give KVFormat"),
+        ("int4", {"config": ODD}, r"int4 packs two channels into a byte and needs an even head_dim, got 15: use int8 or fp8"),
+        (sc.KVFormat(None, "int4"), {"config": ODD}, r"needs an even head_dim, got 15: use int8 or fp8"),
+        (sc.KVFormat(key_group=48), {}, r"key_group needs to divide page_size=64, got 48: pass KVFormat a key_group"),
         (sc.KVFormat(key_group=128), {}, r"key_group needs to divide page_size=64, got 128"),
         ("int8", {"page_size": 48}, r"key_group needs to divide page_size=48, got 32"),
-        (sc.KVFormat(value_group=5), {}, r"value_group needs to divide the head_dim of values, 16, got 5"),
+        (sc.KVFormat(value_group=5), {}, r"value_group needs to divide the head_dim of values, 16, got 5: pass KVFormat"),
         (sc.KVFormat(value_group=32), {}, r"value_group needs to divide the head_dim of values, 16, got 32"),
     ],
 )
@@ -78,11 +77,11 @@ def test_groups_of_what_has_none_do_not_matter() -> None:
 @pytest.mark.parametrize(
     ("kv", "message"),
     [
-        (["int8"], r"kv has formats for 1 layers, and the model has 2: give one for each, or one for all"),
-        (["int8", None, "int4"], r"kv has formats for 3 layers, and the model has 2"),
-        ([], r"kv has formats for 0 layers, and the model has 2"),
-        ([["int8"], "int8"], r"kv has formats for 1 KV heads, and the model has 2: give one for each, or one for all"),
-        (["int8", ["int8"] * 4], r"kv has formats for 4 KV heads, and the model has 2"),
+        (["int8"], r"kv has formats for 1 layers, but the model has 2: pass one for each, or one for all"),
+        (["int8", None, "int4"], r"kv has formats for 3 layers, but the model has 2"),
+        ([], r"kv has formats for 0 layers, but the model has 2"),
+        ([["int8"], "int8"], r"kv has formats for 1 KV heads, but the model has 2: pass one for each, or one for all"),
+        (["int8", ["int8"] * 4], r"kv has formats for 4 KV heads, but the model has 2"),
     ],
 )
 def test_sequences_of_another_length_are_refused(kv: Any, message: str) -> None:
@@ -110,7 +109,7 @@ def test_other_types_are_refused(kv: Any, message: str) -> None:
 @pytest.mark.parametrize("kv", ["int8", ["int4", None], [["fp8", None], None], sc.KVFormat(None, "int8")], ids=str)
 def test_formats_without_torchao_are_refused(kv: ByLayer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparse_compile.cache.kv_format.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"kv='(int8|int4|fp8)' encodes with torchao: pip install 'sparse-compile\[quant\]'"):
+    with pytest.raises(ImportError, match=r"kv='(int8|int4|fp8)' needs torchao: pip install 'sparse-compile\[quant\]'"):
         new_cache(kv)
 
 
@@ -122,15 +121,15 @@ def test_a_cache_of_plain_numbers_needs_no_torchao(kv: ByLayer, monkeypatch: pyt
 
 def test_fp8_is_refused_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    with pytest.raises(ValueError, match=r"fp8 needs a GPU of compute capability 8.9, and cuda:0 has 8.0: use int8"):
+    with pytest.raises(ValueError, match=r"fp8 needs a GPU of compute capability 8.9, but cuda:0 has 8.0: use int8"):
         new_cache(sc.KVFormat(None, "fp8"), device="cuda:0")
 
 
-# -- numbers that are none ----------------------------------------------------------------------------------------------
+# -- NaN and infinity ---------------------------------------------------------------------------------------------------
 
 
 def spoiled(text: Text, which: str, value: float, *, layer: int, head: int, token: int) -> Text:
-    """The text with one number that is none."""
+    """The text with one NaN or infinity."""
     text = Text(*(x.clone() for x in text))
     {"keys": text.k, "values": text.v}[which][layer, 0, head, token, 3] = value
     return text
@@ -138,7 +137,7 @@ def spoiled(text: Text, which: str, value: float, *, layer: int, head: int, toke
 
 @pytest.mark.parametrize(("which", "value"), [("keys", torch.nan), ("keys", torch.inf), ("values", -torch.inf)])
 def test_numbers_that_are_none_are_refused_if_asked_for(which: str, value: float) -> None:
-    """Nothing counts as written, and the text goes on right."""
+    """The cache counts none of the tokens as written, and later logits are right."""
     text, session = random_text(60), Session(MIXED, debug=True)
     session.feed(text.at(0, 40), [30, *ones(10)])
     bad = spoiled(text, which, value, layer=1, head=0, token=43)
@@ -167,7 +166,7 @@ def test_numbers_that_are_none_stay_in_their_head(which: str, value: float) -> N
     session.reset()
     got = session.feed(spoiled(text, which, value, layer=0, head=1, token=15), lengths)
     others = torch.ones(2, 2, 4, dtype=torch.bool)
-    others[0, 0, 2:] = False  # layer, row, the query heads of the head
+    others[0, 0, 2:] = False  # layer, row, query heads of the KV head
     assert torch.isfinite(wanted).all() and not torch.equal(got[0, 0, 2:], wanted[0, 0, 2:])
     assert torch.equal(got[others], wanted[others])
     for then, now in zip(codes, bits(session.cache), strict=True):
@@ -183,9 +182,9 @@ def test_groups_of_numbers_stay_right_in_the_head_of_one_that_is_none(which: str
     wanted: Tensor = (text.k if which == "keys" else text.v)[0][:, 1]
     right = torch.ones(90, 16, dtype=torch.bool)
     if which == "keys":
-        right[:32, 3] = False  # a channel of 32 tokens
+        right[:32, 3] = False  # one channel of 32 tokens shares the group
     else:
-        right[15] = False  # the channels of a token
+        right[15] = False  # the channels of one token share the group
     assert error(read[:, right], wanted[:, right]) < 0.01
 
 
@@ -199,7 +198,6 @@ def test_groups_of_numbers_stay_right_in_the_head_of_one_that_is_none(which: str
     ],
 )
 def test_codes_that_the_kernel_does_not_read_are_decoded(forms: tuple[Format, Format], dim: int, reason: str) -> None:
-    call: Any = SimpleNamespace(kept=SimpleNamespace(forms=forms), size=lambda which, axis: dim)
-    said = _not_codes(call)
+    said = unreadable_format(forms, (dim, dim))
     assert reason in said
     assert bool(reason) == bool(said)

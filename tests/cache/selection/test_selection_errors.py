@@ -1,4 +1,4 @@
-"""What makes no selection is refused, with the rule, the value and the remedy."""
+"""Errors of page selection state the rule, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def test_a_budget_of_just_the_static_part_is_a_cache() -> None:
 
 @pytest.mark.parametrize(("page", "page_size"), [(3, 4), (8, 4), (16, 24), (5, 1)])
 def test_pages_that_do_not_nest_are_refused(page: int, page_size: int) -> None:
-    with pytest.raises(ValueError, match=rf"a step reads pages of {page_size} keys, and .* describes pages of {page}"):
+    with pytest.raises(ValueError, match=rf"a decode step reads pages of {page_size} keys, but .* summarizes pages of {page}"):
         new_cache(sc.Policy(prefill=causal, decode=causal & page_topk(64, page=page)), page_size=page_size)
 
 
 def test_a_prefill_reads_blocks_of_its_own_size() -> None:
-    with pytest.raises(ValueError, match=r"a prefill reads blocks of 128 keys, and .* describes pages of 48: .* divides 128$"):
+    with pytest.raises(ValueError, match=r"a prefill reads blocks of 128 keys, but .* summarizes pages of 48: .* divides 128$"):
         new_cache(causal & page_topk(96, page=48), page_size=48)
 
 
@@ -71,7 +71,7 @@ def test_a_leader_that_selects_nothing_is_refused(layers: dict[Any, Mask]) -> No
 
 
 def test_a_leader_that_runs_later_or_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="which runs later: name an earlier one"):
+    with pytest.raises(ValueError, match="which runs later: name an earlier layer"):
         new_cache(causal & page_topk(8, page=4, share=1))
 
 
@@ -95,7 +95,7 @@ def test_a_prefill_budget_below_the_static_part_is_refused_without_a_cache_too()
 
 
 def test_a_model_of_another_policy_cannot_use_choices_again() -> None:
-    """What was chosen under one mask would be read under another, until pages are scored the next time."""
+    """Until the next scoring, pages that were selected under one mask would be read under another."""
     chosen = causal & page_topk(16, page=4, every=4)
     cache = new_cache(sc.Policy(prefill=causal, decode=chosen))
     for other, error in (
@@ -112,12 +112,12 @@ def test_a_model_of_another_policy_cannot_use_choices_again() -> None:
 
 def test_two_selectors_of_a_kv_head_are_refused() -> None:
     by_query_head = [causal & page_topk(size, page=4) for size in (8, 12, 8, 8)]
-    with pytest.raises(ValueError, match="it has one page_topk, and here are two"):
+    with pytest.raises(ValueError, match="need the same page_topk, got page_topk"):
         new_cache(sc.Policy(prefill=causal, decode=per_head(by_query_head)))
 
 
 def test_the_opposite_of_a_choice_is_refused() -> None:
-    with pytest.raises(ValueError, match="leave the ~ out"):
+    with pytest.raises(ValueError, match="cannot be negated: remove the ~"):
         new_cache(sc.Policy(prefill=causal, decode=causal & ~(sink(2) & page_topk(8, page=4))))
 
 
@@ -148,7 +148,7 @@ def test_generate_without_a_sparse_cache_is_refused() -> None:
 
 
 def test_a_cache_of_another_policy_is_refused_or_selects_as_its_own_says() -> None:
-    """The masks of both apply: a model compiled with a selector needs a cache that was built with it."""
+    """The masks of model and cache both apply, so a model compiled with a selector needs a cache built with it."""
     policy = sc.Policy(prefill=causal, decode=causal & page_topk(8, page=4))
     model = sc.compile(build("llama"), policy, inner="eager")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The oracle of formats: codes made and read one group at a time, in numpy and double precision."""
+"""The oracle for quantized formats: quantize and dequantize one group at a time, in numpy and double precision."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sparse_compile.passes.storage.codec import Format
 
 Array = NDArray[np.float64]
 LEVELS = {"int8": 255, "int4": 15}
-LARGEST = 65504.0  # of float16
+LARGEST = 65504.0  # the largest float16
 
 
 def float8(code: int) -> float:
-    """What a byte means as e4m3: a sign, four bits of exponent and three of fraction."""
+    """Return the value of a byte as e4m3: a sign bit, four bits of exponent and three bits of fraction."""
     sign, exponent, fraction = -1.0 if code >> 7 else 1.0, code >> 3 & 15, code & 7
     if code & 127 == 127:
         return float("nan")
@@ -28,19 +28,19 @@ FLOAT8 = np.array([float8(code) for code in range(256)])
 
 
 def groups(form: Format, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[slice | int, ...]]]:
-    """The place of each group among the scales, and where it lies in a tensor ``[B, H, N, D]``."""
+    """Yield the index of each group in the scales, and its slices in a tensor ``[B, H, N, D]``."""
     tokens, channels = form.tokens, form.channels or shape[3]
     for b, h, t, c in np.ndindex(shape[0], shape[1], shape[2] // tokens, shape[3] // channels):
         yield (b, h, t, c), (b, h, slice(t * tokens, (t + 1) * tokens), slice(c * channels, (c + 1) * channels))
 
 
 def seen_by(valid: Tensor | None, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Which tokens of each row count, ``[B, N]``."""
+    """Return which tokens of each batch row are valid: ``[B, N]``."""
     return np.ones((shape[0], shape[2]), bool) if valid is None else np.broadcast_to(valid.numpy(), (shape[0], shape[2]))
 
 
 def steps(x: Tensor, valid: Tensor | None, form: Format) -> tuple[Array, Array]:
-    """The scale of each group, before float16 rounds it, and its offset."""
+    """Return the scale of each group, before it is rounded to float16, and its offset."""
     numbers, shape, seen = x.double().numpy(), tuple(x.shape), seen_by(valid, tuple(x.shape))
     scales = np.zeros((*shape[:2], shape[2] // form.tokens, shape[3] // (form.channels or shape[3])))
     offsets = np.zeros_like(scales)
@@ -55,32 +55,32 @@ def steps(x: Tensor, valid: Tensor | None, form: Format) -> tuple[Array, Array]:
 
 
 def encode(x: Tensor, valid: Tensor | None, scales: Array, offsets: Array, form: Format) -> Array:
-    """Codes ``[B, H, N, D]``, one in each place, of numbers in these steps."""
+    """Quantize ``x`` with these scales and offsets: ``[B, H, N, D]``, unpacked. Tokens that are not valid become 0."""
     numbers, shape, seen = x.double().numpy(), tuple(x.shape), seen_by(valid, tuple(x.shape))
     codes = np.zeros(shape)
     for place, where in groups(form, shape):
         count = (numbers[where] - offsets[place]) / scales[place]
-        found = nearest_float8(count) if form.kind == "fp8" else np.rint(count).clip(0, LEVELS[form.kind])
-        codes[where] = np.where(seen[place[0], where[2]][:, None], found, 0)
+        nearest = nearest_float8(count) if form.kind == "fp8" else np.rint(count).clip(0, LEVELS[form.kind])
+        codes[where] = np.where(seen[place[0], where[2]][:, None], nearest, 0)
     return codes
 
 
 def half(number: float) -> float:
-    """As float16 keeps it."""
+    """Round a number to float16, and limit it to the largest float16."""
     return float(np.float16(min(max(number, -LARGEST), LARGEST)))
 
 
 def nearest_float8(group: Array) -> Array:
-    """The codes of the nearest numbers, of two equally near ones the even one; those beyond all are the largest."""
-    finite = [code for code in range(256) if code & 127 != 127 and code != 128]  # 128 is -0
+    """Return the byte of the nearest e4m3 number. Ties go to the even byte, and numbers beyond the range to the largest."""
+    finite = [code for code in range(256) if code & 127 != 127 and code != 128]  # byte 128 is -0
     order = sorted(finite, key=lambda code: code & 1)
     distance = np.abs(group[..., None] - FLOAT8[order])
-    found: Array = np.array(order)[distance.argmin(axis=-1)].astype(np.float64)
-    return found
+    nearest: Array = np.array(order)[distance.argmin(axis=-1)].astype(np.float64)
+    return nearest
 
 
 def decode(codes: Array, scales: Array, offsets: Array, form: Format) -> Array:
-    """The numbers that codes stand for."""
+    """Dequantize unpacked values."""
     out = np.zeros(codes.shape)
     for place, where in groups(form, codes.shape):
         count = FLOAT8[codes[where].astype(int)] if form.kind == "fp8" else codes[where]
@@ -89,7 +89,7 @@ def decode(codes: Array, scales: Array, offsets: Array, form: Format) -> Array:
 
 
 def unpacked(data: Tensor, form: Format) -> Array:
-    """The codes ``[B, H, N, D]`` that bytes hold."""
+    """Unpack stored bytes to quantized values ``[B, H, N, D]``."""
     bytes_: NDArray[np.uint8] = data.numpy()
     if form.kind != "int4":
         return bytes_.astype(np.float64)
@@ -97,13 +97,13 @@ def unpacked(data: Tensor, form: Format) -> Array:
 
 
 def scales_of(parts: list[Tensor], form: Format) -> tuple[Array, Array]:
-    """Scale and offset of each group as they are kept."""
+    """Return the stored scale and offset of each group."""
     scales = parts[1].double().numpy()
     return scales, np.zeros_like(scales) if form.kind == "fp8" else parts[2].double().numpy()
 
 
 def read(parts: list[Tensor], form: Format) -> Tensor:
-    """The numbers that the parts of an encoded tensor stand for, in double precision."""
+    """Dequantize a stored tensor, given as its parts, in double precision."""
     if not form.kind:
         return parts[0].double()
     return torch.from_numpy(decode(unpacked(parts[0], form), *scales_of(parts, form), form))

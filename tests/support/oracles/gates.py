@@ -1,4 +1,4 @@
-"""The oracle of gates: attention written out twice, over everything and over a sink and a window, and mixed by head."""
+"""The oracle for gates: full attention and streaming attention (a sink and a window), written out and mixed per head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.masking_utils import eager_mask
 
 @dataclass
 class Gated:
-    """The gates ``[Hkv]`` of each layer, and what streaming heads see."""
+    """The gates ``[Hkv]`` of each layer, and the sizes of the sink and the window that streaming heads see."""
 
     gates: Tensor | Sequence[Tensor] = field(default_factory=list)
     sink: int = 0
@@ -35,7 +35,7 @@ def attend(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers models call as ``attn_implementation="gated_oracle"``."""
+    """Compute gated attention; transformers models call this with ``attn_implementation="gated_oracle"``."""
     group, length = query.shape[1] // key.shape[1], query.shape[2]
     layer = module.layer_idx
     assert isinstance(layer, int)
@@ -68,7 +68,7 @@ AttentionMaskInterface.register("gated_oracle", eager_mask)
 
 
 def gated_hidden(model: Any, tokens: Tensor, gates: Tensor | Sequence[Tensor], sink: int, recent: int) -> Tensor:
-    """The last hidden states of a model with an attention interface, uncompiled."""
+    """Return the last hidden states of an uncompiled model, whose attention goes through transformers' attention interface."""
     now.gates, now.sink, now.recent = gates, sink, recent
     before = model.config._attn_implementation
     model.set_attn_implementation("gated_oracle")
@@ -80,7 +80,7 @@ def gated_hidden(model: Any, tokens: Tensor, gates: Tensor | Sequence[Tensor], s
 
 
 def factor(step: int, steps: int) -> float:
-    """The learning rate as published: a fifth up, three fifths flat, a fifth down to a tenth."""
+    """Return the published learning-rate factor: up for a fifth of the steps, flat for three fifths, down to a tenth."""
     up, down = (step + 1) / (steps / 5), (steps - step) / (steps / 5)
     return min(1.0, max(up, 0.1), max(down, 0.1))
 
@@ -97,17 +97,17 @@ def trained(
     rate: float = 0.02,
     penalty: float = 0.05,
 ) -> Tensor:
-    """Gates ``[layers, Hkv]`` after ``steps`` of the published loop, with Adam written out."""
+    """Return the gates ``[layers, Hkv]`` after ``steps`` steps of the published training loop, with Adam written out."""
     gates = torch.ones(layers, kv_heads)
     first, second = torch.zeros_like(gates), torch.zeros_like(gates)
     model.requires_grad_(False)
     for step in range(steps):
-        tokens, asked = batches(step)
+        tokens, is_answer = batches(step)
         leaf = gates.clone().requires_grad_()
         teacher = gated_hidden(model, tokens, torch.ones_like(gates), sink, recent)
         student = gated_hidden(model, tokens, leaf, sink, recent)
         squares = (student - teacher).square().mean(dim=2)
-        distillation = sum(squares[b, i] for b, i in asked.nonzero().tolist()) / int(asked.sum())
+        distillation = sum(squares[b, i] for b, i in is_answer.nonzero().tolist()) / int(is_answer.sum())
         loss = distillation + penalty * leaf.abs().mean()
         (slope,) = torch.autograd.grad(loss, leaf)
         first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2

@@ -1,4 +1,4 @@
-"""The slow reader of the lab's tasks: what a question's answer is, by looking through the context token by token."""
+"""A slow solver for the lab's tasks, which reads the context token by token to answer a question."""
 
 from bench.lab.data import words
 
@@ -6,7 +6,7 @@ ANSWER = 4
 
 
 def answer(context: list[int], question: list[int]) -> list[int]:
-    """What should follow ``question``."""
+    """Return the tokens that should follow ``question``."""
     match question[0]:
         case words.ASK:
             return told(context)[question[1]]
@@ -28,7 +28,7 @@ def answer(context: list[int], question: list[int]) -> list[int]:
 
 
 def told(context: list[int]) -> dict[int, list[int]]:
-    """What every key of the context stands for: four values of a needle, one of a pair or a variable."""
+    """Return the values of every key in the context: four for a needle, one for a pair or a variable."""
     known: dict[int, list[int]] = {}
     for at, token in enumerate(context):
         if token == words.NEEDLE:
@@ -36,16 +36,16 @@ def told(context: list[int]) -> dict[int, list[int]]:
             assert key in words.KEYS and key not in known and all(value in words.VALUES for value in values)
             known[key] = values
         elif token == words.SET:
-            name, given = context[at + 1 : at + 3]
+            name, source = context[at + 1 : at + 3]
             assert name in words.KEYS and name not in known
-            known[name] = [given] if given in words.VALUES else known[given]
+            known[name] = [source] if source in words.VALUES else known[source]
         elif token in words.KEYS and token not in known and at + 1 < len(context) and context[at + 1] in words.VALUES:
             known[token] = [context[at + 1]]
     return known
 
 
 def sums(digits: list[int]) -> list[int]:
-    """The running sums of digit tokens, as tokens."""
+    """Return the running sums of digit tokens, as tokens."""
     total, seen = 0, []
     for digit in digits:
         total = (total + words.DIGITS.index(digit)) % len(words.DIGITS)
@@ -54,7 +54,10 @@ def sums(digits: list[int]) -> list[int]:
 
 
 def begin(context: list[int], question: list[int]) -> int:
-    """Where what the first question asks for stands in the context: for a variable its chain, for a pair its block."""
+    """Return where the part of the context that answers the first question begins.
+
+    For a variable this is the start of its chain, and for a pair the start of the block of pairs.
+    """
     if question[0] == words.COPY:
         return context.index(words.COPY)
     if words.NEEDLE not in context and words.SET not in context:

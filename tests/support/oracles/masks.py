@@ -1,4 +1,4 @@
-"""Slow truths to hold the mask language against: pairs one by one, and block tables read back as a kernel reads them."""
+"""Slow references for the mask language: pairs one by one, and block tables read back as a kernel reads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Block = tuple[int, int, int, int]  # (b, h, query block, key block)
 
 
 def pairs(row: Row, *, q_offset: int = 0, q_len: int | None = None) -> Tensor:
-    """What the oracle of a row says of every pair: bool ``[batch, heads, q_len, kv_len]``."""
+    """Call the oracle of a row for every pair: bool ``[batch, heads, q_len, kv_len]``."""
     queries = range(q_offset, q_offset + (q_len or row.q_len))
     return torch.tensor(
         [
@@ -25,29 +25,32 @@ def pairs(row: Row, *, q_offset: int = 0, q_len: int | None = None) -> Tensor:
 
 
 def blocks(counts: Tensor | None, indices: Tensor | None) -> list[Block]:
-    """The blocks of one FlexAttention table, in the order they are visited."""
+    """List the blocks of one FlexAttention table in the order in which they are visited."""
     assert counts is not None
     assert indices is not None
-    found = []
+    visited = []
     for b, per_batch in enumerate(counts.tolist()):
         for h, per_head in enumerate(per_batch):
             for row, count in enumerate(per_head):
-                found += [(b, h, row, block) for block in indices[b, h, row, :count].tolist()]
-    return found
+                visited += [(b, h, row, block) for block in indices[b, h, row, :count].tolist()]
+    return visited
 
 
 def partial_blocks(block_mask: BlockMask) -> list[Block]:
-    """The blocks where the kernel asks the mask_mod."""
+    """List the blocks in which the kernel calls the ``mask_mod``."""
     return blocks(block_mask.kv_num_blocks, block_mask.kv_indices)
 
 
 def full_blocks(block_mask: BlockMask) -> list[Block]:
-    """The blocks the kernel takes as wholly visible."""
+    """List the blocks that the kernel treats as fully visible."""
     return blocks(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
 
 
 def as_a_kernel_sees(block_mask: BlockMask) -> Tensor:
-    """The pairs a kernel computes: all of the full blocks, the mask_mod in partial ones: ``[batch, heads, q_len, kv_len]``."""
+    """Return the pairs that a kernel computes: bool ``[batch, heads, q_len, kv_len]``.
+
+    These are all pairs of full blocks, and the pairs of partial blocks that the ``mask_mod`` shows.
+    """
     batch, heads = block_mask.kv_num_blocks.shape[:2]
     q_len, kv_len = block_mask.seq_lengths
     q_block, kv_block = block_mask.BLOCK_SIZE
@@ -63,7 +66,7 @@ def as_a_kernel_sees(block_mask: BlockMask) -> Tensor:
 
 
 def blocks_where(dense: Tensor, block_size: tuple[int, int], visible: Callable[[Tensor], Tensor]) -> set[Block]:
-    """The blocks of a dense mask whose pairs are visible: some (``torch.any``) or all (``torch.all``)."""
+    """Return the blocks of a dense mask in which some (``torch.any``) or all (``torch.all``) pairs are visible."""
     q_block, kv_block = block_size
     return {
         (b, h, row // q_block, column // kv_block)

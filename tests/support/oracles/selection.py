@@ -1,4 +1,4 @@
-"""The oracle of page selection: a model fed piece by piece that keeps all keys and chooses pages by loops."""
+"""The oracle for page selection: a model that reads a text in chunks, keeps all keys, and selects pages in loops."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparse_compile.masks import Mask, causal, full, per_head
 from sparse_compile.masks.selection.page_topk import PageTopK
 from support.models import SMALL
 
-Q_BLOCK = 128  # queries that choose together in a prefill, and the keys of what they choose
+Q_BLOCK = 128  # queries that share a selection in a prefill, and keys per selected block
 SIZES = {**SMALL, "num_key_value_heads": 2, "initializer_range": 0.2}
 LAYER_TYPES = ["sliding_attention", "full_attention"]
 MODELS: dict[str, dict[str, Any]] = {
@@ -30,7 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def build(name: str, attention: str = "sdpa") -> Any:
-    """A tiny model whose attention matters, the same weights every time."""
+    """Build a tiny model with the same weights every time, which are large enough that attention matters."""
     torch.manual_seed(0)
     factory: Any = AutoModelForCausalLM
     return factory.from_config(AutoConfig.for_model(name.split(" ")[0], **MODELS[name]), attn_implementation=attention).eval()
@@ -56,13 +56,13 @@ Head = Mask | Selecting
 
 
 def mask_of(heads: Sequence[Head]) -> Mask:
-    """What one writes for KV heads like these."""
+    """Return the mask that a user would write for these KV heads."""
     masks = [head.mask if isinstance(head, Selecting) else head for head in heads]
     return masks[0] if len(masks) == 1 else per_head(masks)
 
 
 def together(rules: Sequence[Head]) -> Selecting | None:
-    """The query heads of a KV head as one: what any of them sees is offered, what any surely sees is kept."""
+    """Join the query heads of a KV head. Keys that any of them may see are offered; keys that any always sees are static."""
     selecting = [rule for rule in rules if isinstance(rule, Selecting)]
     if not selecting:
         return None
@@ -72,7 +72,7 @@ def together(rules: Sequence[Head]) -> Selecting | None:
 
 
 def score(selector: PageTopK, queries: Tensor, keys: Tensor, members: range, valid: Sequence[bool]) -> float:
-    """What a page of keys ``[N, D]`` is worth to queries ``[G, D]``; without a valid key nothing is worth less."""
+    """Return the score of a page of keys ``[N, D]`` for queries ``[G, D]``; -inf without a valid key."""
     worth = -torch.inf
     for start in range(members.start, members.stop, selector.page):
         part = [j for j in range(start, min(start + selector.page, len(keys))) if valid[j]]
@@ -93,13 +93,13 @@ def score(selector: PageTopK, queries: Tensor, keys: Tensor, members: range, val
 
 
 def scores_of(selector: PageTopK, queries: Tensor, keys: Tensor, page_size: int, valid: Sequence[bool]) -> list[float]:
-    """What every page is worth."""
+    """Return the score of every page."""
     starts = range(0, len(keys), page_size)
     return [score(selector, queries, keys, range(start, start + page_size), valid) for start in starts]
 
 
 def kept_pages(scores: Sequence[float], static: set[int], offered: set[int], budget: int) -> set[int]:
-    """The static part, then the best of what is offered until the budget is used up; of equal ones the lower page."""
+    """Select the static pages, then the best offered pages until the budget is used up. The lower page wins a tie."""
     kept = set(static)
     for page in sorted(offered - static, key=lambda page: (-scores[page], page)):
         if len(kept) >= budget:
@@ -109,7 +109,7 @@ def kept_pages(scores: Sequence[float], static: set[int], offered: set[int], bud
 
 
 def seen_by(mask: Mask, text: int, texts: Sequence[int], valid: Sequence[bool]) -> set[int]:
-    """The columns that the query at position ``text`` sees; ``texts`` are the positions of all columns."""
+    """Return the key slots that the query at position ``text`` sees; ``texts`` are the positions of all slots."""
     row = mask.dense(1, max(*texts, text) + 1, q_offset=text)[0, 0, 0].tolist()
     return {j for j, at in enumerate(texts) if valid[j] and row[at]}
 
@@ -117,7 +117,7 @@ def seen_by(mask: Mask, text: int, texts: Sequence[int], valid: Sequence[bool]) 
 def keys_of(
     rule: Selecting, scores: Sequence[float], columns: Sequence[int], texts: Sequence[int], valid: Sequence[bool], size: int
 ) -> list[set[int]]:
-    """What the queries in ``columns`` see, who choose together among pages of ``size`` keys."""
+    """Return the key slots that each query in ``columns`` sees. The queries share one selection of pages of ``size`` keys."""
     shown = [seen_by(rule.base, texts[column], texts, valid) for column in columns]
     always = [seen_by(rule.base & rule.static, texts[column], texts, valid) for column in columns]
     static = {j // size for part in always for j in part} | {column // size for column in columns}
@@ -130,9 +130,10 @@ def keys_of(
 
 
 class Oracle:
-    """Logits of a text under a selection, piece by piece. Pieces of one token are decode steps, others a prefill.
+    """Compute the logits of a text in chunks, with page selection. A chunk of one token is a decode step, others are prefill.
 
-    ``layers`` has the KV heads of each layer in decode steps, ``prefill`` those of a prefill; None sees everything.
+    ``layers`` holds the KV heads of each layer in decode steps, and ``prefill`` those in a prefill. Without ``prefill``, a
+    prefill sees everything.
     """
 
     def __init__(
@@ -144,13 +145,13 @@ class Oracle:
         self.reset()
 
     def reset(self) -> None:
-        """An empty cache."""
+        """Start over with an empty cache."""
         self.cache, self.padding = DynamicCache(), torch.zeros(1, 0, dtype=torch.int64)
         self.forget_scores()
 
     def forget_scores(self) -> None:
-        """What was held has changed: the next decode step scores."""
-        self.scores: dict[tuple[int, int, int], tuple[list[float], int]] = {}  # layer, row, head: scores, columns then
+        """Drop the scores after the cached keys have changed, so that the next decode step scores."""
+        self.scores: dict[tuple[int, int, int], tuple[list[float], int]] = {}  # layer, row, head: scores, slots then
         self.steps: dict[tuple[int, int], int] = {}  # layer, head: decode steps since then
 
     def crop(self, remove: int) -> None:
@@ -164,28 +165,28 @@ class Oracle:
         self.forget_scores()
 
     def feed(self, ids: Tensor, lengths: Sequence[int] | None = None, padding: Tensor | None = None) -> Tensor:
-        """The logits of ``ids``, appended in pieces; zeros in ``padding``, of these tokens, are no tokens."""
+        """Append ``ids`` in chunks and return their logits. Zeros in ``padding``, one entry per token, mark padding."""
         new = torch.ones_like(ids) if padding is None else padding
         logits, done = [], 0
         current[:] = [self]
         for length in lengths or [ids.shape[1]]:
-            piece = slice(done, done + length)
-            held = self.padding if self.padding.shape[1] else new[:, :0]
-            self.padding = torch.cat([held, new[:, piece]], dim=1)
+            chunk = slice(done, done + length)
+            cached = self.padding if self.padding.shape[1] else new[:, :0]
+            self.padding = torch.cat([cached, new[:, chunk]], dim=1)
             positions = (self.padding.cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
             if length > 1:
                 self.forget_scores()
             with torch.no_grad():
-                logits.append(self.model(ids[:, piece], past_key_values=self.cache, position_ids=positions).logits)
+                logits.append(self.model(ids[:, chunk], past_key_values=self.cache, position_ids=positions).logits)
             done += length
         return torch.cat(logits, dim=1)
 
     def visible(self, layer: int, query: Tensor, key: Tensor) -> Tensor:
-        """What the queries ``[B, Hq, Q, D]``, the last ones, see: bool ``[B, Hq, Q, KV]``."""
+        """Return what the last queries ``[B, Hq, Q, D]`` of the text see: bool ``[B, Hq, Q, KV]``."""
         (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = query.shape, key.shape
         group, seen = heads // kv_heads, torch.zeros(batch, heads, q_len, kv_len, dtype=torch.bool)
-        given = (self.prefill if q_len > 1 else self.layers)[layer]
-        rules = [given[head * len(given) // heads] for head in range(heads)]
+        kv_rules = (self.prefill if q_len > 1 else self.layers)[layer]
+        rules = [kv_rules[head * len(kv_rules) // heads] for head in range(heads)]
         wholes = [together(rules[first : first + group]) for first in range(0, heads, group)]
         if q_len == 1:
             self._score(layer, wholes, query, key)
@@ -194,7 +195,7 @@ class Oracle:
             texts = (self.padding[row].cumsum(dim=0) - 1).clamp(min=0).tolist()
             for head, rule in enumerate(rules):
                 kv_head = head // group
-                mine, whole = query[row, kv_head * group : (kv_head + 1) * group], wholes[kv_head]
+                queries, whole = query[row, kv_head * group : (kv_head + 1) * group], wholes[kv_head]
                 for first in range(0, q_len, Q_BLOCK):
                     block = range(first, min(first + Q_BLOCK, q_len))
                     columns = [kv_len - q_len + i for i in block]
@@ -204,7 +205,7 @@ class Oracle:
                         if q_len == 1:
                             size, scores = self.page_size, self._stored(layer, row, kv_head, kv_len, whole)
                         else:
-                            mean = mine[:, block].double().mean(dim=1)
+                            mean = queries[:, block].double().mean(dim=1)
                             size, scores = Q_BLOCK, scores_of(whole.selector, mean, key[row, kv_head], Q_BLOCK, valid)
                         kept = keys_of(whole, scores, columns, texts, valid, size)
                         sets = [part & pages for part, pages in zip(sets, kept, strict=True)]
@@ -213,20 +214,20 @@ class Oracle:
         return seen
 
     def _score(self, layer: int, wholes: Sequence[Selecting | None], query: Tensor, key: Tensor) -> None:
-        """Score pages in this decode step, where it is time to."""
+        """Score pages for the selectors that score in this decode step."""
         group = query.shape[1] // key.shape[1]
         for head, rule in enumerate(wholes):
             if rule is None or rule.selector.leader(layer) != layer:
                 continue
             step = self.steps[layer, head] = self.steps.get((layer, head), -1) + 1
             if step % rule.selector.every == 0:
-                for row, mine in enumerate(query[:, head * group : (head + 1) * group, 0]):
+                for row, queries in enumerate(query[:, head * group : (head + 1) * group, 0]):
                     valid = self.padding[row].bool().tolist()
-                    scores = scores_of(rule.selector, mine, key[row, head], self.page_size, valid)
+                    scores = scores_of(rule.selector, queries, key[row, head], self.page_size, valid)
                     self.scores[layer, row, head] = scores, key.shape[2]
 
     def _stored(self, layer: int, row: int, head: int, columns: int, rule: Selecting) -> list[float]:
-        """The scores a layer goes by; the page that was newest at the scoring and those after it rank above every score."""
+        """Return the scores that a layer uses. The page that was newest at the last scoring, and all later pages, have inf."""
         scores, then = self.scores[rule.selector.leader(layer), row, head]
         pages = -(-columns // self.page_size)
         scored = (then - 1) // self.page_size
@@ -245,7 +246,7 @@ def attend(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What a transformers model calls as ``attn_implementation="selection_oracle"``."""
+    """Compute attention; transformers models call this with ``attn_implementation="selection_oracle"``."""
     layer = module.layer_idx
     assert isinstance(layer, int)
     seen = current[0].visible(layer, query, key)

@@ -1,0 +1,89 @@
+"""Find the calls whose keys and values come from a ``SparseCache``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from sparse_compile.masks import causal
+from sparse_compile.masks.patterns.tensor import Explicit
+from sparse_compile.passes.ir.attention import Attention, phase_of
+from sparse_compile.passes.ir.fx_nodes import expr_of, memory_of, op_name, value_of
+from sparse_compile.passes.ir.kv_source import Cached, Dense
+from sparse_compile.passes.ir.left import Left
+from sparse_compile.passes.ir.positions import Positions
+from sparse_compile.passes.ir.rewrite import Rewrite
+from sparse_compile.passes.ops.cache_update import CacheUpdate, cache_update
+
+
+def find_caches(rewrite: Rewrite) -> int:
+    """Note in every call over a ``SparseCache`` where its keys come from; returns how many there are."""
+    rewrite.keep([_with_cache(call) for call in rewrite.calls])
+    return sum(isinstance(call.kv, Cached) for call in rewrite.calls)
+
+
+def reads_cache(gm: GraphModule) -> bool:
+    """Whether a graph updates a SparseCache."""
+    return bool(updates_of(gm))
+
+
+def updates_of(gm: GraphModule) -> list[Node]:
+    """The nodes that update a layer of a SparseCache."""
+    return [node for node in gm.graph.nodes if op_name(node) == "cache_update"]
+
+
+def read_update(node: Node) -> CacheUpdate[Node]:
+    """The operands of a node that updates a layer of a SparseCache."""
+    operands: CacheUpdate[Any] = cache_update.build(node.args)
+    return operands
+
+
+def _with_cache(call: Attention) -> Attention | Left:
+    """The call with the update that its keys come from, and with positions counted by that cache."""
+    assert isinstance(call.kv, Dense)
+    sides = (call.kv.k, call.kv.v)
+    sliced = [_first_tokens(x, call) for x in sides]
+    updates = [_update_of(first or x) for first, x in zip(sliced, sides, strict=True)]
+    if updates == [None, None]:
+        return call
+    update = updates[0]
+    if update is None or updates[1] is not update:
+        return Left(call.node, "its keys and values do not come from one update of a SparseCache")
+    start, at = read_update(update).columns, call.positions
+    if all(sliced) and call.mask.implies(causal) and at == Positions():
+        # What transformers does with an empty cache, and with no other: the keys are those of the new tokens.
+        return _over(call, Cached(*sides, update, is_prompt=True), at)
+    reads_index = any(isinstance(node, Explicit) for node in call.mask.walk())
+    counted = at.q_shift is not None and memory_of(at.q_shift) is start and at.q_start == 0 == at.kv_start
+    if not counted and not (reads_index and at.q_shift is None):
+        return Left(call.node, f"its mask {call.mask} counts positions otherwise than the SparseCache ({at})")
+    if not reads_index and not call.mask.implies(causal):
+        return Left(call.node, f"a SparseCache serves causal self-attention, and the mask of this call is {call.mask}")
+    return _over(call, Cached(*sides, update, is_prompt=False), Positions(q_shift=start))
+
+
+def _over(call: Attention, kv: Cached, positions: Positions) -> Attention:
+    phase = phase_of(call.q_len, kv, call.mask, is_self_attention=True)
+    return replace(call, kv=kv, positions=positions, phase=phase, is_self_attention=True)
+
+
+def _first_tokens(node: Node, call: Attention) -> Node | None:
+    """``x`` where ``node`` is ``x[:, :, :q_len, :]`` with as many keys as there are queries."""
+    everything = slice(None, None, None)
+    index: Any = node.args[1] if op_name(node) == "getitem" else None
+    if not (isinstance(index, tuple) and len(index) == 4 and all(isinstance(part, slice) for part in index)):
+        return None
+    same = expr_of(value_of(node).shape[2]) == expr_of(call.q_len)
+    rest = [part for axis, part in enumerate(index) if axis != 2]
+    source = node.args[0]
+    return source if same and rest == [everything] * 3 and index[2].start is None and isinstance(source, Node) else None
+
+
+def _update_of(node: Node) -> Node | None:
+    """The ``cache_update`` that ``node`` is an output of."""
+    while op_name(node) in ("contiguous", "clone", "detach") and isinstance(node.args[0], Node):
+        node = node.args[0]
+    source = node.args[0] if op_name(node) == "getitem" else None
+    return source if isinstance(source, Node) and op_name(source) == "cache_update" else None

@@ -1,0 +1,213 @@
+"""Split the attention of one layer over a SparseCache by how its heads are stored, and say what each group sees.
+
+Heads that keep everything are a static cache of their own: a buffer ``[B, heads, slots, D]`` with column ``n`` in slot ``n``.
+Heads of a ring see ``[ring in the order of its text | chunk]`` in a prefill and the ring as it lies in a decode step, under
+masks that look positions up (``Placed``). There is one buffer for each storage rather than one pool with page lists for all: a
+group of equal heads is an ordinary dense tensor, which every kernel reads at full speed. SDPA and FlexAttention's C++ template
+read no page lists, and the template ignores where a view begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.fx import Node
+
+from sparse_compile.masks import Captured, Mask, ScoreMod, causal, full, per_head, sink, sliding_window
+from sparse_compile.masks.analysis import visible_past
+from sparse_compile.masks.patterns.remapped import placed, relaxed
+from sparse_compile.masks.score_mods import sink_scores
+from sparse_compile.masks.selection.page_topk import choosing_together
+from sparse_compile.passes.ir.attention import Attention
+from sparse_compile.passes.ir.captured_source import Source
+from sparse_compile.passes.ir.fx_emit import inline
+from sparse_compile.passes.ir.fx_nodes import value_of
+from sparse_compile.passes.ir.head_slices import pick_heads
+from sparse_compile.passes.ir.kv_source import Dense, KVSource, NewTokens, Paged, Prompt, Quantized, Ring, Selected
+from sparse_compile.passes.ir.positions import Positions
+from sparse_compile.passes.ir.rewrite import StorageGroup
+from sparse_compile.passes.kv.moving_ring import moving_ring
+from sparse_compile.passes.kv.token_positions import TokenPositions
+from sparse_compile.passes.ops.block_tables import Q_START
+from sparse_compile.passes.ops.cache_update import CacheUpdate
+from sparse_compile.passes.storage import layer_plan
+from sparse_compile.passes.storage.layer_plan import LayerPlan, Storage
+from sparse_compile.passes.torch_private import real_tensors
+
+
+def split_by_storage(
+    call: Attention, update: CacheUpdate[Node], positions: TokenPositions, *, is_prompt: bool
+) -> tuple[StorageGroup, ...]:
+    """The storage groups of ``call``, whose policy is what both the cache and the backend ask for.
+
+    With ``is_prompt`` the call looks at the new tokens alone.
+    """
+    layer = _Layer(call, update, positions)
+    return tuple(_group(layer, number, storage, is_prompt) for number, storage in enumerate(update.plan.storages))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One call over the cache of its layer."""
+
+    call: Attention
+    update: CacheUpdate[Node]
+    positions: TokenPositions
+
+    @property
+    def plan(self) -> LayerPlan:
+        return self.update.plan
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether every query of a chunk sees what the policy shows to that query."""
+        return self.plan.mode == "strict"
+
+
+def query_heads(call: Attention, storage: Storage) -> tuple[int, ...]:
+    """The query heads of ``call`` whose KV heads are in a storage."""
+    return tuple(head * call.group + g for head in storage.heads for g in range(call.group))
+
+
+def _group(layer: _Layer, number: int, storage: Storage, is_prompt: bool) -> StorageGroup:
+    call, plan = layer.call, layer.plan
+    heads, names = query_heads(call, storage), _Names(dict(call.sources))
+    policy = _policy(call, heads)
+    new = layer.positions.of(call.node, layer.update, storage.heads if len(plan.storages) > 1 else None)
+    part = replace(call, q=pick_heads(call.node, call.q, heads if len(plan.storages) > 1 else None), policy=full)
+    if is_prompt and not plan.rotation:
+        mask = call.mask & policy if layer.is_strict else call.mask  # all is one chunk, which sees itself
+        part = replace(part, kv=Prompt(_stored(layer, number, storage, new, None)), mask=mask)
+    elif isinstance(storage, layer_plan.Pages):
+        kv = _stored(layer, number, storage, new, None)
+        part = replace(part, kv=kv, mask=_mask_over_pages(layer, policy, new, names))
+    else:
+        assert isinstance(storage, layer_plan.Ring)
+        part = _over_ring(layer, part, number, storage, policy, new, names)
+    return StorageGroup(replace(part, sources=names.sources), heads)
+
+
+def _policy(call: Attention, heads: Sequence[int]) -> Mask:
+    """What the policy shows to some query heads."""
+    masks = [call.policy.for_head(head, call.heads) for head in heads]
+    for first in range(0, len(masks), call.group):
+        masks[first : first + call.group] = choosing_together(masks[first : first + call.group])[1]
+    return masks[0] if len(set(masks)) == 1 else per_head(masks)
+
+
+def _stored(
+    layer: _Layer, number: int, storage: Storage, new: NewTokens, window: tuple[int, int] | None
+) -> Paged | Quantized | Selected | Ring:
+    """Where the keys of a storage are in this graph."""
+    keys, values = layer.update.buffers_of(number)
+    if isinstance(storage, layer_plan.Ring):
+        at, positions = layer.positions.ring(layer.call.node, layer.plan, storage.ring_kind), layer.positions
+        may_hold = positions.has_padding or storage.slots == storage.sink
+        return Ring(storage, keys, values, new, at, positions.text, window, may_hold)
+    pages: Paged | Quantized = Paged(keys, values, new)
+    if storage.forms is not None:
+        pages = Quantized(Paged(keys, values, new), *layer.update.codes_of(number), storage.forms, layer.plan.debug)
+    if storage.selecting is None:
+        return pages
+    choice = layer.update.choice_of(number)
+    return Selected(pages, storage.selecting, choice, storage.leads(layer.plan.layer))
+
+
+# -- pages --------------------------------------------------------------------------------------------------------------
+
+
+def _mask_over_pages(layer: _Layer, policy: Mask, new: NewTokens, names: _Names) -> Mask:
+    """Text and columns are one unless there is padding; then the policy looks the text up."""
+    model = layer.call.mask
+    if policy in (full, causal) or model.implies(policy):
+        return model & policy
+    if new.texts is None:
+        return model & (policy if layer.is_strict else relaxed(policy, _first_column(layer, names)))
+    texts = names.capture(new.texts)
+    return model & placed(_relaxed(layer, policy, names), texts, texts, ordered=True)
+
+
+def _first_column(layer: _Layer, names: _Names) -> Captured:
+    """The column of the first new token, ``[1]``."""
+    start = layer.update.columns
+    return names.capture(start, Source(start, (), (), (None,)))
+
+
+def _relaxed(layer: _Layer, policy: Mask, names: _Names) -> Mask:
+    """The policy, or in a relaxed chunk what it shows to the position before the chunk, and the chunk."""
+    if layer.is_strict or policy in (full, causal):
+        return policy
+    positions = layer.positions
+    before = inline(layer.call.node, lambda texts, rows: texts[: rows.shape[0]], layer.update.texts, positions.columns)
+    return relaxed(policy, names.capture(before))
+
+
+# -- rings --------------------------------------------------------------------------------------------------------------
+
+
+def _over_ring(
+    layer: _Layer, part: Attention, number: int, storage: layer_plan.Ring, policy: Mask, new: NewTokens, names: _Names
+) -> Attention:
+    window = _window(layer, policy)
+    ring = _stored(layer, number, storage, new, window)
+    assert isinstance(ring, Ring)
+    mask = _mask_over_ring(layer, policy, ring, names)
+    kv: KVSource = ring
+    score_mod: ScoreMod | None = part.score_mod
+    if layer.plan.rotation:
+        frame = layer.positions.frame(layer.call, layer.update)
+        k, v, scores = moving_ring(part, ring, frame)
+        kv = Dense(k, v)
+        if scores is not None:
+            replaced = sink_scores(names.capture(scores), names.capture(ring.at.texts))
+            score_mod = replaced if score_mod is None else replaced >> score_mod
+    return replace(part, kv=kv, mask=mask, score_mod=score_mod, positions=Positions())
+
+
+def _window(layer: _Layer, policy: Mask) -> tuple[int, int] | None:
+    """Sink and window, if these are all that a step sees of a ring."""
+    call = layer.call
+    if not layer.positions.is_step or not layer.is_strict or call.mask.captures() or call.score_mod is not None:
+        return None
+    return whole_window(call.mask & policy, layer.plan.columns)
+
+
+def whole_window(mask: Mask, length: int) -> tuple[int, int] | None:
+    """Sink and window, if they are all that ``mask`` says beside causality."""
+    with real_tensors():
+        past = visible_past(mask, length)
+    if past is None or past.recent < 1:
+        return None
+    plain = causal & (sink(past.sink) | sliding_window(past.recent)) if past.sink else causal & sliding_window(past.recent)
+    return (past.sink, past.recent) if mask.implies(plain) and plain.implies(mask) else None
+
+
+def _mask_over_ring(layer: _Layer, policy: Mask, ring: Ring, names: _Names) -> Mask:
+    """The masks over the places of a ring and its chunk."""
+    policy, ordered = _relaxed(layer, policy, names), not layer.positions.is_step
+    by_text = names.capture(ring.text), names.capture(ring.at.texts)
+    model = layer.call.mask
+    if not model.captures():
+        return placed(model & policy, *by_text, ordered=ordered)
+    # The model's own mask counts columns, padding included; a tensor of it begins at the first new column.
+    model = model.bind({Q_START: _first_column(layer, names)})
+    by_column = placed(model, names.capture(layer.positions.columns), names.capture(ring.at.columns), ordered=ordered)
+    return by_column & placed(policy, *by_text, ordered=ordered)
+
+
+class _Names:
+    """Symbols for tensors of the graph, and what each stands for."""
+
+    def __init__(self, sources: dict[str, Source]) -> None:
+        self.sources = sources
+
+    def capture(self, node: Any, source: Source | None = None) -> Captured:
+        """A symbol for a tensor of the graph, or for what ``source`` reads of it."""
+        axes = len(value_of(node).shape)
+        source = source or Source(node, (slice(None),) * axes, tuple(range(axes)), (slice(None),) * axes)
+        name = f"{node.name}_cached"
+        while self.sources.setdefault(name, source) != source:
+            name += "_"
+        return Captured.symbol(name)

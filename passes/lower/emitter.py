@@ -1,0 +1,155 @@
+"""Write the nodes of one head group. Kernels describe what they want; this file knows where it goes and what is shared."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from sparse_compile.masks import Mask
+from sparse_compile.masks.captured import Captured
+from sparse_compile.passes.choose.named_mask import NamedMask
+from sparse_compile.passes.ir.attention import Attention
+from sparse_compile.passes.ir.fx_emit import attach, emit_int, inline
+from sparse_compile.passes.ir.head_slices import pick_heads
+from sparse_compile.passes.lower.cache_writes import dense_tensors
+from sparse_compile.passes.lower.scene import Scene
+from sparse_compile.passes.ops.block_tables import KV_START, Q_START, given
+from sparse_compile.passes.ops.materialize import materialize
+from sparse_compile.passes.ops.structured import StructuredOp
+from sparse_compile.passes.torch_private import overload
+
+
+class Emitter:
+    """Writes the nodes of one group of heads of the call of ``scene``.
+
+    ``call`` has the masks of the group. ``heads`` and ``kv_heads`` are its places among the heads of the storage, or None for
+    all. ``realized`` says that the kernel captures tensors, each of which must then be a buffer that no compiler can fuse.
+    """
+
+    def __init__(
+        self,
+        scene: Scene,
+        call: Attention,
+        heads: tuple[int, ...] | None,
+        kv_heads: tuple[int, ...] | None,
+        *,
+        realized: bool,
+    ) -> None:
+        self.scene, self.call, self.heads, self.kv_heads, self.realized = scene, call, heads, kv_heads, realized
+        self.graph, self.node, self.point = scene.gm.graph, scene.call.node, scene.point
+
+    @cached_property
+    def seen(self) -> NamedMask:
+        """The mask of the group, in which every tensor has a name."""
+        return NamedMask.of(self.call, self.call.heads if self.heads is None else len(self.heads))
+
+    # -- operands ---------------------------------------------------------------------------------------------------
+
+    def query(self) -> Node:
+        """The queries of the group, ``[B, heads, Q, D]``."""
+        return pick_heads(self.node, self.call.q, self.heads)
+
+    def keys_values(self) -> tuple[Node, Node]:
+        """The keys and values of the group as ordinary tensors. New tokens are written to the cache on the way."""
+        k, v = dense_tensors(self.node, self.call, self.scene.shared)
+        return pick_heads(self.node, k, self.kv_heads), pick_heads(self.node, v, self.kv_heads)
+
+    def captures(self, mask: Mask) -> list[Node]:
+        """The tensors that a mask with names reads, in order, as they are where tables are computed."""
+        return [self._capture(name, self.point) for name in given(mask)]
+
+    def score_captures(self) -> list[Node]:
+        """The tensors that the score mod reads, some of which may be there only after the mask is complete."""
+        names = self.call.score_mod.captures() if self.call.score_mod is not None else ()
+        tensors = []
+        for name in names:
+            if name not in (Q_START, KV_START):
+                overwritten = self.call.sources[name.name].node in self.scene.overwritten
+                tensors.append(self._capture(name, self.point if overwritten else self.node))
+        return tensors
+
+    def _capture(self, name: Captured, point: Node) -> Node:
+        if name.name in self.seen.constants:
+            return self.constant(point, name.name, self.seen.constants[name.name])
+        source, is_early = self.call.sources[name.name], point is not self.node
+        key = (self.realized, is_early, str(source))
+
+        def fetch() -> Node:
+            copies = is_early and not self.realized
+            node: Node = inline(point, lambda x: source.read(x).clone() if copies else source.read(x), source.node)
+            if not self.realized or (node.op == "placeholder" and not is_early):
+                return node
+            return self.call_function(point, overload(materialize), node)
+
+        return self.share(key, {source.node}, fetch, until=point)
+
+    # -- nodes ------------------------------------------------------------------------------------------------------
+
+    def share(self, key: object, read: Iterable[Node], make: Callable[[], Node], *, until: Node | None = None) -> Node:
+        """What an earlier call made under ``key``, if that still holds at ``until``; else what ``make`` returns.
+
+        It is made of the nodes in ``read``. ``until`` is by default where tables are computed.
+        """
+        shared = self.scene.shared
+        if key not in shared or not self.scene.is_fresh(shared[key], read, until or self.point):
+            shared[key] = make()
+        made: Node = shared[key]
+        return made
+
+    def call_function(self, point: Node, function: Callable[..., Any], *args: Any) -> Node:
+        """One node ``function(*args)`` before ``point``."""
+        with self.graph.inserting_before(point):
+            return self.graph.call_function(function, args)
+
+    def call_op(self, point: Node, op: StructuredOp[Any], operands: Any) -> Node:
+        """One node that calls an op of ours before ``point``."""
+        return self.call_function(point, op.target, *op.arguments(operands))
+
+    def call_module(self, point: Node, prefix: str, module: nn.Module, *args: Any) -> Node:
+        """One node that calls ``module`` before ``point``."""
+        gm = self.scene.gm
+        count = sum(1 for name, _ in gm.named_children() if name.startswith(f"sparse_{prefix}_"))
+        name = f"sparse_{prefix}_{count}"
+        gm.add_submodule(name, module)
+        with self.graph.inserting_before(point):
+            return self.graph.call_module(name, args)
+
+    def item(self, point: Node, node: Node, number: int) -> Node:
+        """An output of a node that has several."""
+        return self.call_function(point, operator.getitem, node, number)
+
+    def integer(self, point: Node, expr: sympy.Expr) -> int | Node | None:
+        """An integer of the graph's shapes as it can be used before ``point``; None if it cannot be had there."""
+        with self.graph.inserting_before(point):
+            return emit_int(self.graph, expr, point)
+
+    def blocks(self, point: Node, length: int | Node, size: int) -> int | Node:
+        """The number of blocks of ``size`` that cover ``length``."""
+        if not isinstance(length, Node):
+            return -(-length // size)
+        return self.call_function(point, operator.floordiv, self.call_function(point, operator.add, length, size - 1), size)
+
+    def constant(self, point: Node, name: str, tensor: Tensor) -> Node:
+        """A tensor that a policy brings along, as a buffer of the graph."""
+        attach(self.scene.gm, name, tensor.to(self.call.device))
+        with self.graph.inserting_before(point):
+            return self.graph.get_attr(name)
+
+    def constants(self, point: Node, name: str, count: int, make: Callable[[], list[Tensor]]) -> list[Node]:
+        """Several tensors that are known while compiling, as buffers of the graph under ``name``."""
+        if hasattr(self.scene.gm, f"{name}_0"):
+            with self.graph.inserting_before(point):
+                return [self.graph.get_attr(f"{name}_{k}") for k in range(count)]
+        return [self.constant(point, f"{name}_{k}", tensor) for k, tensor in enumerate(make())]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the call."""
+        return self.call.device

@@ -1,0 +1,161 @@
+"""FlexAttention as Inductor generates it: in Triton for CUDA, in C++ for the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from sparse_compile.masks.score_mods import SinkLogits
+from sparse_compile.masks.selection.page_topk import offered
+from sparse_compile.passes.choose.block_layout import (
+    Layout,
+    folds,
+    prefill_layout,
+    selection_layout,
+    selection_options,
+    step_layout,
+    tiles_of,
+)
+from sparse_compile.passes.choose.named_mask import NamedMask
+from sparse_compile.passes.choose.tuning import kernel_options
+from sparse_compile.passes.ir.attention import Attention
+from sparse_compile.passes.ir.fx_nodes import op_name
+from sparse_compile.passes.ir.kv_source import Selected
+from sparse_compile.passes.ir.left import Left
+from sparse_compile.passes.ir.target import Target
+from sparse_compile.passes.kernels.limits import HALF, SMALLEST_HEAD, SMALLEST_PAGE
+from sparse_compile.passes.lower.emitter import Emitter
+from sparse_compile.passes.lower.kernel import Kernel, needs_device
+from sparse_compile.passes.lower.tables import tables
+from sparse_compile.passes.ops.block_tables import BLOCK, given
+from sparse_compile.passes.ops.flex_attention import FlexAttention, Spec
+from sparse_compile.passes.ops.materialize import materialize
+from sparse_compile.passes.ops.opaque_attention import attention_op
+from sparse_compile.passes.storage.graph_text import to_text
+from sparse_compile.passes.torch_private import cpu_has_avx2, overload
+
+
+class Triton(Kernel):
+    """FlexAttention's Triton kernels: one for many queries, one for a decode step."""
+
+    name, title = "triton", "FlexAttention"
+    aliases = ("flex",)
+    device = "cuda"
+    takes_any_mask = True
+    realizes_captures = True
+
+    def rank(self, call: Attention, target: Target) -> int | None:
+        return 40
+
+    def why_not(self, call: Attention, target: Target) -> str:
+        return no_flex_attention(self, call, target) or not_in_triton(call)
+
+    def layout(self, call: Attention, seen: NamedMask, target: Target) -> Layout:
+        folded = folds(call, seen, target)
+        if isinstance(call.kv, Selected) and call.kv.new.is_step:
+            options, group = selection_options(call, call.kv, target), call.group if folded else 1
+            return selection_layout(call, call.kv, seen, group=group, options=options)
+        if folded:
+            return step_layout(call, seen, target)
+        return prefill_layout(call, seen, (BLOCK, BLOCK), kernel_options(tiles_of(call, "prefill", target), "prefill"))
+
+    def lower(self, call: Attention, emitter: Emitter) -> Node | Left:
+        return lower_flex(call, emitter, self.layout(call, emitter.seen, emitter.scene.target))
+
+
+class Cpp(Kernel):
+    """FlexAttention's C++ kernels."""
+
+    name, title = "cpp", "FlexAttention"
+    aliases = ("flex",)
+    device = "cpu"
+    takes_any_mask = True
+    realizes_captures = True
+
+    def rank(self, call: Attention, target: Target) -> int | None:
+        return 20
+
+    def why_not(self, call: Attention, target: Target) -> str:
+        return no_flex_attention(self, call, target) or _not_in_cpp(call, target)
+
+    def layout(self, call: Attention, seen: NamedMask, target: Target) -> Layout:
+        if isinstance(call.kv, Selected) and call.kv.new.is_step:
+            return selection_layout(call, call.kv, seen, every_column=True)
+        return prefill_layout(call, seen, (BLOCK, BLOCK), {}, every_column=True)
+
+    def lower(self, call: Attention, emitter: Emitter) -> Node | Left:
+        return lower_flex(call, emitter, self.layout(call, emitter.seen, emitter.scene.target))
+
+
+def no_flex_attention(kernel: Kernel, call: Attention, target: Target) -> str:
+    """Why the inner compiler or the device has no kernel of FlexAttention; empty if they have."""
+    if target.inner not in ("inductor", "eager") and target.gradients:
+        return f"inner={target.inner!r} has no gradients of FlexAttention"
+    return needs_device(kernel, call, target)
+
+
+def not_in_triton(call: Attention) -> str:
+    """Why Triton kernels cannot run ``call``; empty if they can."""
+    query_dim, _, value_dim = call.dims
+    smallest = min(query_dim, value_dim)
+    if smallest < SMALLEST_HEAD:
+        return f"FlexAttention needs a head_dim of at least {SMALLEST_HEAD} on CUDA, not {smallest}"
+    page = call.kv.selecting.page_size if call.chooses_pages and isinstance(call.kv, Selected) else BLOCK
+    if page < SMALLEST_PAGE or page & (page - 1):
+        return f"FlexAttention visits pages of a power of two from {SMALLEST_PAGE} on on CUDA, not of {page}"
+    return ""
+
+
+def _not_in_cpp(call: Attention, target: Target) -> str:
+    if target.gradients:
+        return "FlexAttention has no gradients on CPU"
+    if call.score_mod is not None and isinstance(call.score_mod.parts()[-1], SinkLogits):
+        return "FlexAttention returns no log-sum-exp on CPU, which learned sinks need"
+    if not cpu_has_avx2():
+        return "FlexAttention needs AVX2 on CPU"
+    if call.dtype not in (torch.float32, *HALF):
+        return f"FlexAttention takes no {call.dtype} on CPU"
+    return ""
+
+
+def lower_flex(call: Attention, emitter: Emitter, layout: Layout) -> Node | Left:
+    """FlexAttention over the tables of a layout: a module that Inductor sees through, or one op for other compilers."""
+    prepared = tables(emitter, layout, repeat_for_group=call.chooses_pages and layout.group == 1 and call.group > 1)
+    if isinstance(prepared, Left):
+        return prepared
+    # From here on the mask is what a selector could choose from: no other block is visited.
+    mask = offered(emitter.seen.mask)
+    captures, scores = tuple(emitter.captures(emitter.seen.mask)), emitter.score_captures()
+    assert given(mask) == given(emitter.seen.mask)
+    k, v = emitter.keys_values()
+    k, v = _as_buffer(emitter, k, others=()), _as_buffer(emitter, v, others=(k,))
+    spec = Spec(
+        mask=mask,
+        heads=emitter.seen.heads,
+        scale=call.scale,
+        score_mod=call.score_mod,
+        block=layout.block,
+        options=layout.options,
+        group=layout.group,
+        starts=layout.starts,
+        gradients=emitter.scene.target.gradients,
+    )
+    operands: tuple[Any, ...] = (emitter.query(), k, v, prepared, captures)
+    if emitter.scene.target.inner != "inductor":
+        return emitter.call_function(emitter.node, overload(attention_op), *operands, tuple(scores), to_text(spec))
+    return emitter.call_module(emitter.node, "attention", FlexAttention(spec), *operands, *scores)
+
+
+def _as_buffer(emitter: Emitter, node: Node, *, others: tuple[Node, ...]) -> Node:
+    """Keys or values as the kernel may read them.
+
+    The C++ template takes the pointer of the buffer behind a view and forgets where the view begins: for ``v`` of
+    ``qkv.split(...)`` it silently reads ``q`` (torch 2.13). A cache, and what was appended to one, is a buffer of its own,
+    unless it serves as keys and values both (torch 2.11 refuses that).
+    """
+    its_own = node.op == "placeholder" or op_name(node) == "cat"
+    if emitter.device.type != "cpu" or (its_own and node not in others):
+        return node
+    return emitter.call_function(emitter.node, overload(materialize), node)

@@ -1,0 +1,12 @@
+"""The kernels there are. The last one runs everything; the order of the others decides between equal ranks."""
+
+from __future__ import annotations
+
+from sparse_compile.passes.lower.flash import Flash
+from sparse_compile.passes.lower.flex import Cpp, Triton
+from sparse_compile.passes.lower.kernel import Kernel
+from sparse_compile.passes.lower.paged import PagedAttention
+from sparse_compile.passes.lower.reference import Reference
+from sparse_compile.passes.lower.sdpa import SDPA
+
+KERNELS: tuple[Kernel, ...] = (PagedAttention(), Flash(), SDPA(), Triton(), Cpp(), Reference())

@@ -1,0 +1,123 @@
+"""Block tables and dense masks of one head group, shared between calls of equal mask and shape."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from torch.fx import Node
+
+from sparse_compile.masks import Mask
+from sparse_compile.masks.selection.page_topk import has_selector, offered
+from sparse_compile.passes.choose.block_layout import Layout
+from sparse_compile.passes.ir.fx_nodes import expr_of, hint_of
+from sparse_compile.passes.ir.kv_source import Selected
+from sparse_compile.passes.ir.left import Left
+from sparse_compile.passes.lower.emitter import Emitter
+from sparse_compile.passes.lower.page_choice import chosen_blocks, chosen_pages
+from sparse_compile.passes.ops.block_tables import BlockTables, Cut, block_tables_op, given
+from sparse_compile.passes.ops.reference_attention import DenseMask, ListedPairs
+from sparse_compile.passes.torch_private import real_tensors
+
+CONSTANT_TABLE_BYTES = 16 << 20
+
+
+def tables(emitter: Emitter, layout: Layout, *, repeat_for_group: bool = False) -> Node | list[Node] | Left:
+    """The positions of the first query and key and the block tables of a layout; a selector chooses the blocks.
+
+    With ``repeat_for_group`` tables of chosen pages are those of query heads instead of KV heads.
+    """
+    if not has_selector(emitter.seen.mask):
+        return _block_tables(emitter, layout)
+    kv = emitter.call.kv
+    if isinstance(kv, Selected) and kv.new.is_step:
+        return chosen_pages(emitter, kv, layout, repeat_for_group=repeat_for_group)
+    return chosen_blocks(emitter, layout)
+
+
+def _block_tables(emitter: Emitter, layout: Layout) -> Node | list[Node] | Left:
+    if _is_constant(emitter, layout):
+        return _constant_tables(emitter, layout)
+    numbers = _numbers(emitter)
+    if isinstance(numbers, Left):
+        return numbers
+    q_len, kv_len, q_start, kv_start = numbers
+
+    def make() -> Node:
+        width: Any = emitter.blocks(emitter.point, kv_len, layout.block[1]) if layout.width is None else layout.width
+        cut = Cut(layout.heads, q_len, kv_len, q_start, kv_start, *layout.block, width, layout.split)
+        captures, shift = emitter.captures(layout.mask), emitter.call.positions.q_shift
+        operands: BlockTables[Node] = BlockTables(layout.mask, cut, shift, captures, emitter.device)
+        return emitter.call_op(emitter.point, block_tables_op, operands)
+
+    kind = (layout.mask, layout.heads, layout.block, layout.split, layout.width)
+    return emitter.share(("tables", emitter.seen.heads, kind, *_where(emitter)), emitter.scene.reads, make)
+
+
+def dense_mask(emitter: Emitter, mask: Mask) -> Node | Left:
+    """The node of ``DenseMask``: the positions of the first query and key, and ``mask`` as a tensor."""
+    numbers = _numbers(emitter)
+    if isinstance(numbers, Left):
+        return numbers
+
+    def make() -> Node:
+        captures, shift = emitter.captures(mask), emitter.call.positions.q_shift
+        module = DenseMask(mask, emitter.seen.heads)
+        return emitter.call_module(emitter.point, "dense_mask", module, *numbers, shift, emitter.device, *captures)
+
+    key = ("dense mask", mask, emitter.seen.heads, *_where(emitter))
+    return emitter.share(key, emitter.scene.reads, make)
+
+
+def seen_pairs(emitter: Emitter, layout: Layout) -> Node | list[Node] | Left:
+    """What the dense reference reads: ``dense_mask``, less what a selector does not choose."""
+    if not has_selector(emitter.seen.mask):
+        return dense_mask(emitter, emitter.seen.mask)
+    chosen = tables(emitter, layout)
+    dense = dense_mask(emitter, offered(emitter.seen.mask))
+    if isinstance(chosen, Left) or isinstance(dense, Left):
+        return chosen if isinstance(chosen, Left) else dense
+    point, heads = emitter.node, emitter.call.heads if emitter.heads is None else len(emitter.heads)
+    first_query, first_key, visible = (emitter.item(point, dense, n) for n in range(3))
+    listed = [emitter.item(point, chosen, n) for n in (2, 3)] if isinstance(chosen, Node) else chosen[2:]
+    pairs = emitter.call_module(point, "listed_pairs", ListedPairs(layout.block), visible, *listed, heads)
+    return [first_query, first_key, pairs]
+
+
+def _where(emitter: Emitter) -> tuple[Any, ...]:
+    """What tells tables of one mask apart: lengths, positions, device and the tensors that names stand for."""
+    call = emitter.call
+    return expr_of(call.q_len), expr_of(call.kv_len), call.positions, call.device, str(call.sources)
+
+
+def _numbers(emitter: Emitter) -> list[Any] | Left:
+    """Lengths and positions of the first query and key, as numbers or nodes that can be used where tables are computed."""
+    call, at = emitter.call, emitter.call.positions
+    q_len, kv_len = expr_of(call.q_len), expr_of(call.kv_len)
+    found = [emitter.integer(emitter.point, expr) for expr in (q_len, kv_len, at.q_start, at.kv_start)]
+    numbers = [number for number in found if number is not None]
+    if len(numbers) == len(found):
+        return numbers
+    return Left(emitter.node, f"its lengths or positions ({q_len}, {kv_len}, {at}) cannot be had where its mask is computed")
+
+
+def _is_constant(emitter: Emitter, layout: Layout) -> bool:
+    """Whether shapes alone decide the tables, and they are small enough to keep."""
+    if layout.width is None or given(emitter.seen.mask):
+        return False
+    rows = -(-hint_of(emitter.call.q_len) // layout.block[0])
+    return 2 * 4 * layout.heads * rows * layout.width <= CONSTANT_TABLE_BYTES
+
+
+def _constant_tables(emitter: Emitter, layout: Layout) -> list[Node]:
+    """The tables as buffers of the graph: a short prompt should not wait for the launches that build them."""
+    call = emitter.call
+    lengths = int(call.q_len), int(call.kv_len), int(call.positions.q_start), 0
+    cut = Cut(layout.heads, *lengths, *layout.block, layout.width or 0, layout.split)
+    name = f"tables_{hashlib.sha256(repr((str(layout.mask), cut, call.device)).encode()).hexdigest()[:16]}"
+
+    def make() -> Any:
+        with real_tensors():
+            return block_tables_op(BlockTables(layout.mask, cut, None, [], call.device))
+
+    return emitter.constants(emitter.point, name, 6 if layout.split else 4, make)

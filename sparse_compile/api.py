@@ -1,0 +1,124 @@
+"""What users call: compile a model in place, explain it, or hand the backend to ``torch.compile``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from sparse_compile.dynamo import Backend, Hooks
+from sparse_compile.masks import Mask
+from sparse_compile.passes import torch_private
+from sparse_compile.policy import Policy
+from sparse_compile.report import Report
+
+
+def backend(
+    gm: GraphModule, inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The backend itself: ``torch.compile(model, backend=sparse_compile.backend)``, exact, or sparse by ``options``.
+
+    ``options`` may hold ``policy``, ``inner``, ``kernel``, ``strict`` and ``inductor`` as in ``Backend``, which also keeps
+    the report.
+    """
+    return Backend()(gm, inputs, mode=mode, options=options)
+
+
+def compile(
+    model: nn.Module,
+    policy: Policy | Mask | None = None,
+    *,
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    **backend_options: Any,
+) -> Any:
+    """Compile ``model`` in place and return it, so that ``model.generate()`` runs compiled too.
+
+    ``torch.compile(model).generate()`` would run un-compiled, silently. Options are those of ``Backend``; the report is
+    ``model.sparse_compile_report``. If Dynamo gives up on the model and runs it un-compiled, a ``SparseCompileWarning`` says
+    so (an error with ``strict=True``). Raises ``ValueError`` if the policy names layers or heads the model does not have.
+
+        >>> model = sc.compile(model, causal & (sink(4) | sliding_window(64)), inner="eager")
+        >>> model.generate(tokens, max_new_tokens=2).shape
+        torch.Size([1, 10])
+    """
+    chosen = Backend(policy, hooks=Hooks(isolated=_isolates()), **backend_options)
+    if chosen.policy is not None:
+        check_policy(chosen.policy, model)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        # generate() compiles decode steps with Inductor on its own for static caches, around and instead of us.
+        generation.disable_compile = True
+    model.compile(backend=chosen, mode=mode, dynamic=dynamic, **_isolation())
+    torch_private.set_compiled_call(model, _watched(torch_private.compiled_call(model), chosen))
+    object.__setattr__(model, "sparse_compile_report", chosen.report)
+    return model
+
+
+def check_policy(policy: Policy, model: nn.Module) -> None:
+    """Raise ``ValueError`` if the policy names layers or heads that a transformers model does not have."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    layers, heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
+    if isinstance(layers, int) and isinstance(heads, int):
+        kv_heads = getattr(config, "num_key_value_heads", None)
+        policy.check(layers, heads, kv_heads if isinstance(kv_heads, int) else heads)
+
+
+def _isolates() -> bool:
+    """Whether ``torch.compile`` can count the recompiles of one model alone, as it can from torch 2.13 on.
+
+    Recompiles are limited per code object, and all models of a class share one.
+    """
+    return "isolate_recompiles" in inspect.signature(torch.compile).parameters
+
+
+def _isolation() -> dict[str, Any]:
+    """The option of ``torch.compile`` that keeps other models of a class from using up the recompiles of this one."""
+    return {"isolate_recompiles": True} if _isolates() else {}
+
+
+def _watched(run: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
+    """``run``, noticing calls in which no compiled graph took part."""
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        before = backend.calls
+        result = run(*args, **kwargs)
+        if backend.calls == before and not torch.compiler.is_compiling():
+            message = "the model ran un-compiled: Dynamo skipped it or reached its recompile limit, and no policy was applied"
+            backend.report_trouble(message)
+        return result
+
+    return watched
+
+
+def explain(
+    model: nn.Module, *args: Any, policy: Policy | Mask | None = None, device: str | None = None, **kwargs: Any
+) -> Report:
+    """Run ``model(*args, **kwargs)`` once through the passes, without code generation, and return the report.
+
+    The kernels in the report are those that ``Backend(policy)`` would use, on ``device`` (``"cpu"``, ``"cuda"``) if that is
+    given; the model itself runs on the dense reference, without gradients, and is left as it was. A cache that is passed
+    takes the tokens, as in any run. Raises as ``Backend`` does.
+
+        >>> report = sc.explain(model, tokens, policy=causal & sliding_window(4))
+        >>> [site.action for site in report.sites]
+        ['sparse', 'sparse']
+    """
+    chosen = planner(policy, model, device)
+    # Each explanation is a backend of its own; before torch 2.13 they would use up the recompiles of the model's code.
+    with torch.no_grad(), torch_private.without_recompile_limit():
+        _watched(torch.compile(model, backend=chosen, **_isolation()), chosen)(*args, **kwargs)
+    return chosen.report
+
+
+def planner(policy: Policy | Mask | None, model: nn.Module, device: str | None = None) -> Backend:
+    """A backend that reports what ``Backend(policy)`` would do, and runs the dense reference."""
+    chosen = Backend(policy, hooks=Hooks(dry=True, device=device, isolated=_isolates()))
+    if chosen.policy is not None:
+        check_policy(chosen.policy, model)
+    return chosen
