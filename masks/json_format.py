@@ -14,7 +14,7 @@ from sparse_compile.masks.operators import And, Full, Not, Or, both, either
 from sparse_compile.masks.patterns.neighborhood import Neighborhood
 from sparse_compile.masks.patterns.per_head import PerHead
 from sparse_compile.masks.patterns.positional import Causal, Chunked, Dilated, Sink, SlidingWindow, Strided
-from sparse_compile.masks.patterns.remapped import Placed, Relaxed
+from sparse_compile.masks.patterns.remapped import Relaxed, Remapped
 from sparse_compile.masks.patterns.tensor import Document, Explicit, Padding, Prefix
 from sparse_compile.masks.selection.page_topk import PageTopK
 
@@ -23,7 +23,7 @@ PATTERNS: dict[str, type[Mask]] = {
     pattern.name: pattern
     for pattern in (
         *(Full, Causal, Sink, SlidingWindow, Chunked, Strided, Dilated),
-        *(Prefix, Document, Padding, Explicit, Neighborhood, PerHead, Placed, Relaxed, PageTopK),
+        *(Prefix, Document, Padding, Explicit, Neighborhood, PerHead, Remapped, Relaxed, PageTopK),
     )
 }
 

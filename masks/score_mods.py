@@ -11,7 +11,7 @@ import torch
 
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.mask import Index
-from sparse_compile.masks.patterns.tensor import Given, look_up
+from sparse_compile.masks.patterns.tensor import TensorLike, look_up
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,7 +108,7 @@ class Alibi(ScoreMod):
     ``slopes`` is a float tensor ``[heads]``, one per query head.
     """
 
-    slopes: Given
+    slopes: TensorLike
     name: ClassVar[str] = "alibi"
 
     def __post_init__(self) -> None:
@@ -144,7 +144,7 @@ class LogWeight(ScoreMod):
     hides the key.
     """
 
-    weight: Given
+    weight: TensorLike
     name: ClassVar[str] = "log_weight"
 
     def __post_init__(self) -> None:
@@ -163,9 +163,9 @@ class Bias(ScoreMod):
     first query and key: integers, or one-element tensors.
     """
 
-    bias: Given
-    q_start: int | Given = 0
-    kv_start: int | Given = 0
+    bias: TensorLike
+    q_start: int | TensorLike = 0
+    kv_start: int | TensorLike = 0
     name: ClassVar[str] = "bias"
 
     def __post_init__(self) -> None:
@@ -190,7 +190,7 @@ class SinkLogits(ScoreMod):
     ``[heads]``.
     """
 
-    logits: Given
+    logits: TensorLike
     name: ClassVar[str] = "sink_logits"
 
     def __post_init__(self) -> None:
@@ -211,8 +211,8 @@ class SinkScores(ScoreMod):
     0 to ``n - 1`` are replaced; other positions, negative ones included, keep their scores.
     """
 
-    scores: Given
-    keys: Given
+    scores: TensorLike
+    keys: TensorLike
     name: ClassVar[str] = "sink_scores"
 
     def __post_init__(self) -> None:

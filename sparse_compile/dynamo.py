@@ -132,14 +132,14 @@ class Backend:
 
         def run(*args: Any) -> Any:
             self.calls += 1
-            told = [(args[use.argument].sparse_cache_books, *_sizes(use, args), use) for use in uses]
-            for books, batch, tokens, use in told:
-                books.admit(batch, tokens, use.layers, empty=use.empty)
+            told = [(args[use.argument].sparse_cache_host_state, *_sizes(use, args), use) for use in uses]
+            for host_state, batch, tokens, use in told:
+                host_state.admit(batch, tokens, use.layers, empty=use.empty)
             # A cache would tie the graph of every step to those before, and a backward pass would miss what it holds.
             with torch.no_grad() if uses else nullcontext():
                 result = compiled(*args)
-            for books, batch, tokens, use in told:
-                books.note(batch, tokens, use.layers, last=use.last)
+            for host_state, batch, tokens, use in told:
+                host_state.note(batch, tokens, use.layers, last=use.last)
             return result
 
         return run
@@ -198,7 +198,7 @@ class Backend:
         return None if self.policy is None else self.policy.mask_for(call.module, call.layer, call.phase)
 
     def _record(self, rewrite: Rewrite) -> None:
-        from sparse_compile.report_rows import describe
+        from sparse_compile.report_rows import site_rows
 
         report = self.report
         compile_id = torch_private.compile_id()
@@ -210,7 +210,7 @@ class Backend:
             self._graphs[frame, attempt] = report.compiles
         graph = self._graphs[frame, attempt]
         # Dynamo may throw a graph away and trace the same code again, to make a float a constant, say: the last one counts.
-        report.sites = [site for site in report.sites if site.graph != graph] + describe(rewrite, graph)
+        report.sites = [site for site in report.sites if site.graph != graph] + site_rows(rewrite, graph)
         if self.hooks.isolated:
             attempt = earlier
         if rewrite.left and self.strict:

@@ -17,7 +17,7 @@ from sparse_compile.passes.ops.block_tables import BLOCK
 from sparse_compile.report import Site
 
 
-def describe(rewrite: Rewrite, graph: int) -> list[Site]:
+def site_rows(rewrite: Rewrite, graph: int) -> list[Site]:
     """One row per attention call, in the order of the graph."""
     rows = [_rewritten(call, rewrite, graph) for call in rewrite.calls] + [_left(call, graph) for call in rewrite.left]
     return rows
@@ -60,7 +60,7 @@ def _rewritten(call: Attention, rewrite: Rewrite, graph: int) -> Site:
 def _block(groups: Sequence[HeadGroup[Any]]) -> tuple[int, int]:
     """Which queries choose keys together, and by how many."""
     sources = [group.call.kv for group in groups if group.call.chooses_pages]
-    sizes = [kv.selecting.page_size for kv in sources if isinstance(kv, Selected)]
+    sizes = [kv.selection.page_size for kv in sources if isinstance(kv, Selected)]
     return (1, max(sizes)) if sizes else (BLOCK, BLOCK)
 
 

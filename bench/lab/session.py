@@ -40,7 +40,7 @@ class Session:
             mode=method.mode,
             kv=method.kv,
         )
-        has_rings = any(not storage.holds_every_key for layer in self.cache.kept for storage in layer.plan.storages)
+        has_rings = any(not storage.holds_every_key for layer in self.cache.cached_layers for storage in layer.plan.storages)
         self.chunk = CHUNK if has_rings and method.mode == "strict" else length
         self.model.compile(backend=Backend(method.policy, inner="eager", strict=True))
 

@@ -24,7 +24,6 @@ from bench.models.filled import (
     MODE,
     TINY_HALF,
     Case,
-    digest_bytes,
     fill,
     fill_static,
     first_call,
@@ -33,6 +32,7 @@ from bench.models.filled import (
     randomize,
     row,
     static_cache,
+    summary_bytes,
     weights,
 )
 from bench.models.model import STEPS, build, kernels_of
@@ -95,7 +95,7 @@ class Variant:
         cache = case.cache(self.mask, length, "meta")
         density = largest_density(mask, 1, length, length - 1, case.config.num_attention_heads, (1, 64))
         embedding = model.get_input_embeddings().weight.nbytes  # a step reads one row of it
-        read = weights(model) - embedding + case.read(cache, density) + digest_bytes(cache)
+        read = weights(model) - embedding + case.read(cache, density) + summary_bytes(cache)
         sizes = [size / GIB for size in (weights(model), cache.nbytes, self.beside)]
         parts = "{:.2f} weights + {:.2f} KV of this length + {:.2f} beside them".format(*sizes)
         notes = [f"{case.batch * 1e3 / timing.p50:.1f} tokens/s", f"peak {parts}", self.note, note]

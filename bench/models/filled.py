@@ -17,9 +17,9 @@ from bench.measure.timing import CUDA, DEVICE, Row, Timing, measured
 from bench.models.model import LLAMA3_8B, TINY
 from sparse_compile.masks import Mask, causal, per_head, sink, sliding_window
 from sparse_compile.masks.patterns.per_head import PerHead
-from sparse_compile.masks.selection.page_scoring import describe
-from sparse_compile.passes.storage.codec import Codes, dequantize
-from sparse_compile.passes.storage.layer_plan import codes_of
+from sparse_compile.masks.selection.page_scoring import summarize
+from sparse_compile.passes.storage.codec import QuantizedTensor, dequantize
+from sparse_compile.passes.storage.layer_plan import quantized_of
 
 LLAMA2_7B = LlamaConfig(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
@@ -81,7 +81,7 @@ MHA = Case("Llama-2-7B", LLAMA2_7B, 4, contexts(20_000), dense=200_000, stock=(2
 def fill(cache: Any, tokens: int) -> None:
     """Pretend that every row of ``cache`` holds ``tokens`` tokens. Their content is whatever the buffers hold."""
     at, column = cache.positions, torch.arange(cache.max_length, device=DEVICE)
-    cache.books.columns, cache.books.batch = tokens, cache.max_batch
+    cache.host_state.columns, cache.host_state.batch = tokens, cache.max_batch
     at.columns.fill_(tokens)
     at.texts.fill_(tokens)
     at.choose_anew()
@@ -100,13 +100,13 @@ def randomize(cache: Any) -> None:
     for layer in cache.layers:
         for buffer in layer.buffers:
             buffer.normal_()
-        for part in layer.codes:
+        for part in layer.quantized:
             _draw_codes(part)
         leading = [at for at, storage in enumerate(layer.plan.storages) if getattr(storage, "selecting", None) is not None]
-        for at, (digest, page) in zip(leading, layer.digests(), strict=True):
-            for head in range(digest.shape[1]):
-                score = layer.plan.storages[at].selecting.selector.score
-                digest[:, head : head + 1] = describe(_keys_of(layer, at, head), None, page, score)
+        for at, (summary, page) in zip(leading, layer.summaries(), strict=True):
+            for head in range(summary.shape[1]):
+                score = layer.plan.storages[at].selection.selector.score
+                summary[:, head : head + 1] = summarize(_keys_of(layer, at, head), None, page, score)
 
 
 def _draw_codes(part: Any) -> None:
@@ -122,19 +122,19 @@ def _keys_of(layer: Any, at: int, head: int) -> Any:
     forms = layer.plan.storages[at].forms
     if forms is None:
         return layer.buffers[2 * at][:, head : head + 1]
-    codes = codes_of(layer.plan, layer.codes, at)[0]
-    return dequantize(Codes(*(part[:, head : head + 1] for part in codes.used())), forms[0], layer.dtype)
+    quantized = quantized_of(layer.plan, layer.quantized, at)[0]
+    return dequantize(QuantizedTensor(*(part[:, head : head + 1] for part in quantized.used())), forms[0], layer.dtype)
 
 
-def digest_bytes(cache: Any) -> int:
+def summary_bytes(cache: Any) -> int:
     """Return the bytes of page summaries that a decode step reads to select pages, as a mean over steps.
 
     A step that reuses earlier scores (``every`` > 1) reads none.
     """
     total = 0.0
     for layer in cache.layers:
-        chosen = [s.selecting.selector.every for s in layer.plan.storages if getattr(s, "selecting", None) is not None]
-        total += sum(digest.nbytes / every for (digest, _), every in zip(layer.digests(), chosen, strict=True))
+        chosen = [s.selection.selector.every for s in layer.plan.storages if getattr(s, "selecting", None) is not None]
+        total += sum(summary.nbytes / every for (summary, _), every in zip(layer.summaries(), chosen, strict=True))
     return int(total)
 
 

@@ -14,7 +14,7 @@ import sparse_compile as sc
 from bench.measure.shapes import DTYPE, LLAMA3, SMALL, Shape
 from bench.measure.timing import DEVICE, Row, Timing, bandwidth, measure
 from bench.models.cache import decode_steps, last_steps, run_steps
-from bench.models.filled import GIB, GQA, TINY_HALF, Case, digest_bytes, forget, graphs, row, weights
+from bench.models.filled import GIB, GQA, TINY_HALF, Case, forget, graphs, row, summary_bytes, weights
 from bench.models.model import LLAMA3_8B, STEPS, TINY, build, kernels_of
 from sparse_compile.masks import Mask, causal, page_topk
 
@@ -44,8 +44,8 @@ def _attention(shape: Shape, length: int, mask: Mask | None, kv: Any) -> tuple[T
     """Return the time of one layer, and a function that makes a row of it."""
     timing, cache, backend = last_steps(shape, mask, length, layers=LAYERS, steps=STEPS, room=64, kv=kv)
     density = 1.0 if mask is None else 4096 / length
-    kept, share = cache.nbytes - digest_bytes(cache), cache.nbytes / cache.dense_nbytes
-    read = (density * kept + digest_bytes(cache)) / LAYERS * length / cache.max_length
+    kept, share = cache.nbytes - summary_bytes(cache), cache.nbytes / cache.dense_nbytes
+    read = (density * kept + summary_bytes(cache)) / LAYERS * length / cache.max_length
 
     def made(plain: Timing | None = None) -> Row:
         return row(
@@ -90,7 +90,7 @@ class Encoded(Case):
 
     def read(self, cache: Any, density: float) -> float:
         """Return the bytes of the whole cache without page summaries: a step without page selection reads all of it."""
-        return float(cache.nbytes - digest_bytes(cache))
+        return float(cache.nbytes - summary_bytes(cache))
 
     def what(self, mask: Mask | None) -> str:
         """Describe the mask and the format for the ``what`` column of a row."""

@@ -12,7 +12,7 @@ from bench.attention.prefill_decode import SDPA, STOCK, relative_error
 from bench.measure.shapes import DTYPE, LLAMA2, LLAMA3, SMALL, Shape, compiled, operands, prefill
 from bench.measure.timing import CUDA, Row, bandwidth, in_graph, matmul_rate, measure, measured
 from bench.models.cache import decode_steps, last_steps, stock_steps
-from bench.models.filled import DENSE, GIB, GQA, MODE, TINY_HALF, digest_bytes, forget, graphs, row
+from bench.models.filled import DENSE, GIB, GQA, MODE, TINY_HALF, forget, graphs, row, summary_bytes
 from bench.models.model import build, kernels_of
 from sparse_compile.masks import causal, page_topk
 from sparse_compile.masks.selection.page_topk import PageTopK
@@ -46,7 +46,7 @@ def _attention(shape: Shape, length: int, selector: PageTopK, *, layers: int = L
     slow = measure(in_graph(all_keys, times=STEPS) if CUDA else all_keys).per(len(dense) * (STEPS if CUDA else 1))
     dense.clear()
     timing, cache, backend = last_steps(shape, mask, length, layers=layers, steps=STEPS, room=4096)
-    described = digest_bytes(cache) / layers * length / cache.max_length
+    described = summary_bytes(cache) / layers * length / cache.max_length
     read = 2 * shape.kv_heads * selector.tokens * shape.head_dim * DTYPE.itemsize + described
     return row(
         timing,

@@ -12,12 +12,12 @@ from torch import Tensor
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.intervals import INF, Bounds, Edge, Intervals
 from sparse_compile.masks.mask import Index, Mask
-from sparse_compile.masks.patterns.tensor import INTEGERS, Given, capture, look_up
+from sparse_compile.masks.patterns.tensor import INTEGERS, TensorLike, capture, look_up
 from sparse_compile.masks.unknown_tensors import without_tensors
 
 
 @dataclass(frozen=True, repr=False)
-class Placed(Mask):
+class Remapped(Mask):
     """Apply ``mask`` at remapped positions: pair ``(i, j)`` is visible if ``mask`` shows ``(queries[b, i], keys[b, j])``.
 
     ``queries`` ``[B, Q]`` and ``keys`` ``[B, KV]`` are integer tensors of text positions. Queries and keys with a negative
@@ -30,10 +30,10 @@ class Placed(Mask):
     """
 
     mask: Mask
-    queries: Given
-    keys: Given
+    queries: TensorLike
+    keys: TensorLike
     ordered: bool = False
-    name: ClassVar[str] = "placed"
+    name: ClassVar[str] = "remapped"
 
     def __post_init__(self) -> None:
         capture(self, "queries", 2, "[batch, queries]", INTEGERS)
@@ -127,7 +127,7 @@ class Relaxed(Mask):
     """
 
     mask: Mask
-    start: Given
+    start: TensorLike
     name: ClassVar[str] = "relaxed"
 
     def __post_init__(self) -> None:
@@ -152,5 +152,5 @@ class Relaxed(Mask):
         return Captured.of(self.start).tensor.shape[0], self.mask.sizes()[1]
 
 
-placed = Placed
+remapped = Remapped
 relaxed = Relaxed

@@ -13,7 +13,7 @@ from sparse_compile.masks.intervals import Bounds, Intervals
 from sparse_compile.masks.mask import Index, Mask
 from sparse_compile.masks.patterns.positional import at_least, before
 
-Given = Captured | Tensor | list[Any]
+TensorLike = Captured | Tensor | list[Any]
 BOOL = (torch.bool,)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -71,7 +71,7 @@ class Prefix(Mask):
         ███
     """
 
-    lengths: int | Given
+    lengths: int | TensorLike
     name: ClassVar[str] = "prefix"
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ class Document(Mask):
         ··█
     """
 
-    ids: Given
+    ids: TensorLike
     name: ClassVar[str] = "document"
 
     def __post_init__(self) -> None:
@@ -184,7 +184,7 @@ class Padding(Mask):
         ·██
     """
 
-    valid: Given
+    valid: TensorLike
     name: ClassVar[str] = "padding"
 
     def __post_init__(self) -> None:
@@ -226,9 +226,9 @@ class Explicit(Mask):
         ██
     """
 
-    visible: Given
-    q_start: int | Given = 0
-    kv_start: int | Given = 0
+    visible: TensorLike
+    q_start: int | TensorLike = 0
+    kv_start: int | TensorLike = 0
     name: ClassVar[str] = "explicit"
 
     def __post_init__(self) -> None:

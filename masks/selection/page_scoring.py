@@ -12,12 +12,12 @@ from torch import Tensor
 HIDDEN, OFFERED, KEPT = 0, 1, 2  # page classes: no key is visible, the budget decides, always selected
 
 
-def digest_width(score: str, dim: int) -> int:
+def summary_width(score: str, dim: int) -> int:
     """Return how many numbers a page summary has; 0 if the keys themselves are scored."""
     return {"minmax": 2 * dim, "mean": dim, "keys": 0}[score]
 
 
-def describe(keys: Tensor, valid: Tensor | None, page: int, score: str) -> Tensor:
+def summarize(keys: Tensor, valid: Tensor | None, page: int, score: str) -> Tensor:
     """Summarize every page of the keys ``[B, H, N, D]``: page summaries ``[B, H, N / page, width]`` in the keys' dtype.
 
     Only keys that are ``valid`` (``[B | 1, N]``; None means all) count. A ``minmax`` summary holds the minimum and then the
@@ -40,7 +40,7 @@ def describe(keys: Tensor, valid: Tensor | None, page: int, score: str) -> Tenso
     return torch.cat([torch.where(some, low, 0), torch.where(some, high, 0)], dim=-1)
 
 
-def score_digests(q: Tensor, digest: Tensor, score: str) -> Tensor:
+def score_summaries(q: Tensor, summary: Tensor, score: str) -> Tensor:
     """Score page summaries ``[B, H, L, width]`` for queries ``[B, H, G, D]``: fp32 ``[B, H, G, L]``.
 
     The ``minmax`` score is ``sum_d max(q_d * min_d, q_d * max_d)``. No key of the page has a larger product with the query.
@@ -50,7 +50,7 @@ def score_digests(q: Tensor, digest: Tensor, score: str) -> Tensor:
     q = q.float()
     if score == "minmax":
         q = torch.cat([q.clamp(max=0), q.clamp(min=0)], dim=-1)
-    return q @ digest.float().transpose(-1, -2)
+    return q @ summary.float().transpose(-1, -2)
 
 
 def score_keys(q: Tensor, keys: Tensor, valid: Tensor | None, page: int) -> Tensor:

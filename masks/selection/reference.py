@@ -16,10 +16,10 @@ from sparse_compile.masks.selection.page_scoring import (
     OFFERED,
     alive,
     choose,
-    describe,
     pool,
-    score_digests,
     score_keys,
+    score_summaries,
+    summarize,
 )
 from sparse_compile.masks.selection.page_topk import PageTopK, choosing_together, has_selector, offered, static_part
 
@@ -71,7 +71,7 @@ def _kept(
         if selector.score == "keys":
             scores = score_keys(mean, k, valid, selector.page)
         else:
-            scores = score_digests(mean, describe(k, valid, selector.page, selector.score), selector.score)
+            scores = score_summaries(mean, summarize(k, valid, selector.page, selector.score), selector.score)
         with_keys = alive(valid, selector.page).unsqueeze(1)
         pooled = pool(scores, selector.group, page_size // selector.page, with_keys)[:, 0]
         count, listed = choose(pooled, classes, -(-selector.tokens // page_size), pages)

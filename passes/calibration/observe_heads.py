@@ -16,7 +16,7 @@ from sparse_compile.passes.ir.kv_source import Dense
 from sparse_compile.passes.ir.left import Refused
 from sparse_compile.passes.ir.rewrite import Rewrite
 from sparse_compile.passes.ops.attention_stats import Look, Watch, add_weights
-from sparse_compile.passes.ops.block_tables import given
+from sparse_compile.passes.ops.block_tables import tensor_names
 from sparse_compile.passes.storage.graph_text import to_text
 from sparse_compile.passes.torch_private import overload
 
@@ -56,7 +56,7 @@ def _check(call: Attention) -> None:
     at = call.positions
     if expr_of(at.q_start) != 0 or expr_of(at.kv_start) != 0 or at.q_shift is not None:
         raise ValueError(f"{where} continues a text ({at}): observe whole texts, without a cache")
-    captures = (*given(call.mask), *(call.score_mod.captures() if call.score_mod is not None else ()))
+    captures = (*tensor_names(call.mask), *(call.score_mod.captures() if call.score_mod is not None else ()))
     if captures:
         raise ValueError(
             f"the attention of {where} reads {', '.join(str(c) for c in captures)} beside queries and keys: observe texts "

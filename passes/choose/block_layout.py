@@ -97,18 +97,18 @@ def selection_layout(
     With ``every_column`` a table has a column for every page and full blocks apart, as the C++ kernel wants.
     """
     listed, listed_heads = _of_kv_heads(call, seen)
-    page_size = pages.selecting.page_size
+    page_size = pages.selection.page_size
     # Padding may lie in any number of pages that the static part of a mask touches.
-    width = pages.length // page_size if pages.new.texts is not None or every_column else pages.selecting.width
+    width = pages.length // page_size if pages.new.texts is not None or every_column else pages.selection.width
     block = (BLOCK, page_size)
     return Layout(listed, listed_heads, block, split=every_column, width=width, group=group, options=_sorted(options or {}))
 
 
 def selection_options(call: Attention, pages: Selected, target: Target) -> dict[str, Any]:
     """The options of FlexAttention's decode kernel over chosen pages."""
-    page_size = pages.selecting.page_size
+    page_size = pages.selection.page_size
     tiles = tiles_for_pages(tiles_of(call, "decode", target), page_size)
-    visited = min(pages.selecting.budget, pages.length // page_size) * (page_size // tiles.block_n)
+    visited = min(pages.selection.budget, pages.length // page_size) * (page_size // tiles.block_n)
     return kernel_options(tiles, "decode", splits=splits_for(hint_of(call.batch) * call.kv_heads, visited))
 
 

@@ -13,8 +13,8 @@ from torch.fx import Node
 
 from sparse_compile.passes.ir.fx_nodes import hint_of, sizes_of
 from sparse_compile.passes.storage import layer_plan
-from sparse_compile.passes.storage.codec import Codes, Format
-from sparse_compile.passes.storage.layer_plan import Choice, Selecting
+from sparse_compile.passes.storage.codec import Format, QuantizedTensor
+from sparse_compile.passes.storage.layer_plan import PageSelection, SelectionState
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class Quantized:
     """
 
     tails: Paged
-    keys: Codes[Node]
-    values: Codes[Node]
+    keys: QuantizedTensor[Node]
+    values: QuantizedTensor[Node]
     forms: tuple[Format, Format]
     check_finite: bool
 
@@ -137,8 +137,8 @@ class Selected:
     """
 
     pages: Paged | Quantized
-    selecting: Selecting
-    choice: Choice[Node]
+    selection: PageSelection
+    state: SelectionState[Node]
     leads: bool
 
     @property
@@ -149,7 +149,7 @@ class Selected:
     @property
     def appends_with_choice(self) -> bool:
         """Whether one op appends the token of a step and chooses pages."""
-        return self.new.is_step and self.choice.digest is not None
+        return self.new.is_step and self.state.summary is not None
 
     @property
     def heads(self) -> int:
@@ -203,7 +203,7 @@ class Ring:
     that is full of sink.
     """
 
-    storage: layer_plan.Ring
+    storage: layer_plan.RingStorage
     keys: Node
     values: Node
     new: NewTokens

@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sparse_compile.passes.kernels.launch import on_its_device, starts_early
 from sparse_compile.passes.kernels.operands import Append
-from sparse_compile.passes.storage.codec import LEVELS, Codes, Format
+from sparse_compile.passes.storage.codec import LEVELS, Format, QuantizedTensor
 
 # Numbers of a group of keys that a program encodes: with more it would need registers that scoring pages is short of.
 TILE_SIZE = 1024
@@ -30,18 +30,18 @@ def launch_append(new: Append[Tensor]) -> None:
         new.value_tail,
         *new.keys.used(),
         *new.values.used(),
-        *([] if new.digest is None else [new.digest]),
+        *([] if new.summary is None else [new.summary]),
     ]
     assert new.k.shape[2] == 1 and all(tensor.is_contiguous() for tensor in tensors)
-    width, pages = (0, 0) if new.digest is None else (new.digest.shape[3], new.digest.shape[2])
+    width, pages = (0, 0) if new.summary is None else (new.summary.shape[3], new.summary.shape[2])
     sizes = group_sizes(new.key_form, new.value_form, new.k.shape[3], new.v.shape[3])
     early = starts_early(new.k.device)
     _append_codes[(sizes["PARTS"], new.k.shape[0] * new.k.shape[1])](
         **new_token(new.k, new.v),
         key_tail=new.key_tail,
         value_tail=new.value_tail,
-        **code_pointers(new.keys, new.values),
-        digest=new.digest,
+        **quantized_pointers(new.keys, new.values),
+        summary=new.summary,
         columns=new.columns,
         texts=new.texts,
         text_b=0 if new.texts is None else new.texts.stride(0),
@@ -69,12 +69,14 @@ def new_token(k: Tensor, v: Tensor) -> dict[str, Any]:
     return {"k": k, "v": v, **strides}
 
 
-def code_pointers(keys: Codes[Tensor] | None, values: Codes[Tensor] | None) -> dict[str, Tensor | None]:
+def quantized_pointers(
+    keys: QuantizedTensor[Tensor] | None, values: QuantizedTensor[Tensor] | None
+) -> dict[str, Tensor | None]:
     """The tensors of quantized keys and values; None for each if nothing is quantized."""
     named = (("key", keys), ("value", values))
     return {
-        f"{name}_{part}": None if codes is None else getattr(codes, part)
-        for name, codes in named
+        f"{name}_{part}": None if quantized is None else getattr(quantized, part)
+        for name, quantized in named
         for part in ("data", "scale", "offset")
     }
 
@@ -97,7 +99,7 @@ def group_sizes(keys: Format, values: Format, dim: int, dim_v: int) -> dict[str,
 
 @triton.jit
 def _append_codes(
-    k, v, key_tail, value_tail, key_data, key_scale, key_offset, value_data, value_scale, value_offset, digest, columns, texts,
+    k, v, key_tail, value_tail, key_data, key_scale, key_offset, value_data, value_scale, value_offset, summary, columns, texts,
     k_b, k_h, k_d, v_b, v_h, v_d, text_b, slots, tail, pages,
     KEYS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUES: tl.constexpr, VALUE_GROUP: tl.constexpr, TILE: tl.constexpr,
     PARTS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr,
@@ -118,8 +120,8 @@ def _append_codes(
         encode_token(v, v_d, value_data, value_scale, value_offset, now, row, slots, VALUES, DIM_V, VALUE_GROUP)
         if KEY_GROUP == 1:
             encode_token(k, k_d, key_data, key_scale, key_offset, now, row, slots, KEYS, DIM, 1)
-        if digest is not None:
-            describe(key_tail, fresh, digest, texts, now, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE, MINMAX)
+        if summary is not None:
+            summarize(key_tail, fresh, summary, texts, now, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE, MINMAX)
     elif KEY_GROUP > 1:
         encode_tile(part - 1, k, k_d, key_tail, key_data, key_scale, key_offset, texts, now, row, batch, text_b, slots, tail,
                     KEYS, DIM, KEY_GROUP, TILE)  # fmt: skip
@@ -152,13 +154,13 @@ def encode_tile(
     there = byte < BYTES
     scales += group * DIM
     offsets += group * DIM
-    codes = tl.zeros([number.shape[0], BLOCK], tl.int32)
+    quantized = tl.zeros([number.shape[0], BLOCK], tl.int32)
     for half in tl.range(2 if KIND == "int4" else 1):  # a loop, as each copy of its code would be 10 KiB
         channel = byte + half * BYTES
         found = _encode_channels(new, new_d, tail, scales, offsets, column, at, seen, length, channel, there, KIND, DIM)
-        codes |= found << (half * 4)
+        quantized |= found << (half * 4)
     target = data + (group * TOKENS + number)[:, None] * BYTES + byte[None, :]
-    tl.store(target, codes.to(tl.uint8), mask=inside[:, None] & there[None, :])
+    tl.store(target, quantized.to(tl.uint8), mask=inside[:, None] & there[None, :])
 
 
 @triton.jit
@@ -169,10 +171,10 @@ def _encode_channels(new, new_d, tail, scales, offsets, column, at, seen, length
     fresh = tl.load(new + channel * new_d, mask=there, other=0).to(older.dtype)
     # Not from the tail: another program stores it.
     x = tl.where((at == column)[:, None], fresh[None, :], older).to(tl.float32)
-    codes, scale, offset = _codes(x, seen[:, None], 0, False, KIND)
+    quantized, scale, offset = _codes(x, seen[:, None], 0, False, KIND)
     tl.store(scales + channel, scale, mask=there)
     tl.store(offsets + channel, offset, mask=there)
-    return codes
+    return quantized
 
 
 @triton.jit
@@ -191,19 +193,19 @@ def encode_token(new, new_d, data, scales, offsets, column, row, slots, KIND, DI
         channel = group[:, None] * CHANNELS + member[None, :]
         there = (group < GROUPS)[:, None] & (member < CHANNELS)[None, :]
         x = tl.load(new + channel * new_d, mask=there, other=0).to(tl.float32)
-        codes, scale, offset = _codes(x, there, 1, CHANNELS == 1, KIND)
+        quantized, scale, offset = _codes(x, there, 1, CHANNELS == 1, KIND)
         tl.store(scales + place * GROUPS + group, scale, mask=group < GROUPS)
         tl.store(offsets + place * GROUPS + group, offset, mask=group < GROUPS)
         if KIND == "int4":
             byte = tl.arange(0, triton.next_power_of_2(DIM // 2))
             half = byte < DIM // 2
-            codes = tl.reshape(codes, [COUNT * SPAN])
+            quantized = tl.reshape(quantized, [COUNT * SPAN])
             low, high = tl.where(half, byte, 0), tl.where(half, byte + DIM // 2, 0)
-            packed = tl.gather(codes, low // CHANNELS * SPAN + low % CHANNELS, 0)
-            packed |= tl.gather(codes, high // CHANNELS * SPAN + high % CHANNELS, 0) << 4
+            packed = tl.gather(quantized, low // CHANNELS * SPAN + low % CHANNELS, 0)
+            packed |= tl.gather(quantized, high // CHANNELS * SPAN + high % CHANNELS, 0) << 4
             tl.store(data + place * (DIM // 2) + byte, packed.to(tl.uint8), mask=half)
         else:
-            tl.store(data + place * DIM + channel, codes.to(tl.uint8), mask=there)
+            tl.store(data + place * DIM + channel, quantized.to(tl.uint8), mask=there)
 
 
 @triton.jit
@@ -260,7 +262,7 @@ def _rounded_up(scale):
 
 
 @triton.jit
-def describe(keys, fresh, digest, texts, column, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX):
+def summarize(keys, fresh, summary, texts, column, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX):
     """Write the digest of the logical page that holds ``column``, whose key is ``fresh`` unless that is None."""
     ROWS: tl.constexpr = triton.next_power_of_2(PAGE)
     CHANNELS: tl.constexpr = triton.next_power_of_2(DIM)
@@ -279,12 +281,12 @@ def describe(keys, fresh, digest, texts, column, row, batch, text_b, pages, tail
     if texts is not None:
         seen &= tl.load(texts + batch * text_b + at, mask=seen, other=-1) >= 0
     count = tl.sum(seen.to(tl.int32), axis=0)
-    target = digest + (row * pages * (PAGE_SIZE // PAGE) + logical) * WIDTH + channel
+    target = summary + (row * pages * (PAGE_SIZE // PAGE) + logical) * WIDTH + channel
     if MINMAX:
         low = tl.min(tl.where(seen[:, None], block, float("inf")), axis=0)
         high = tl.max(tl.where(seen[:, None], block, float("-inf")), axis=0)
-        tl.store(target, tl.where(count > 0, low, 0).to(digest.dtype.element_ty), mask=channel < DIM)
-        tl.store(target + DIM, tl.where(count > 0, high, 0).to(digest.dtype.element_ty), mask=channel < DIM)
+        tl.store(target, tl.where(count > 0, low, 0).to(summary.dtype.element_ty), mask=channel < DIM)
+        tl.store(target + DIM, tl.where(count > 0, high, 0).to(summary.dtype.element_ty), mask=channel < DIM)
     else:
         mean = tl.sum(tl.where(seen[:, None], block, 0), axis=0) / tl.maximum(count, 1).to(tl.float32)
-        tl.store(target, mean.to(digest.dtype.element_ty), mask=channel < DIM)
+        tl.store(target, mean.to(summary.dtype.element_ty), mask=channel < DIM)

@@ -29,25 +29,25 @@ def channels_of(unit, part: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr
 
 
 @triton.jit
-def read_keys(codes, scales, offsets, KIND: tl.constexpr, FAST: tl.constexpr):
+def read_keys(quantized, scales, offsets, KIND: tl.constexpr, FAST: tl.constexpr):
     """Keys, in parts that are ``PAIRED`` if ``FAST``; those of fp8 without their scale.
 
     ``scales`` and ``offsets`` are words ``[tokens, units]`` of two float16, of the channels of each unit; int4 has two of each.
     """
     if KIND == "":
-        return (codes,)
+        return (quantized,)
     elif KIND == "fp8":
         if FAST:
-            return _paired_fp8(codes)
+            return _paired_fp8(quantized)
         else:
-            return _decode(codes & 255), _decode((codes >> 8) & 255)
+            return _decode(quantized & 255), _decode((quantized >> 8) & 255)
     elif FAST:
         if KIND == "int8":
-            return _paired_int8(codes, scales[0], offsets[0])
+            return _paired_int8(quantized, scales[0], offsets[0])
         else:
-            return _paired_int4(codes, scales[0], offsets[0], scales[1], offsets[1])
+            return _paired_int4(quantized, scales[0], offsets[0], scales[1], offsets[1])
     else:
-        parts = _separate(codes, KIND)
+        parts = _separate(quantized, KIND)
         keys = ()
         for part in tl.static_range(len(parts)):
             shift = part % 2 * 16
@@ -56,21 +56,21 @@ def read_keys(codes, scales, offsets, KIND: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def read_values(codes, KIND: tl.constexpr, FAST: tl.constexpr):
+def read_values(quantized, KIND: tl.constexpr, FAST: tl.constexpr):
     """Values in parts, without scale and offset; integers are too small, by ``steps_in_one``."""
     if KIND == "":
-        return (codes,)
+        return (quantized,)
     elif KIND == "fp8":
         if FAST:
-            return _fp8(codes)
+            return _fp8(quantized)
         else:
-            return _decode(codes & 255), _decode((codes >> 8) & 255)
+            return _decode(quantized & 255), _decode((quantized >> 8) & 255)
     elif not FAST:
-        return _separate(codes, KIND)
+        return _separate(quantized, KIND)
     elif KIND == "int8":
-        return _tiny_int8(codes)
+        return _tiny_int8(quantized)
     else:
-        return _tiny_int4(codes)
+        return _tiny_int4(quantized)
 
 
 @triton.jit
@@ -90,8 +90,8 @@ def _half(word):
 
 
 @triton.jit
-def _separate(codes, KIND: tl.constexpr):
-    low, high = codes & 255, (codes >> 8) & 255
+def _separate(quantized, KIND: tl.constexpr):
+    low, high = quantized & 255, (quantized >> 8) & 255
     if KIND == "int8":
         return low.to(tl.float32), high.to(tl.float32)
     else:
@@ -111,7 +111,7 @@ def _decode(code):
 
 
 @triton.jit
-def _paired_int8(codes, scale, offset):
+def _paired_int8(quantized, scale, offset):
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 bias;
@@ -123,12 +123,12 @@ def _paired_int8(codes, scale, offset):
         fma.rn.f16x2 $0, $0, $3, $5;
         fma.rn.f16x2 $1, $1, $4, $6;
         }""",
-        "=&r,=&r,r,r,r,r,r", [codes, scale, offset], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        "=&r,=&r,r,r,r,r,r", [quantized, scale, offset], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
     )  # fmt: skip
 
 
 @triton.jit
-def _paired_int4(codes, scale, offset, upper_scale, upper_offset):
+def _paired_int4(quantized, scale, offset, upper_scale, upper_offset):
     """Upper halves of bytes are 1024 + 16 * code there, so they are divided by 16."""
     return tl.inline_asm_elementwise(
         """{
@@ -151,13 +151,13 @@ def _paired_int4(codes, scale, offset, upper_scale, upper_offset):
         fma.rn.f16x2 $2, $2, $9, $11;
         fma.rn.f16x2 $3, $3, $10, $12;
         }""",
-        "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r", [codes, scale, offset, upper_scale, upper_offset],
+        "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r", [quantized, scale, offset, upper_scale, upper_offset],
         dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
     )  # fmt: skip
 
 
 @triton.jit
-def _paired_fp8(codes):
+def _paired_fp8(quantized):
     return tl.inline_asm_elementwise(
         """{
         .reg .b16 first, second;
@@ -165,12 +165,12 @@ def _paired_fp8(codes):
         cvt.rn.f16x2.e4m3x2 $0, first;
         cvt.rn.f16x2.e4m3x2 $1, second;
         }""",
-        "=&r,=&r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        "=&r,=&r,r", [quantized], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
     )  # fmt: skip
 
 
 @triton.jit
-def _fp8(codes):
+def _fp8(quantized):
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 sorted;
@@ -180,23 +180,23 @@ def _fp8(codes):
         cvt.rn.f16x2.e4m3x2 $0, lower;
         cvt.rn.f16x2.e4m3x2 $1, upper;
         }""",
-        "=&r,=&r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        "=&r,=&r,r", [quantized], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
     )  # fmt: skip
 
 
 @triton.jit
-def _tiny_int8(codes):
+def _tiny_int8(quantized):
     return tl.inline_asm_elementwise(
         """{
         prmt.b32 $0, $2, 0, 0x4240;
         prmt.b32 $1, $2, 0, 0x4341;
         }""",
-        "=&r,=&r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        "=&r,=&r,r", [quantized], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
     )  # fmt: skip
 
 
 @triton.jit
-def _tiny_int4(codes):
+def _tiny_int4(quantized):
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 odd;
@@ -206,7 +206,7 @@ def _tiny_int4(codes):
         and.b32 $2, $4, 0x00f000f0;
         and.b32 $3, odd, 0x00f000f0;
         }""",
-        "=&r,=&r,=&r,=&r,r", [codes],
+        "=&r,=&r,=&r,=&r,r", [quantized],
         dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
     )  # fmt: skip
 

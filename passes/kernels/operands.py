@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Generic, NamedTuple, TypeVar
 
-from sparse_compile.passes.storage.codec import Codes, Format
+from sparse_compile.passes.storage.codec import Format, QuantizedTensor
 
 T = TypeVar("T")
 
@@ -28,9 +28,9 @@ class Stored(NamedTuple, Generic[T]):
     kind: str = ""
 
     @staticmethod
-    def of(codes: Codes[T], form: Format) -> Stored[T]:
+    def of(quantized: QuantizedTensor[T], form: Format) -> Stored[T]:
         """What a cache holds of keys or values, as kernels read it."""
-        return Stored(*codes, form.kind)
+        return Stored(*quantized, form.kind)
 
 
 class PageRead(NamedTuple, Generic[T]):
@@ -83,15 +83,15 @@ class Append(NamedTuple, Generic[T]):
     """New tokens ``k`` and ``v`` ``[B, H, Q, *]`` for quantized pages, at column ``columns``.
 
     ``key_tail`` and ``value_tail`` ``[max_batch, H, T, *]`` hold the latest tokens as they came. ``texts`` ``[B, N]`` is
-    negative for padding, which takes no part in scales. ``digest``, where it is given, receives the summary by ``score`` of
+    negative for padding, which takes no part in scales. ``summary``, where it is given, receives the summary by ``score`` of
     the pages of ``page`` keys that the tokens went to.
     """
 
     key_tail: T
     value_tail: T
-    keys: Codes[T]
-    values: Codes[T]
-    digest: T | None
+    keys: QuantizedTensor[T]
+    values: QuantizedTensor[T]
+    summary: T | None
     k: T
     v: T
     columns: T
@@ -119,8 +119,8 @@ class SelectPages(NamedTuple, Generic[T]):
     """One token ``k``, ``v`` ``[B, Hkv, 1, *]`` to append at ``columns``, and the pages to choose for ``q`` ``[B, Hq, 1, D]``.
 
     ``keys`` and ``values`` ``[B', Hkv, N, *]`` are buffers with column ``n`` in slot ``n % N``; they are tails if there are
-    ``key_codes`` and ``value_codes``, which are written as well. ``digest`` ``[B', Hkv, L, width]`` summarizes pages, and
-    ``scores`` ``[B', Hkv, P]`` ranks them. Pages are chosen when they were scored and when ``changed`` (int32 ``[1]``) says
+    ``key_quantized`` and ``value_quantized``, which are written as well. ``summary`` ``[B', Hkv, L, width]`` summarizes pages,
+    and ``scores`` ``[B', Hkv, P]`` ranks them. Pages are chosen when they were scored and when ``changed`` (int32 ``[1]``) says
     that their ``classes`` changed; until then ``counts`` ``[B', Hkv, 1]`` and ``table`` ``[B', Hkv, 1, width]`` stay.
     ``counts`` must be zeros at first: programs count themselves in the upper halves. ``anchor`` is the column that steps of
     scoring are counted from. ``texts`` ``[B, N]`` is negative where a column is padding. ``budget`` is a number of pages.
@@ -128,12 +128,12 @@ class SelectPages(NamedTuple, Generic[T]):
 
     keys: T
     values: T
-    digest: T
+    summary: T
     scores: T
     counts: T
     table: T
-    key_codes: Codes[T] | None
-    value_codes: Codes[T] | None
+    key_quantized: QuantizedTensor[T] | None
+    value_quantized: QuantizedTensor[T] | None
     q: T
     k: T
     v: T

@@ -15,13 +15,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sparse_compile.passes.kernels.append_token import (
-    code_pointers,
-    describe,
     encode_tile,
     encode_token,
     group_sizes,
     new_token,
+    quantized_pointers,
     store_token,
+    summarize,
 )
 from sparse_compile.passes.kernels.launch import on_its_device, starts_early
 from sparse_compile.passes.kernels.operands import SelectPages
@@ -48,8 +48,8 @@ def launch_score_pages(new: SelectPages[Tensor]) -> None:
 def launch_select_pages(new: SelectPages[Tensor], *, always: bool) -> None:
     """Append the token and do as ``launch_score_pages``; choose pages if that scored, if classes changed, or ``always``."""
     batch, heads, pages, width = new.q.shape[0], new.keys.shape[1], new.scores.shape[2], new.table.shape[3]
-    codes = code_pointers(new.key_codes, new.value_codes)
-    state = (new.keys, new.values, new.digest, new.scores, new.counts, new.table, *codes.values())
+    quantized = quantized_pointers(new.key_quantized, new.value_quantized)
+    state = (new.keys, new.values, new.summary, new.scores, new.counts, new.table, *quantized.values())
     assert pages <= MOST_PAGES and width < 1 << 16 and new.classes.stride(2) == 1
     assert all(tensor.is_contiguous() for tensor in state if tensor is not None)
     classes, changed = new.classes.expand(batch, heads, pages), None if always else new.changed
@@ -63,12 +63,12 @@ def launch_select_pages(new: SelectPages[Tensor], *, always: bool) -> None:
         values=new.values,
         counts=new.counts,
         table=new.table,
-        **codes,
+        **quantized,
         classes=classes,
         changed=changed,
         class_b=classes.stride(0),
         class_h=classes.stride(1),
-        slots=0 if new.key_codes is None else new.key_codes.data.shape[2],
+        slots=0 if new.key_quantized is None else new.key_quantized.data.shape[2],
         budget=new.budget,
         width=width,
         **sizes,
@@ -94,7 +94,7 @@ def _scored(new: SelectPages[Tensor]) -> dict[str, Any]:
     return {
         "q": new.q,
         "keys": new.keys,
-        "digest": new.digest,
+        "summary": new.summary,
         "scores": new.scores,
         "columns": new.columns,
         "anchor": new.anchor,
@@ -110,11 +110,11 @@ def _scored(new: SelectPages[Tensor]) -> dict[str, Any]:
 
 def _scoring(new: SelectPages[Tensor], others: int = 1) -> tuple[int, dict[str, Any]]:
     """Among how many programs the tiles of a row are divided, beside ``others``, and the constants of scoring."""
-    q, digest, how = new.q, new.digest, new.how
+    q, summary, how = new.q, new.summary, new.how
     (batch, heads, dim), pages = (q.shape[0], new.keys.shape[1], new.keys.shape[3]), new.scores.shape[2]
-    width, per_page = digest.shape[3], how.page_size // how.page
+    width, per_page = summary.shape[3], how.page_size // how.page
     channels = triton.next_power_of_2(width)
-    rows = min(128, max(16, TILE_BYTES // (channels * digest.element_size())))
+    rows = min(128, max(16, TILE_BYTES // (channels * summary.element_size())))
     block = max(rows // per_page, 1)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     splits = PROGRAMS * processors // (batch * heads)
@@ -139,7 +139,7 @@ def _scoring(new: SelectPages[Tensor], others: int = 1) -> tuple[int, dict[str, 
 
 @triton.jit
 def _score(
-    q, digest, scores, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages, programs,
+    q, summary, scores, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages, programs,
     GROUP, ROWS, DIM, WIDTH, CHANNELS, PAGE, PER, MINMAX, POOL, BLOCK,
 ):  # fmt: skip
     """Write the scores of this program's tiles of full pages, as one of ``programs`` from the second on."""
@@ -151,12 +151,12 @@ def _score(
     query = tl.load(source, mask=(member < GROUP)[:, None] & (channel < WIDTH)[None, :], other=0)
     if MINMAX:
         query = tl.where((channel < DIM)[None, :] == (query < 0), query, 0)
-    digest += row * pages * PER * WIDTH
+    summary += row * pages * PER * WIDTH
     for tile in tl.range(tl.program_id(0) - 1, tl.cdiv(newest, BLOCK), programs):
         logical = tile * (BLOCK * PER) + tl.arange(0, BLOCK * PER)
         # Never the newest page, which another program describes now.
         there = (logical < newest * PER)[:, None] & (channel < WIDTH)[None, :]
-        block = tl.load(digest + logical.to(tl.int64)[:, None] * WIDTH + channel[None, :], mask=there, other=0)
+        block = tl.load(summary + logical.to(tl.int64)[:, None] * WIDTH + channel[None, :], mask=there, other=0)
         found = tl.dot(block, tl.trans(query), input_precision="ieee")  # [logical pages, ROWS]
         if POOL == "max":
             pooled = tl.max(tl.where((member < GROUP)[None, :], found, float("-inf")), axis=1)
@@ -183,7 +183,7 @@ def _open(scores, newest, pages, AHEAD, COUNT):
 
 @triton.jit
 def _score_pages(
-    q, keys, digest, scores, columns, anchor, texts, q_b, q_h, q_d, text_b, pages, tail,
+    q, keys, summary, scores, columns, anchor, texts, q_b, q_h, q_d, text_b, pages, tail,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr, PAGE: tl.constexpr, PAGE_SIZE: tl.constexpr, EVERY: tl.constexpr, AHEAD: tl.constexpr,
     MINMAX: tl.constexpr, POOL: tl.constexpr, BLOCK: tl.constexpr,
@@ -197,18 +197,18 @@ def _score_pages(
     newest = (now // PAGE_SIZE).to(tl.int32)
     scores += row * pages
     if split == 0:
-        describe(keys, None, digest, texts, now, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX)
+        summarize(keys, None, summary, texts, now, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX)
         if due:
             _open(scores, newest, pages, AHEAD, 2 + EVERY // PAGE_SIZE)
     elif due:
-        _score(q, digest, scores, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages,
+        _score(q, summary, scores, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages,
                tl.num_programs(0) - 1, GROUP, ROWS, DIM, WIDTH, CHANNELS, PAGE, PER, MINMAX, POOL, BLOCK)  # fmt: skip
 
 
 # As for `_pick_pages`, the offsets of scores and classes must not be known to be multiples of more than four.
 @triton.jit(do_not_specialize=["class_b", "class_h", "pages", "budget", "width"])
 def _select_pages(
-    q, k, v, keys, values, digest, scores, counts, table,
+    q, k, v, keys, values, summary, scores, counts, table,
     key_data, key_scale, key_offset, value_data, value_scale, value_offset, classes, columns, anchor, changed, texts,
     q_b, q_h, q_d, k_b, k_h, k_d, v_b, v_h, v_d, text_b, class_b, class_h, pages, tail, slots, budget, width,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WIDTH: tl.constexpr,
@@ -247,11 +247,11 @@ def _select_pages(
             encode_token(v, v_d, value_data, value_scale, value_offset, column, row, slots, VALUES, DIM_V, VALUE_GROUP)
             if KEY_GROUP == 1:
                 encode_token(k, k_d, key_data, key_scale, key_offset, column, row, slots, KEYS, DIM, 1)
-        describe(keys, fresh, digest, texts, column, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX)
+        summarize(keys, fresh, summary, texts, column, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX)
         if due:
             _open(scores + source, newest, pages, AHEAD, 2 + EVERY // PAGE_SIZE)
     elif due:
-        _score(q, digest, scores + source, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages,
+        _score(q, summary, scores + source, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages,
                first_encoding - 1, GROUP, ROWS, DIM, WIDTH, CHANNELS, PAGE, PER, MINMAX, POOL, BLOCK)  # fmt: skip
     if PICK and split < first_encoding:  # no choice waits for those that encode
         if due:

@@ -17,8 +17,8 @@ from torch.fx import Node
 
 from sparse_compile.passes.ir.fx_emit import emit, inline
 from sparse_compile.passes.ir.fx_nodes import value_of
-from sparse_compile.passes.ops.rope_positions import sink_places, turn
-from sparse_compile.passes.storage.layer_plan import LayerPlan, Ring
+from sparse_compile.passes.ops.rope_positions import rotate, sink_places
+from sparse_compile.passes.storage.layer_plan import LayerPlan, RingStorage
 from sparse_compile.passes.torch_private import overload
 
 
@@ -36,17 +36,17 @@ class MovingFrame:
         """``x`` turned by what ``by`` computes of the nodes it reads."""
 
         def turned(x: Any, frequencies: Any, *read: Any) -> Any:
-            return turn(x, by(*read), frequencies, interleaved=self.interleaved)
+            return rotate(x, by(*read), frequencies, interleaved=self.interleaved)
 
         node: Node = inline(point, turned, x, self.frequencies, *read)
         return node
 
-    def joined(self, point: Node, rows: Node, ring: Ring) -> Node:
+    def joined(self, point: Node, rows: Node, ring: RingStorage) -> Node:
         """The keys of a ring in the frame of the new tokens."""
         slot = emit(point, torch.arange, ring.slots, device=value_of(rows).device)
         return self._turn(point, rows, lambda turns, slot: turns[:, None] * (slot >= ring.sink), self.turns, slot)
 
-    def settled(self, point: Node, k: Node, ring: Ring) -> Node:
+    def settled(self, point: Node, k: Node, ring: RingStorage) -> Node:
         """New keys, those of the sink where they stand in the text."""
 
         def by(text: Any, ropes: Any) -> Any:
@@ -54,7 +54,7 @@ class MovingFrame:
 
         return self._turn(point, k, by, self.text, self.ropes)
 
-    def sink_scores(self, point: Node, q: Node, keys: Node, texts: Node, ring: Ring, scale: float, *, one: bool) -> Node:
+    def sink_scores(self, point: Node, q: Node, keys: Node, texts: Node, ring: RingStorage, scale: float, *, one: bool) -> Node:
         """The scores ``[B, Hq, Q, sink]`` of the sink, as seen from the queries' places in the cache."""
         last = ring.sink + ring.recent - 1
         heads, group = value_of(keys).shape[1], value_of(q).shape[1] // value_of(keys).shape[1]

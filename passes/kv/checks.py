@@ -58,7 +58,7 @@ def check_storage(call: Attention, plan: LayerPlan, storage: Storage, heads: tup
             f"layer {plan.layer} of the SparseCache keeps its heads in different ways, and the model has a mask or score mod "
             f"for each head ({call.mask}, {call.score_mod}): give all heads of this layer one mask"
         )
-    if storage.selecting is not None and by_head:
+    if storage.selection is not None and by_head:
         raise SparseCacheError(
             f"layer {plan.layer} of the SparseCache chooses pages, and the model has a mask or score mod for each "
             f"head ({call.mask}, {call.score_mod}): give this layer a policy without page_topk"

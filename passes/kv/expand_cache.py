@@ -93,7 +93,7 @@ def _held(update: CacheUpdate[Node]) -> HeldBytes:
         for buffer in held:
             dense += hint_of(buffer.shape[0]) * hint_of(buffer.shape[3]) * buffer.itemsize * len(storage.heads) * plan.columns
         if storage.forms is not None:
-            held += [value_of(part) for codes in update.codes_of(number) for part in codes.used()]
+            held += [value_of(part) for quantized in update.quantized_of(number) for part in quantized.used()]
         size = sum(math.prod(map(hint_of, x.shape)) * x.itemsize for x in held)
         heads |= {head: size // len(storage.heads) for head in storage.heads}
     tokens = plan.columns * hint_of(value_of(update.buffers[0]).shape[0])

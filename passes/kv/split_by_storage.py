@@ -2,7 +2,9 @@
 
 Heads that keep everything are a static cache of their own: a buffer ``[B, heads, slots, D]`` with column ``n`` in slot ``n``.
 Heads of a ring see ``[ring in the order of its text | chunk]`` in a prefill and the ring as it lies in a decode step, under
-masks that look positions up (``Placed``). There is one buffer for each storage rather than one pool with page lists for all: a
+masks that look positions up (``Remapped``).
+
+There is one buffer for each storage rather than one pool with page lists for all. A
 group of equal heads is an ordinary dense tensor, which every kernel reads at full speed. SDPA and FlexAttention's C++ template
 read no page lists, and the template ignores where a view begins.
 """
@@ -17,7 +19,7 @@ from torch.fx import Node
 
 from sparse_compile.masks import Captured, Mask, ScoreMod, causal, full, per_head, sink, sliding_window
 from sparse_compile.masks.analysis import visible_past
-from sparse_compile.masks.patterns.remapped import placed, relaxed
+from sparse_compile.masks.patterns.remapped import relaxed, remapped
 from sparse_compile.masks.score_mods import sink_scores
 from sparse_compile.masks.selection.page_topk import choosing_together
 from sparse_compile.passes.ir.attention import Attention
@@ -80,11 +82,11 @@ def _group(layer: _Layer, number: int, storage: Storage, is_prompt: bool) -> Sto
     if is_prompt and not plan.rotation:
         mask = call.mask & policy if layer.is_strict else call.mask  # all is one chunk, which sees itself
         part = replace(part, kv=Prompt(_stored(layer, number, storage, new, None)), mask=mask)
-    elif isinstance(storage, layer_plan.Pages):
+    elif isinstance(storage, layer_plan.PageStorage):
         kv = _stored(layer, number, storage, new, None)
         part = replace(part, kv=kv, mask=_mask_over_pages(layer, policy, new, names))
     else:
-        assert isinstance(storage, layer_plan.Ring)
+        assert isinstance(storage, layer_plan.RingStorage)
         part = _over_ring(layer, part, number, storage, policy, new, names)
     return StorageGroup(replace(part, sources=names.sources), heads)
 
@@ -102,17 +104,17 @@ def _stored(
 ) -> Paged | Quantized | Selected | Ring:
     """Where the keys of a storage are in this graph."""
     keys, values = layer.update.buffers_of(number)
-    if isinstance(storage, layer_plan.Ring):
+    if isinstance(storage, layer_plan.RingStorage):
         at, positions = layer.positions.ring(layer.call.node, layer.plan, storage.ring_kind), layer.positions
         may_hold = positions.has_padding or storage.slots == storage.sink
         return Ring(storage, keys, values, new, at, positions.text, window, may_hold)
     pages: Paged | Quantized = Paged(keys, values, new)
     if storage.forms is not None:
-        pages = Quantized(Paged(keys, values, new), *layer.update.codes_of(number), storage.forms, layer.plan.debug)
-    if storage.selecting is None:
+        pages = Quantized(Paged(keys, values, new), *layer.update.quantized_of(number), storage.forms, layer.plan.debug)
+    if storage.selection is None:
         return pages
-    choice = layer.update.choice_of(number)
-    return Selected(pages, storage.selecting, choice, storage.leads(layer.plan.layer))
+    choice = layer.update.selection_state_of(number)
+    return Selected(pages, storage.selection, choice, storage.leads(layer.plan.layer))
 
 
 # -- pages --------------------------------------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ def _mask_over_pages(layer: _Layer, policy: Mask, new: NewTokens, names: _Names)
     if new.texts is None:
         return model & (policy if layer.is_strict else relaxed(policy, _first_column(layer, names)))
     texts = names.capture(new.texts)
-    return model & placed(_relaxed(layer, policy, names), texts, texts, ordered=True)
+    return model & remapped(_relaxed(layer, policy, names), texts, texts, ordered=True)
 
 
 def _first_column(layer: _Layer, names: _Names) -> Captured:
@@ -148,7 +150,7 @@ def _relaxed(layer: _Layer, policy: Mask, names: _Names) -> Mask:
 
 
 def _over_ring(
-    layer: _Layer, part: Attention, number: int, storage: layer_plan.Ring, policy: Mask, new: NewTokens, names: _Names
+    layer: _Layer, part: Attention, number: int, storage: layer_plan.RingStorage, policy: Mask, new: NewTokens, names: _Names
 ) -> Attention:
     window = _window(layer, policy)
     ring = _stored(layer, number, storage, new, window)
@@ -190,11 +192,11 @@ def _mask_over_ring(layer: _Layer, policy: Mask, ring: Ring, names: _Names) -> M
     by_text = names.capture(ring.text), names.capture(ring.at.texts)
     model = layer.call.mask
     if not model.captures():
-        return placed(model & policy, *by_text, ordered=ordered)
+        return remapped(model & policy, *by_text, ordered=ordered)
     # The model's own mask counts columns, padding included; a tensor of it begins at the first new column.
     model = model.bind({Q_START: _first_column(layer, names)})
-    by_column = placed(model, names.capture(layer.positions.columns), names.capture(ring.at.columns), ordered=ordered)
-    return by_column & placed(policy, *by_text, ordered=ordered)
+    by_column = remapped(model, names.capture(layer.positions.columns), names.capture(ring.at.columns), ordered=ordered)
+    return by_column & remapped(policy, *by_text, ordered=ordered)
 
 
 class _Names:

@@ -18,7 +18,7 @@ from sparse_compile.passes.ir.fx_emit import emit, inline
 from sparse_compile.passes.ir.fx_nodes import Order
 from sparse_compile.passes.ir.kv_source import NewTokens, RingChunk, RingStep
 from sparse_compile.passes.kv.cache_positions import MovingFrame, period_of
-from sparse_compile.passes.ops.block_tables import given
+from sparse_compile.passes.ops.block_tables import tensor_names
 from sparse_compile.passes.ops.cache_update import CacheUpdate, cache_tokens, page_positions
 from sparse_compile.passes.ops.ring import ring_chunk, ring_step
 from sparse_compile.passes.ops.rope_positions import stream_advance, stream_positions
@@ -42,7 +42,7 @@ class TokenPositions:
         mask, captures = "", []
         if padded is not None:
             mask = to_text(padded.mask)
-            sources = [padded.sources[name.name] for name in given(padded.mask)]
+            sources = [padded.sources[name.name] for name in tensor_names(padded.mask)]
             captures = [inline(point, source.read, source.node) for source in sources]
         tokens = _op(point, cache_tokens, update.k, update.columns, update.texts, mask, captures)
         self.columns, self.text, self._new_texts = _outputs(point, tokens, 3)

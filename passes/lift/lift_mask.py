@@ -29,7 +29,6 @@ from sparse_compile.passes.lift.symbolic_element import (
     KEY,
     QUERY,
     All,
-    Choice,
     Element,
     Negation,
     Number,
@@ -37,6 +36,7 @@ from sparse_compile.passes.lift.symbolic_element import (
     Some,
     Sum,
     Value,
+    Where,
     negation,
 )
 from sparse_compile.passes.lift.to_mask import NotLiftable, Words
@@ -190,7 +190,7 @@ class _Lift:
     def _float_part(self, node: Node, value: Value, *, whole: bool) -> tuple[Mask, list[ScoreMod]]:
         if isinstance(value, Number) and value.expr == 0:
             return full, []
-        if isinstance(value, Choice):
+        if isinstance(value, Where):
             for kept, other, condition in (
                 (value.yes, value.no, value.condition),
                 (value.no, value.yes, negation(value.condition)),
@@ -243,6 +243,6 @@ def _relations(values: list[Value]) -> list[Relation]:
             found += _relations(list(value.parts))
         elif isinstance(value, Negation):
             found += _relations([value.part])
-        elif isinstance(value, Choice):
+        elif isinstance(value, Where):
             found += _relations([value.condition, value.yes, value.no])
     return found

@@ -13,7 +13,6 @@ from torch.fx import Node
 from sparse_compile.passes.ir.fx_nodes import argument, op_name, result_shape, value_of
 from sparse_compile.passes.lift.symbolic_element import (
     All,
-    Choice,
     Element,
     Elements,
     Index,
@@ -25,6 +24,7 @@ from sparse_compile.passes.lift.symbolic_element import (
     Sum,
     Truth,
     Value,
+    Where,
     conjunction,
     constant,
     disjunction,
@@ -51,7 +51,7 @@ def _cast(pull: Elements, node: Node, index: Index) -> Value | None:
         looked_up = isinstance(inner, Number) and inner.expr.has(sympy.Function)  # keep the cast here as well
         return None if looked_up else _comparison("ne", inner, Number(sympy.Integer(0)))
     if old.dtype == torch.bool:
-        return Choice(inner, Number(sympy.Integer(1)), Number(sympy.Integer(0)))
+        return Where(inner, Number(sympy.Integer(1)), Number(sympy.Integer(0)))
     if new.dtype.is_floating_point == old.dtype.is_floating_point:
         return inner
     return None
@@ -65,7 +65,7 @@ def _compare(pull: Elements, node: Node, index: Index) -> Value | None:
 def _comparison(kind: str, a: Value, b: Value) -> Value | None:
     if isinstance(a, Number) and isinstance(b, Number):
         return relation(kind, a.expr, b.expr)
-    if isinstance(a, Choice) and isinstance(b, Number):  # mask < -1, of a mask of zeros and large negative numbers
+    if isinstance(a, Where) and isinstance(b, Number):  # mask < -1, of a mask of zeros and large negative numbers
         yes, no = _comparison(kind, a.yes, b), _comparison(kind, a.no, b)
         return None if yes is None or no is None else _choose(a.condition, yes, no)
     return None
@@ -100,11 +100,11 @@ def _combine(kind: str, a: Value, b: Value) -> Value | None:
     if isinstance(a, Number) and isinstance(b, Number):
         return _arithmetic_of_numbers(kind, a.expr, b.expr)
     for one, other, left in ((a, b, True), (b, a, False)):
-        if isinstance(one, Choice) and isinstance(other, Number) and other.expr.is_number:
+        if isinstance(one, Where) and isinstance(other, Number) and other.expr.is_number:
             # 1 - mask, (1 - mask) * -inf and the like: do it to both outcomes.
             yes = _combine(kind, one.yes, other) if left else _combine(kind, other, one.yes)
             no = _combine(kind, one.no, other) if left else _combine(kind, other, one.no)
-            return Choice(one.condition, yes, no) if yes is not None and no is not None else None
+            return Where(one.condition, yes, no) if yes is not None and no is not None else None
     if kind == "add" and not isinstance(a, All | Some | Negation | Relation | Truth):
         parts = [p for x in (a, b) for p in (x.parts if isinstance(x, Sum) else (x,)) if p != Number(sympy.Integer(0))]
         return Sum(tuple(parts))
@@ -154,12 +154,12 @@ def _choose(condition: Value, yes: Value, no: Value) -> Value:
     yes, no = _given(condition, yes), _given(negation(condition), no)
     if isinstance(yes, Truth) or isinstance(no, Truth):
         return disjunction([conjunction([condition, yes]), conjunction([negation(condition), no])])
-    return Choice(condition, yes, no)
+    return Where(condition, yes, no)
 
 
 def _given(condition: Value, value: Value) -> Value:
     """What ``value`` is where ``condition`` holds."""
-    if isinstance(value, Choice):
+    if isinstance(value, Where):
         if value.condition == condition:
             return value.yes
         if value.condition == negation(condition):

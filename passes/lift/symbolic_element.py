@@ -59,7 +59,7 @@ class Negation:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Where:
     """``yes`` where ``condition`` holds, else ``no``."""
 
     condition: Value
@@ -82,7 +82,7 @@ class Element:
     index: tuple[sympy.Expr, ...]
 
 
-Value = Number | Truth | Relation | All | Some | Negation | Choice | Sum | Element
+Value = Number | Truth | Relation | All | Some | Negation | Where | Sum | Element
 
 
 Index = tuple[sympy.Expr, ...]

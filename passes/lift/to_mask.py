@@ -32,13 +32,13 @@ from sparse_compile.passes.lift.symbolic_element import (
     KEY,
     QUERY,
     All,
-    Choice,
     Element,
     Negation,
     Relation,
     Some,
     Truth,
     Value,
+    Where,
     conjunction,
     disjunction,
     negation,
@@ -72,7 +72,7 @@ class Words:
             return self._relation(value)
         if isinstance(value, Element):
             return self._lookup(value)
-        if isinstance(value, Choice):
+        if isinstance(value, Where):
             yes, no = conjunction([value.condition, value.yes]), conjunction([negation(value.condition), value.no])
             return self.mask(disjunction([yes, no]))
         raise NotLiftable("a number stands where a truth is needed")

@@ -13,8 +13,8 @@ from sparse_compile.passes.ir.fx_nodes import value_of
 from sparse_compile.passes.ir.kv_source import Dense, KVSource, NewTokens, Paged, Prompt, Quantized, Ring, Selected
 from sparse_compile.passes.ir.ring_rows import new_tokens, ring_rows
 from sparse_compile.passes.kernels.operands import Append
-from sparse_compile.passes.ops.page_selection import describe_pages, score_pages_by_keys
-from sparse_compile.passes.ops.quantized_append import CheckedAppend, ReadCodes, append_codes, read_codes
+from sparse_compile.passes.ops.page_selection import score_pages_by_keys, summarize_pages
+from sparse_compile.passes.ops.quantized_append import CheckedAppend, ReadQuantized, quantized_append, read_quantized
 from sparse_compile.passes.torch_private import overload
 
 
@@ -67,34 +67,34 @@ def write_tokens(point: Node, kv: Paged | Quantized | Selected | Ring, q: Node) 
 
 def _write_selected(point: Node, kv: Selected, q: Node) -> None:
     """As ``write_tokens``. Where one op appends and chooses, that op has been written already."""
-    summarizes = kv.leads and kv.choice.digest is not None and not kv.new.is_step
+    summarizes = kv.leads and kv.state.summary is not None and not kv.new.is_step
     if kv.appends_with_choice:
         return
     if isinstance(kv.pages, Quantized):
         append_quantized(point, kv.pages, kv if summarizes else None)
     else:
         write_tokens(point, kv.pages, q)
-    selector = kv.selecting.selector
+    selector = kv.selection.selector
     if summarizes and isinstance(kv.pages, Paged):
-        assert kv.choice.digest is not None
-        state = (kv.choice.digest, kv.pages.keys, kv.new.start, kv.new.texts, size_at(point, q, 0), size_at(point, q, 2))
-        emit(point, overload(describe_pages), *state, selector.page, selector.score)
-    elif kv.leads and kv.choice.digest is None and kv.new.is_step:
+        assert kv.state.summary is not None
+        state = (kv.state.summary, kv.pages.keys, kv.new.start, kv.new.texts, size_at(point, q, 0), size_at(point, q, 2))
+        emit(point, overload(summarize_pages), *state, selector.page, selector.score)
+    elif kv.leads and kv.state.summary is None and kv.new.is_step:
         keys = _read(point, kv.pages, 0) if isinstance(kv.pages, Quantized) else kv.pages.keys
-        how = (kv.selecting.page_size, selector.page, selector.group, selector.every)
-        emit(point, overload(score_pages_by_keys), kv.choice.scores, q, keys, kv.new.start, kv.new.anchor, kv.new.texts, *how)
+        how = (kv.selection.page_size, selector.page, selector.group, selector.every)
+        emit(point, overload(score_pages_by_keys), kv.state.scores, q, keys, kv.new.start, kv.new.anchor, kv.new.texts, *how)
 
 
 def append_quantized(point: Node, pages: Quantized, summarized: Selected | None) -> None:
     """Append new tokens to quantized pages; the pages of ``summarized`` are summarized as well."""
     k, v = new_tokens(point, pages.new)
-    selector = summarized.selecting.selector if summarized is not None else None
+    selector = summarized.selection.selector if summarized is not None else None
     new: Append[Node] = Append(
         key_tail=pages.tails.keys,
         value_tail=pages.tails.values,
         keys=pages.keys,
         values=pages.values,
-        digest=summarized.choice.digest if summarized is not None else None,
+        summary=summarized.state.summary if summarized is not None else None,
         k=k,
         v=v,
         columns=pages.new.start,
@@ -104,7 +104,7 @@ def append_quantized(point: Node, pages: Quantized, summarized: Selected | None)
         page=selector.page if selector is not None else 1,
         score=selector.score if selector is not None else "",
     )
-    emit(point, append_codes.target, *append_codes.arguments(CheckedAppend(new, pages.check_finite)))
+    emit(point, quantized_append.target, *quantized_append.arguments(CheckedAppend(new, pages.check_finite)))
 
 
 def _append(point: Node, buffer: Node, new: NewTokens, x: Node, q: Node) -> None:
@@ -124,7 +124,7 @@ def page_rows(point: Node, pages: Paged | Quantized, q: Node) -> tuple[Node, Nod
 
 
 def _read(point: Node, pages: Quantized, side: int) -> Node:
-    codes, form = (pages.keys, pages.values)[side], pages.forms[side]
+    quantized, form = (pages.keys, pages.values)[side], pages.forms[side]
     new, exact = new_tokens(point, pages.new)[side], not pages.new.is_step
-    operands: ReadCodes[Node] = ReadCodes(codes, new, pages.new.start, form, exact)
-    return emit(point, read_codes.target, *read_codes.arguments(operands))
+    operands: ReadQuantized[Node] = ReadQuantized(quantized, new, pages.new.start, form, exact)
+    return emit(point, read_quantized.target, *read_quantized.arguments(operands))

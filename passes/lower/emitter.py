@@ -20,7 +20,7 @@ from sparse_compile.passes.ir.fx_emit import attach, emit_int, inline
 from sparse_compile.passes.ir.head_slices import pick_heads
 from sparse_compile.passes.lower.cache_writes import dense_tensors
 from sparse_compile.passes.lower.scene import Scene
-from sparse_compile.passes.ops.block_tables import KV_START, Q_START, given
+from sparse_compile.passes.ops.block_tables import KV_START, Q_START, tensor_names
 from sparse_compile.passes.ops.materialize import materialize
 from sparse_compile.passes.ops.structured import StructuredOp
 from sparse_compile.passes.torch_private import overload
@@ -63,7 +63,7 @@ class Emitter:
 
     def captures(self, mask: Mask) -> list[Node]:
         """The tensors that a mask with names reads, in order, as they are where tables are computed."""
-        return [self._capture(name, self.point) for name in given(mask)]
+        return [self._capture(name, self.point) for name in tensor_names(mask)]
 
     def score_captures(self) -> list[Node]:
         """The tensors that the score mod reads, some of which may be there only after the mask is complete."""

@@ -29,7 +29,7 @@ from sparse_compile.passes.kernels.limits import HALF, SMALLEST_HEAD, SMALLEST_P
 from sparse_compile.passes.lower.emitter import Emitter
 from sparse_compile.passes.lower.kernel import Kernel, needs_device
 from sparse_compile.passes.lower.tables import tables
-from sparse_compile.passes.ops.block_tables import BLOCK, given
+from sparse_compile.passes.ops.block_tables import BLOCK, tensor_names
 from sparse_compile.passes.ops.flex_attention import FlexAttention, Spec
 from sparse_compile.passes.ops.materialize import materialize
 from sparse_compile.passes.ops.opaque_attention import attention_op
@@ -102,7 +102,7 @@ def not_in_triton(call: Attention) -> str:
     smallest = min(query_dim, value_dim)
     if smallest < SMALLEST_HEAD:
         return f"FlexAttention needs a head_dim of at least {SMALLEST_HEAD} on CUDA, not {smallest}"
-    page = call.kv.selecting.page_size if call.chooses_pages and isinstance(call.kv, Selected) else BLOCK
+    page = call.kv.selection.page_size if call.chooses_pages and isinstance(call.kv, Selected) else BLOCK
     if page < SMALLEST_PAGE or page & (page - 1):
         return f"FlexAttention visits pages of a power of two from {SMALLEST_PAGE} on on CUDA, not of {page}"
     return ""
@@ -128,7 +128,7 @@ def lower_flex(call: Attention, emitter: Emitter, layout: Layout) -> Node | Left
     # From here on the mask is what a selector could choose from: no other block is visited.
     mask = offered(emitter.seen.mask)
     captures, scores = tuple(emitter.captures(emitter.seen.mask)), emitter.score_captures()
-    assert given(mask) == given(emitter.seen.mask)
+    assert tensor_names(mask) == tensor_names(emitter.seen.mask)
     k, v = emitter.keys_values()
     k, v = _as_buffer(emitter, k, others=()), _as_buffer(emitter, v, others=(k,))
     spec = Spec(

@@ -48,20 +48,20 @@ def chosen_pages(emitter: Emitter, pages: Selected, layout: Layout, *, repeat_fo
 
     The tokens of the step are written to the cache first, or together with the choice.
     """
-    point, call, choice = emitter.node, emitter.call, pages.choice
+    point, call, state = emitter.node, emitter.call, pages.state
     write_once(point, pages, call.q, emitter.scene.shared)
     classes_and_more = _classes(emitter, pages, layout)
     first_query, first_key, classes, changed = (emitter.item(point, classes_and_more, n) for n in range(4))
-    by = ("chosen by", choice.scores, classes_and_more, pages.selecting.budget)
+    by = ("chosen by", state.scores, classes_and_more, pages.selection.budget)
     if pages.appends_with_choice:
         emitter.scene.shared[by] = _append_and_choose(emitter, pages, classes, changed)
-    alike = choice.table is not None and value_of(choice.table).shape[3] == layout.width
+    alike = state.table is not None and value_of(state.table).shape[3] == layout.width
     if by in emitter.scene.shared and alike and _scores_all_heads(pages):
-        lists = [rows_in_use(point, part, call.q) for part in (choice.counts, choice.table) if part is not None]
+        lists = [rows_in_use(point, part, call.q) for part in (state.counts, state.table) if part is not None]
     else:
-        limits = (emitter.integer(point, expr_of(call.batch)), pages.selecting.budget, layout.width, pages.selecting.page_size)
-        state = (choice.scores, classes, pages.new.start, list(pages.selecting.rows))
-        picked = emitter.call_function(point, overload(pick_pages), *state, *limits)
+        limits = (emitter.integer(point, expr_of(call.batch)), pages.selection.budget, layout.width, pages.selection.page_size)
+        scored = (state.scores, classes, pages.new.start, list(pages.selection.rows))
+        picked = emitter.call_function(point, overload(pick_pages), *scored, *limits)
         lists = [emitter.item(point, picked, n) for n in range(2)]
     if repeat_for_group:
         lists = [emitter.call_function(point, torch.repeat_interleave, x, call.group, 1) for x in lists]
@@ -72,8 +72,8 @@ def chosen_pages(emitter: Emitter, pages: Selected, layout: Layout, *, repeat_fo
 
 def _classes(emitter: Emitter, pages: Selected, layout: Layout) -> Node:
     """What becomes of each page under the mask: hidden, offered or always read; shared by layers."""
-    selecting, start, text = pages.selecting, pages.new.start, to_text(layout.mask)
-    sizes = (selecting.page_size, pages.length // selecting.page_size, selecting.selector.every > 1)
+    selection, start, text = pages.selection, pages.new.start, to_text(layout.mask)
+    sizes = (selection.page_size, pages.length // selection.page_size, selection.selector.every > 1)
 
     def make() -> Node:
         captures = emitter.captures(layout.mask)
@@ -88,7 +88,7 @@ def _append_and_choose(emitter: Emitter, pages: Selected, classes: Node, changed
 
     With a check for finite numbers they are written before, by the op that checks.
     """
-    choice, selecting, selector, new = pages.choice, pages.selecting, pages.selecting.selector, pages.new
+    state, selection, selector, new = pages.state, pages.selection, pages.selection.selector, pages.new
     quantized = pages.pages if isinstance(pages.pages, Quantized) else None
     if quantized is not None and quantized.check_finite:
         append_quantized(emitter.node, quantized, None)
@@ -99,12 +99,12 @@ def _append_and_choose(emitter: Emitter, pages: Selected, classes: Node, changed
     operands: Any = SelectPages(
         keys=buffers.keys,
         values=buffers.values,
-        digest=choice.digest,
-        scores=choice.scores,
-        counts=choice.counts,
-        table=choice.table,
-        key_codes=None if quantized is None else quantized.keys,
-        value_codes=None if quantized is None else quantized.values,
+        summary=state.summary,
+        scores=state.scores,
+        counts=state.counts,
+        table=state.table,
+        key_quantized=None if quantized is None else quantized.keys,
+        value_quantized=None if quantized is None else quantized.values,
         q=emitter.query(),
         k=k,
         v=v,
@@ -113,8 +113,8 @@ def _append_and_choose(emitter: Emitter, pages: Selected, classes: Node, changed
         anchor=new.anchor,
         changed=changed,
         texts=new.texts,
-        how=PageScoring(selecting.page_size, selector.page, selector.score, selector.group, selector.every),
-        budget=selecting.budget,
+        how=PageScoring(selection.page_size, selector.page, selector.score, selector.group, selector.every),
+        budget=selection.budget,
         key_form=forms[0],
         value_form=forms[1],
     )
@@ -123,4 +123,4 @@ def _append_and_choose(emitter: Emitter, pages: Selected, classes: Node, changed
 
 def _scores_all_heads(pages: Selected) -> bool:
     """Whether these heads are all that are scored together."""
-    return pages.selecting.rows == tuple(range(value_of(pages.choice.scores).shape[1]))
+    return pages.selection.rows == tuple(range(value_of(pages.state.scores).shape[1]))

@@ -81,7 +81,7 @@ class PagedAttention(Kernel):
         if isinstance(kv, Selected):
             layout = self.layout(call, emitter.seen, emitter.scene.target)
             _, _, counts, table = chosen_pages(emitter, kv, layout)
-            page_size, usual = kv.selecting.page_size, kv.selecting.budget
+            page_size, usual = kv.selection.page_size, kv.selection.budget
         else:
             write_once(emitter.node, kv, call.q, shared)
         pages = kv.pages if isinstance(kv, Selected) else kv

@@ -15,7 +15,7 @@ from sparse_compile.passes.ir.kv_source import Selected
 from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.lower.emitter import Emitter
 from sparse_compile.passes.lower.page_choice import chosen_blocks, chosen_pages
-from sparse_compile.passes.ops.block_tables import BlockTables, Cut, block_tables_op, given
+from sparse_compile.passes.ops.block_tables import BlockTables, Cut, block_tables_op, tensor_names
 from sparse_compile.passes.ops.reference_attention import DenseMask, ListedPairs
 from sparse_compile.passes.torch_private import real_tensors
 
@@ -103,7 +103,7 @@ def _numbers(emitter: Emitter) -> list[Any] | Left:
 
 def _is_constant(emitter: Emitter, layout: Layout) -> bool:
     """Whether shapes alone decide the tables, and they are small enough to keep."""
-    if layout.width is None or given(emitter.seen.mask):
+    if layout.width is None or tensor_names(emitter.seen.mask):
         return False
     rows = -(-hint_of(emitter.call.q_len) // layout.block[0])
     return 2 * 4 * layout.heads * rows * layout.width <= CONSTANT_TABLE_BYTES

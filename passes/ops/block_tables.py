@@ -30,7 +30,7 @@ def bind(mask: Mask, names: tuple[Captured, ...], tensors: Sequence[Tensor], q_s
     return mask.bind(values | {Q_START: Q_START.filled(q_start), KV_START: KV_START.filled(kv_start)})
 
 
-def given(mask: Mask) -> tuple[Captured, ...]:
+def tensor_names(mask: Mask) -> tuple[Captured, ...]:
     """The tensors a mask of a graph needs to be given, in the order in which the graph passes them. All have a batch axis."""
     return tuple(c for c in mask.captures() if c not in (Q_START, KV_START))
 
@@ -84,7 +84,7 @@ def _tables(operands: BlockTables[Tensor]) -> list[Tensor]:
 
 def _block_tables(mask: Mask, cut: Cut, q_shift: Tensor | None, captures: list[Tensor], device: torch.device) -> list[Tensor]:
     first_query, first_key = starts(cut.q_start, cut.kv_start, q_shift, device)
-    bound = bind(mask, given(mask), captures, first_query, first_key)
+    bound = bind(mask, tensor_names(mask), captures, first_query, first_key)
     if cut.heads > 1:
         bound = bound.for_heads(cut.heads)
     lo, hi = query_blocks(cut.q_len, cut.q_block, device)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from sparse_compile.masks import Mask
-from sparse_compile.passes.ops.block_tables import bind, given
+from sparse_compile.passes.ops.block_tables import bind, tensor_names
 from sparse_compile.passes.ops.small_steps import in_few_kernels
 from sparse_compile.passes.ops.structured import StructuredOp
-from sparse_compile.passes.storage.codec import Codes
+from sparse_compile.passes.storage.codec import QuantizedTensor
 from sparse_compile.passes.storage.graph_text import from_text
-from sparse_compile.passes.storage.layer_plan import Choice, LayerPlan, Storage, codes_of
+from sparse_compile.passes.storage.layer_plan import LayerPlan, SelectionState, Storage, quantized_of
 
 T = TypeVar("T")
 
@@ -39,9 +39,9 @@ class CacheUpdate(NamedTuple, Generic[T]):
     position and column of each slot, ``[max_batch, slots]``, two for each of ``plan.rings``. ``buffers`` are keys and values of
     each storage, ``[max_batch, heads, slots, D]``. ``stream`` is empty, or for positions in the cache: the rotary position
     of the next token ``[]``, text position less rotary position of the keys ``[max_batch]``, and the frequencies of the layer.
-    ``anchor`` ``[]`` is the column from which steps that score pages are counted. ``selection`` is, for each
-    storage that selects, its ``Choice``: that of its leader, without digests, if it has one. ``codes`` are, for each quantized
-    storage, the ``Codes`` of keys and of values; its buffers are tails.
+    ``anchor`` ``[]`` is the column from which steps that score pages are counted. ``selection`` is, for each storage that
+    selects, its ``SelectionState``: that of its leader, without summaries, if it has one. ``quantized`` are, for each quantized
+    storage, the ``QuantizedTensor`` of keys and of values; its buffers are tails.
     """
 
     k: T
@@ -54,7 +54,7 @@ class CacheUpdate(NamedTuple, Generic[T]):
     stream: list[T]
     anchor: T | None
     selection: list[T]
-    codes: list[T]
+    quantized: list[T]
     plan: LayerPlan
 
     def buffers_of(self, number: int) -> tuple[T, T]:
@@ -62,24 +62,24 @@ class CacheUpdate(NamedTuple, Generic[T]):
         keys, values = self.buffers[2 * number : 2 * number + 2]
         return keys, values
 
-    def choice_of(self, number: int) -> Choice[T]:
+    def selection_state_of(self, number: int) -> SelectionState[T]:
         """What storage ``number``, which selects, chooses by."""
         rest = list(self.selection)
         for storage in self.plan.storages[:number]:
-            rest = rest[_choice_count(storage, self.plan.layer) :]
-        return Choice(*rest[: _choice_count(self.plan.storages[number], self.plan.layer)])
+            rest = rest[_state_count(storage, self.plan.layer) :]
+        return SelectionState(*rest[: _state_count(self.plan.storages[number], self.plan.layer)])
 
-    def codes_of(self, number: int) -> tuple[Codes[T], Codes[T]]:
+    def quantized_of(self, number: int) -> tuple[QuantizedTensor[T], QuantizedTensor[T]]:
         """The quantized keys and values of storage ``number``."""
-        keys, values = codes_of(self.plan, self.codes, number)
+        keys, values = quantized_of(self.plan, self.quantized, number)
         return keys, values
 
 
-def _choice_count(storage: Storage, layer: int) -> int:
+def _state_count(storage: Storage, layer: int) -> int:
     """How many tensors of ``CacheUpdate.selection`` belong to a storage."""
-    if storage.selecting is None:
+    if storage.selection is None:
         return 0
-    return 1 if storage.selecting.by_keys else 4 if storage.leads(layer) else 3
+    return 1 if storage.selection.by_keys else 4 if storage.leads(layer) else 3
 
 
 def _refuse(operands: CacheUpdate[Tensor]) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ def _cache_tokens(
         return column.clone(), text, before + q_len
     first = columns.view(1)
     row = torch.arange(batch, device=columns.device).unsqueeze(1)
-    valid = bind(tree, given(tree), captures, first, torch.zeros_like(first))(row, row * 0, column, column)
+    valid = bind(tree, tensor_names(tree), captures, first, torch.zeros_like(first))(row, row * 0, column, column)
     count = valid.expand(batch, q_len).cumsum(dim=1)
     return column.clone(), torch.where(valid, before.unsqueeze(1) + count - 1, -1), before + count[:, -1]
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from sparse_compile.masks import Mask, ScoreMod
-from sparse_compile.passes.ops.block_tables import bind, given, transpose_tables
+from sparse_compile.passes.ops.block_tables import bind, tensor_names, transpose_tables
 from sparse_compile.passes.ops.materialize import Lookups
-from sparse_compile.passes.ops.reference_attention import bind_scores, given_scores, split_sink
+from sparse_compile.passes.ops.reference_attention import bind_scores, score_tensor_names, split_sink
 from sparse_compile.passes.storage.graph_text import rides_in_graphs
 from sparse_compile.passes.torch_private import flex_attention_op
 
@@ -59,9 +59,9 @@ class FlexAttention(nn.Module):
         spec = self.spec
         first_query, first_key, *tables = prepared
         spread = spec.mask.for_heads(spec.heads) if spec.heads > 1 else spec.mask
-        names = given(spec.mask)  # in the order of the captures: spreading a mask over heads may change it
+        names = tensor_names(spec.mask)  # in the order of the captures: spreading a mask over heads may change it
         mods, sink = split_sink(spec.score_mod)
-        of_mask, of_scores = Lookups(mask_captures), Lookups(captures[: len(given_scores(mods))])
+        of_mask, of_scores = Lookups(mask_captures), Lookups(captures[: len(score_tensor_names(mods))])
         batch, heads, q_len, _ = q.shape
         group, starts = spec.group, spec.starts
         # Captured positions cost a load for every pair; known ones are part of the kernel.

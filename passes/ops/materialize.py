@@ -26,8 +26,10 @@ class Lookups:
 
     def read(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """What stands for the captures inside a mod that is given ``tensors``."""
-        given = iter(tensors)
-        return tuple(_Flat(next(given), next(given), c) if _is_flattened(c) else next(given) for c in self._captures)
+        remaining = iter(tensors)
+        return tuple(
+            _Flat(next(remaining), next(remaining), c) if _is_flattened(c) else next(remaining) for c in self._captures
+        )
 
 
 def _is_flattened(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ from sparse_compile.masks import Mask
 from sparse_compile.masks.patterns.per_head import consecutive
 from sparse_compile.masks.selection.page_scoring import HIDDEN, KEPT, OFFERED, choose
 from sparse_compile.masks.selection.page_topk import offered, static_part
-from sparse_compile.passes.ops.block_tables import batch_of, bind, given, starts
+from sparse_compile.passes.ops.block_tables import batch_of, bind, starts, tensor_names
 from sparse_compile.passes.ops.small_steps import in_few_kernels
 from sparse_compile.passes.storage.graph_text import from_text
 
@@ -51,7 +51,7 @@ def _(
 
 
 def _classes(mask: Mask, captures: list[Tensor], query: Tensor, first_key: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    bound = bind(mask, given(mask), captures, query, first_key)
+    bound = bind(mask, tensor_names(mask), captures, query, first_key)
     if shape[1] > 1:
         bound = bound.for_heads(shape[1])
     may, must = (_shown(part, shape, query) for part in (offered(bound), static_part(bound)))

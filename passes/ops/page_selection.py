@@ -12,32 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.masks.selection.page_scoring import alive, choose, describe, pool, score_digests, score_keys
+from sparse_compile.masks.selection.page_scoring import alive, choose, pool, score_keys, score_summaries, summarize
 from sparse_compile.passes.kernels.operands import Append, SelectPages
 from sparse_compile.passes.ops.quantized_append import append
 from sparse_compile.passes.ops.structured import StructuredOp
 
 
-@torch.library.custom_op("sparse_compile::describe_pages", mutates_args=("digest",))
-def describe_pages(
-    digest: Tensor, keys: Tensor, columns: Tensor, texts: Tensor | None, batch: int, tokens: int, page: int, score: str
+@torch.library.custom_op("sparse_compile::describe_pages", mutates_args=("summary",))
+def summarize_pages(
+    summary: Tensor, keys: Tensor, columns: Tensor, texts: Tensor | None, batch: int, tokens: int, page: int, score: str
 ) -> None:
     """Describe anew every page that ``tokens`` new tokens from column ``columns`` on went to, from the keys that are there.
 
     ``keys`` ``[max_batch, H, slots, D]`` has the new ones, column ``n`` in slot ``n % slots``; ``texts`` ``[B, N]`` is negative
     for padding. A digest is always that of all keys of its page, so nothing that was overwritten or taken back is left in it.
     """
-    pages = digest.shape[2]
+    pages = summary.shape[2]
     count = min(-(-tokens // page) + 1, pages)
     first = (columns // page).clamp(max=pages - count)
     column = first * page + torch.arange(count * page, device=keys.device)
     new = keys[:batch].index_select(2, column % keys.shape[2])
     valid = _valid(column, columns + tokens, texts)
     at = first + torch.arange(count, device=keys.device)
-    digest[:batch].index_copy_(2, at, describe(new, valid, page, score))
+    summary[:batch].index_copy_(2, at, summarize(new, valid, page, score))
 
 
-@describe_pages.register_fake
+@summarize_pages.register_fake
 def _(*operands: Any) -> None:
     return None
 
@@ -65,8 +65,8 @@ def _select(new: SelectPages[Tensor]) -> None:
 
 def _append(new: SelectPages[Tensor]) -> None:
     """Append the token, and quantize it if the buffers are tails."""
-    if new.key_codes is not None and new.value_codes is not None:
-        tails = (new.keys, new.values, new.key_codes, new.value_codes, None)
+    if new.key_quantized is not None and new.value_quantized is not None:
+        tails = (new.keys, new.values, new.key_quantized, new.value_quantized, None)
         append(Append(*tails, new.k, new.v, new.columns, new.texts, new.key_form, new.value_form, new.how.page, new.how.score))
         return
     for buffer, token in ((new.keys, new.k), (new.values, new.v)):
@@ -76,23 +76,23 @@ def _append(new: SelectPages[Tensor]) -> None:
 def _score(new: SelectPages[Tensor]) -> bool:
     """Summarize the newest page, and score all pages when that is due; returns whether pages must be chosen."""
     batch, how = new.q.shape[0], new.how
-    describe_pages(new.digest, new.keys, new.columns, new.texts, batch, 1, how.page, how.score)
+    summarize_pages(new.summary, new.keys, new.columns, new.texts, batch, 1, how.page, how.score)
     due = int(new.columns - new.anchor) % how.every == 0
     if due:
-        found = score_digests(new.q.unflatten(1, (new.keys.shape[1], -1)).squeeze(3), new.digest[:batch], how.score)
-        column = torch.arange(new.digest.shape[2] * how.page, device=new.keys.device)
+        found = score_summaries(new.q.unflatten(1, (new.keys.shape[1], -1)).squeeze(3), new.summary[:batch], how.score)
+        column = torch.arange(new.summary.shape[2] * how.page, device=new.keys.device)
         filled = alive(_valid(column, new.columns + 1, new.texts), how.page).unsqueeze(1)
         _note(new.scores, pool(found, how.group, how.page_size // how.page, filled), new.columns // how.page_size)
     return due or bool(int(new.changed))
 
 
-# All that a decode step does to a layer before it attends: append a token, and choose pages; see ``Choice``.
+# All that a decode step does to a layer before it attends: append a token, and choose pages; see ``SelectionState``.
 select_pages = StructuredOp(
     "select_pages",
     SelectPages,
     _select,
     fake=lambda operands: None,
-    mutates=("keys", "values", "digest", "scores", "counts", "table", "key_codes", "value_codes"),
+    mutates=("keys", "values", "summary", "scores", "counts", "table", "key_quantized", "value_quantized"),
 )
 
 

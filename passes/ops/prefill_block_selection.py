@@ -18,13 +18,13 @@ from sparse_compile.masks.selection.page_scoring import (
     OFFERED,
     alive,
     choose,
-    describe,
     pool,
-    score_digests,
     score_keys,
+    score_summaries,
+    summarize,
 )
 from sparse_compile.masks.selection.page_topk import PageTopK, offered, selector_of, static_part
-from sparse_compile.passes.ops.block_tables import BLOCK, bind, given, starts
+from sparse_compile.passes.ops.block_tables import BLOCK, bind, starts, tensor_names
 from sparse_compile.passes.ops.structured import StructuredOp
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class SelectBlocks(NamedTuple, Generic[T]):
 def _select(operands: SelectBlocks[Tensor]) -> list[Tensor]:
     q, k, mask, heads, q_start, kv_start, q_shift, captures, width, split = operands
     first_query, first_key = starts(q_start, kv_start, q_shift, q.device)
-    bound = bind(mask, given(mask), captures, first_query, first_key)
+    bound = bind(mask, tensor_names(mask), captures, first_query, first_key)
     group, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
     if heads == 1:
         chosen = [_choose(q, k, bound, first_query, first_key, width, split)]
@@ -144,7 +144,7 @@ def _described(k: Tensor, valid: Tensor | None, selector: PageTopK) -> Tensor:
     if room:
         valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if valid is None else valid
         k, valid = pad(k, (0, 0, 0, room)), pad(valid, (0, room))
-    return k if selector.score == "keys" else describe(k, valid, selector.page, selector.score)
+    return k if selector.score == "keys" else summarize(k, valid, selector.page, selector.score)
 
 
 def _scores(means: Tensor, described: Tensor, valid: Tensor | None, selector: PageTopK) -> Tensor:
@@ -156,7 +156,7 @@ def _scores(means: Tensor, described: Tensor, valid: Tensor | None, selector: Pa
         seen = None if valid is None else pad(valid, (0, room - valid.shape[1]))
         scores = score_keys(queries, described, seen, selector.page)
     else:
-        scores = score_digests(queries, described, selector.score)
+        scores = score_summaries(queries, described, selector.score)
     heard = None
     if valid is not None:
         heard = alive(pad(valid, (0, -valid.shape[1] % BLOCK)), selector.page)[:, None, None]

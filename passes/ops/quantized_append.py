@@ -11,10 +11,10 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from sparse_compile.masks.selection.page_scoring import describe
+from sparse_compile.masks.selection.page_scoring import summarize
 from sparse_compile.passes.kernels.operands import Append
 from sparse_compile.passes.ops.structured import StructuredOp
-from sparse_compile.passes.storage.codec import Codes, Format, dequantize, quantize
+from sparse_compile.passes.storage.codec import Format, QuantizedTensor, dequantize, quantize
 
 T = TypeVar("T")
 
@@ -33,12 +33,12 @@ def _checked(operands: CheckedAppend[Tensor]) -> None:
     append(new)
 
 
-append_codes = StructuredOp(
-    "append_codes",
+quantized_append = StructuredOp(
+    "quantized_append",
     CheckedAppend,
     _checked,
     fake=lambda operands: None,
-    mutates=("new_key_tail", "new_value_tail", "new_keys", "new_values", "new_digest"),
+    mutates=("new_key_tail", "new_value_tail", "new_keys", "new_values", "new_summary"),
 )
 
 
@@ -56,15 +56,15 @@ def append_in_torch(new: Append[Tensor]) -> None:
     """Append tokens to quantized pages, in plain PyTorch."""
     k, columns, texts = new.k, new.columns, new.texts
     batch, slots = k.shape[0], new.keys.data.shape[2]
-    if new.digest is not None:
+    if new.summary is not None:
         column, content, valid = _window(new.key_tail, k, columns, texts, new.page, slots)
-        _copy(new.digest, batch, column[:: new.page] // new.page, describe(content, valid, new.page, new.score))
+        _copy(new.summary, batch, column[:: new.page] // new.page, summarize(content, valid, new.page, new.score))
     sides = ((new.key_tail, new.keys, k, new.key_form), (new.value_tail, new.values, new.v, new.value_form))
-    for tail, codes, tokens, form in sides:
+    for tail, quantized, tokens, form in sides:
         column, content, valid = _window(tail, tokens, columns, texts, form.tokens, slots)
         made = quantize(content, valid, form)
-        _copy(codes.data, batch, column, made.data)
-        for part, numbers in zip(codes[1:], made[1:], strict=True):
+        _copy(quantized.data, batch, column, made.data)
+        for part, numbers in zip(quantized[1:], made[1:], strict=True):
             if part is not None and numbers is not None:
                 _copy(part, batch, column[:: form.tokens] // form.tokens, numbers)
     tail_slots = new.key_tail.shape[2]
@@ -97,20 +97,22 @@ def _copy(buffer: Tensor, batch: int, at: Tensor, new: Tensor) -> None:
     rows.index_copy_(2, at, new.to(buffer.dtype))
 
 
-class ReadCodes(NamedTuple, Generic[T]):
+class ReadQuantized(NamedTuple, Generic[T]):
     """Quantized numbers to read, of as many rows as ``new`` ``[B, H, Q, D]`` has; if ``exact``, the new tokens as they came."""
 
-    codes: Codes[T]
+    quantized: QuantizedTensor[T]
     new: T
     columns: T
     form: Format
     exact: bool
 
 
-def _read(operands: ReadCodes[Tensor]) -> Tensor:
-    codes, new, columns, form, exact = operands
+def _read(operands: ReadQuantized[Tensor]) -> Tensor:
+    quantized, new, columns, form, exact = operands
     batch = new.shape[0]
-    rows: Codes[Tensor] = codes._replace(**{name: part[:batch] for name, part in codes._asdict().items() if part is not None})
+    rows: QuantizedTensor[Tensor] = quantized._replace(
+        **{name: part[:batch] for name, part in quantized._asdict().items() if part is not None}
+    )
     out = dequantize(rows, form, new.dtype)
     if not form.kind:
         out = out.clone()
@@ -119,10 +121,10 @@ def _read(operands: ReadCodes[Tensor]) -> Tensor:
     return out
 
 
-def _read_shape(operands: ReadCodes[Tensor]) -> Tensor:
-    new, data = operands.new, operands.codes.data
+def _read_shape(operands: ReadQuantized[Tensor]) -> Tensor:
+    new, data = operands.new, operands.quantized.data
     return new.new_empty(new.shape[0], data.shape[1], data.shape[2], new.shape[3])
 
 
 # ``[B, H, N, D]`` in the dtype of the new tokens.
-read_codes = StructuredOp("read_codes", ReadCodes, _read, fake=_read_shape)
+read_quantized = StructuredOp("read_quantized", ReadQuantized, _read, fake=_read_shape)

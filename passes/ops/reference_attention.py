@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sparse_compile.masks import Mask, ScoreMod
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.score_mods import Bias, SinkLogits, in_order
-from sparse_compile.passes.ops.block_tables import KV_START, Q_START, batch_of, bind, given, starts
+from sparse_compile.passes.ops.block_tables import KV_START, Q_START, batch_of, bind, starts, tensor_names
 
 
 class DenseMask(nn.Module):
@@ -30,7 +30,7 @@ class DenseMask(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The positions of the first query and key ``[1]``, and the mask."""
         first_query, first_key = starts(q_start, kv_start, q_shift, device)
-        mask = bind(self.mask, given(self.mask), captures, first_query, first_key)
+        mask = bind(self.mask, tensor_names(self.mask), captures, first_query, first_key)
         if self.heads > 1:
             mask = mask.for_heads(self.heads)
         batch = batch_of(captures)
@@ -87,7 +87,7 @@ class ReferenceAttention(nn.Module):
         return f"scale={self.scale}, score_mod={self.score_mod}"
 
 
-def given_scores(mod: ScoreMod | None) -> tuple[Captured, ...]:
+def score_tensor_names(mod: ScoreMod | None) -> tuple[Captured, ...]:
     return tuple(c for c in mod.captures() if c not in (Q_START, KV_START)) if mod is not None else ()
 
 
@@ -102,7 +102,7 @@ def split_sink(mod: ScoreMod | None) -> tuple[ScoreMod | None, SinkLogits | None
 def bind_scores(mod: ScoreMod | None, tensors: tuple[Tensor, ...], q_start: Tensor, kv_start: Tensor) -> ScoreMod | None:
     if mod is None:
         return None
-    values = {name: name.filled(tensor) for name, tensor in zip(given_scores(mod), tensors, strict=True)}
+    values = {name: name.filled(tensor) for name, tensor in zip(score_tensor_names(mod), tensors, strict=True)}
     return mod.bind(values | {Q_START: Q_START.filled(q_start), KV_START: KV_START.filled(kv_start)})
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @torch.library.custom_op("sparse_compile::stream_positions", mutates_args=())
-def stream_positions(rope: Tensor, offsets: Tensor, text: Tensor, given: bool) -> tuple[Tensor, Tensor, Tensor]:
+def stream_positions(rope: Tensor, offsets: Tensor, text: Tensor, tensor_names: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Where the model's rotary embedding puts new tokens at ``text`` ``[B, Q]``, and how far window keys turn to join them.
 
     With ``given`` positions are those of the text, else they count from ``rope``. ``offsets`` ``[max_batch]`` are text
@@ -19,7 +19,7 @@ def stream_positions(rope: Tensor, offsets: Tensor, text: Tensor, given: bool) -
     batch, tokens = text.shape
     known = offsets[:batch]
     at = torch.arange(tokens, device=text.device).expand(batch, tokens)
-    ropes = text.clamp(min=0) if given else rope + at
+    ropes = text.clamp(min=0) if tensor_names else rope + at
     last = torch.where(text >= 0, at, -1).amax(dim=1, keepdim=True)
     there = last.clamp(min=0)
     offset = torch.where(last < 0, known.unsqueeze(1), text.gather(1, there) - ropes.gather(1, there)).squeeze(1)
@@ -27,7 +27,7 @@ def stream_positions(rope: Tensor, offsets: Tensor, text: Tensor, given: bool) -
 
 
 @stream_positions.register_fake
-def _(rope: Tensor, offsets: Tensor, text: Tensor, given: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(rope: Tensor, offsets: Tensor, text: Tensor, tensor_names: bool) -> tuple[Tensor, Tensor, Tensor]:
     return text.new_empty(text.shape), offsets.new_empty(text.shape[0]), offsets.new_empty(text.shape[0])
 
 
@@ -54,7 +54,7 @@ def _(texts: Tensor, sink: int) -> Tensor:
     return texts.new_empty(texts.shape[0], sink)
 
 
-def turn(x: Any, by: Any, frequencies: Any, *, interleaved: bool) -> Any:
+def rotate(x: Any, by: Any, frequencies: Any, *, interleaved: bool) -> Any:
     """``x`` ``[B, H, N, D]`` as if it stood ``by`` ``[B, N]`` positions further on; ``by`` of 0 changes no bit.
 
     ``frequencies`` ``[pairs]`` are radians for each position. Angles are computed in double precision: a float holds no more

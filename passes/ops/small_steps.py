@@ -76,11 +76,11 @@ def _compile(function: Callable[..., Any], tensors: Sequence[Tensor]) -> Callabl
 
 def _counting_at_run_time(gm: GraphModule) -> GraphModule:
     """Every ``arange`` plus nothing: of one that it can see through Inductor makes 32-bit indices, and bounds are larger."""
-    given = next(node for node in gm.graph.nodes if node.op == "placeholder" and not node.meta["val"].is_floating_point())
+    integers = next(node for node in gm.graph.nodes if node.op == "placeholder" and not node.meta["val"].is_floating_point())
     for node in [n for n in gm.graph.nodes if getattr(n.target, "overloadpacket", None) is torch.ops.aten.arange]:
         users = list(node.users)
         with gm.graph.inserting_after(node):
-            one = gm.graph.call_function(torch.ops.aten.as_strided.default, (given, (), ()))
+            one = gm.graph.call_function(torch.ops.aten.as_strided.default, (integers, (), ()))
         with gm.graph.inserting_after(one):
             nothing = gm.graph.call_function(torch.ops.aten.bitwise_and.Scalar, (one, 0))
         with gm.graph.inserting_after(nothing):

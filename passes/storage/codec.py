@@ -23,7 +23,7 @@ LEVELS = {"int8": 255, "int4": 15}
 LARGEST = 65504.0  # of float16
 
 
-class Codes(NamedTuple, Generic[T]):
+class QuantizedTensor(NamedTuple, Generic[T]):
     """What is kept of a tensor ``[B, H, N, D]``: tensors, or their nodes. Plain numbers are ``data`` alone.
 
     ``data`` is uint8 ``[B, H, N, D]``; of ``int4`` ``[B, H, N, D / 2]``, with channel ``c`` in the lower half of a byte and
@@ -69,12 +69,12 @@ class Format:
             yield (heads, slots // tokens, dim // channels), torch.float16
 
 
-def quantize(x: Tensor, valid: Tensor | None, form: Format) -> Codes[Tensor]:
+def quantize(x: Tensor, valid: Tensor | None, form: Format) -> QuantizedTensor[Tensor]:
     """The codes of ``x`` ``[B, H, N, D]``, N in whole groups; tokens that are not ``valid`` ``[B | 1, N]`` have no say."""
     from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
 
     if not form.kind:
-        return Codes(x)
+        return QuantizedTensor(x)
     x, block = x.float(), form.block(x.shape[3])
     seen = None if valid is None else valid[:, None, :, None]
     if form.kind == "fp8":
@@ -82,7 +82,7 @@ def quantize(x: Tensor, valid: Tensor | None, form: Format) -> Codes[Tensor]:
         scale, _ = choose_qparams_affine(x, MappingType.SYMMETRIC, block, torch.float8_e4m3fn, eps=2.0**-24)
         scale = _rounded_up(scale).view(_per_group(x, block))
         # torchao's `quantize_affine` rounds to whole steps first, which are for integers; what is left is a cast.
-        return Codes((x / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8), scale)
+        return QuantizedTensor((x / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8), scale)
     grouped = _grouped(x if seen is None else torch.where(seen, x, torch.inf), block)
     least = grouped.amin(dim=(3, 5))
     offset = torch.where(least == torch.inf, 0, least).clamp(-LARGEST, LARGEST).half()
@@ -100,26 +100,26 @@ def quantize(x: Tensor, valid: Tensor | None, form: Format) -> Codes[Tensor]:
     if form.kind == "int4":
         low, high = data.chunk(2, dim=-1)
         data = low | high << 4
-    return Codes(data, scale, offset)
+    return QuantizedTensor(data, scale, offset)
 
 
-def dequantize(codes: Codes[Tensor], form: Format, dtype: torch.dtype) -> Tensor:
-    """The numbers ``[B, H, N, D]`` that ``codes`` stand for."""
+def dequantize(quantized: QuantizedTensor[Tensor], form: Format, dtype: torch.dtype) -> Tensor:
+    """The numbers ``[B, H, N, D]`` that ``quantized`` stand for."""
     from torchao.quantization.quant_primitives import dequantize_affine
 
-    if codes.scale is None:
-        return codes.data.to(dtype)
-    data, scale = codes.data, codes.scale.float()
+    if quantized.scale is None:
+        return quantized.data.to(dtype)
+    data, scale = quantized.data, quantized.scale.float()
     if form.kind == "int4":
         data = torch.cat([data & 15, data >> 4], dim=-1)
     block = form.block(data.shape[3])
-    if codes.offset is None:
+    if quantized.offset is None:
         data = data.view(torch.float8_e4m3fn)
         numbers: Tensor = dequantize_affine(data, block, scale, None, data.dtype, output_dtype=torch.float32)
         return numbers.to(dtype)
     none = torch.zeros_like(scale, dtype=torch.int32)
     above = dequantize_affine(data, block, scale, none, torch.uint8, 0, LEVELS[form.kind], output_dtype=torch.float32)
-    spread: Tensor = above + _spread(codes.offset.float(), block)
+    spread: Tensor = above + _spread(quantized.offset.float(), block)
     return spread.to(dtype)
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sparse_compile.masks import Mask
 from sparse_compile.masks.analysis import Past, visible_past
-from sparse_compile.masks.selection.page_scoring import digest_width
+from sparse_compile.masks.selection.page_scoring import summary_width
 from sparse_compile.masks.selection.page_topk import PageTopK
-from sparse_compile.passes.storage.codec import Codes, Format
+from sparse_compile.passes.storage.codec import Format, QuantizedTensor
 from sparse_compile.passes.storage.graph_text import rides_in_graphs
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ MODES = ("strict", "chunk_relaxed")
 
 @rides_in_graphs
 @dataclass(frozen=True)
-class Selecting:
+class PageSelection:
     """How decode steps choose among pages of ``page_size`` keys.
 
     The scores are those of layer ``leader``, ``by_keys`` if it reads the keys themselves; ``rows`` are the places of the heads
@@ -65,7 +65,7 @@ class Storage(ABC):
         return None
 
     @property
-    def selecting(self) -> Selecting | None:
+    def selection(self) -> PageSelection | None:
         """How decode steps choose among pages; None if they read everything."""
         return None
 
@@ -86,9 +86,9 @@ class Storage(ABC):
 
     def leads(self, layer: int) -> bool:
         """Whether this storage of ``layer`` scores the pages it chooses, rather than use the scores of another layer."""
-        return self.selecting is not None and self.selecting.leader == layer
+        return self.selection is not None and self.selection.leader == layer
 
-    def code_shapes(self, dims: tuple[int, int], dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def quantized_shapes(self, dims: tuple[int, int], dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape, less the batch, and dtype of every tensor of quantized keys and values of size ``dims``."""
         forms = zip(self.forms or (), dims, strict=False)
         return [part for form, dim in forms for part in form.parts(len(self.heads), self.slots, dim, dtype)]
@@ -116,14 +116,14 @@ class Storage(ABC):
 
 @rides_in_graphs
 @dataclass(frozen=True)
-class Pages(Storage):
+class PageStorage(Storage):
     """KV heads that keep every key: column ``n`` of the text in slot ``n``, ``slots`` in all.
 
-    With ``selecting`` a decode step reads some of the pages only. With ``forms``, of keys and of values, they are quantized,
+    With ``selection`` a decode step reads some of the pages only. With ``forms``, of keys and of values, they are quantized,
     and the buffers are a tail: the latest ``tail`` columns as they came, column ``n`` in slot ``n % tail``.
     """
 
-    selecting: Selecting | None = None
+    selection: PageSelection | None = None
     forms: tuple[Format, Format] | None = None
     tail: int = 0
 
@@ -136,16 +136,16 @@ class Pages(Storage):
         return self.forms is None
 
     def identity(self) -> list[Any]:
-        selected = [] if self.selecting is None else [self.selecting.page_size]
+        selected = [] if self.selection is None else [self.selection.page_size]
         return [self.heads, "pages", *selected, *map(str, self.forms or ()), self.tail]
 
     def __str__(self) -> str:
-        return super().__str__() if self.selecting is None else f"{super().__str__()} ({self.selecting.selector})"
+        return super().__str__() if self.selection is None else f"{super().__str__()} ({self.selection.selector})"
 
 
 @rides_in_graphs
 @dataclass(frozen=True)
-class Ring(Storage):
+class RingStorage(Storage):
     """KV heads that keep the first ``sink`` tokens, and the latest ones in the other slots, each overwriting the oldest.
 
     Token ``t`` beyond the sink stands in slot ``sink + (t - sink) % (slots - sink)``. Padding is not kept. Queries need the
@@ -204,41 +204,43 @@ class LayerPlan:
         return self.decode if phase == "decode" else self.prefill
 
 
-class Choice(NamedTuple, Generic[T]):
-    """What selecting pages takes and leaves: tensors, or their nodes. Only a layer that leads has ``digest``.
+class SelectionState(NamedTuple, Generic[T]):
+    """What page selection reads and writes: tensors, or their nodes. Only a layer that leads has ``summary``.
 
-    ``digest`` ``[max_batch, heads, n, width]`` describes pages, ``scores`` ``[max_batch, heads, pages]`` ranks them; ``counts``
-    ``[max_batch, heads, 1]`` and ``table`` ``[max_batch, heads, 1, width]`` list those that were chosen last. Choosing by the
-    keys themselves takes scores alone.
+    ``summary`` ``[max_batch, heads, n, width]`` summarizes pages, and ``scores`` ``[max_batch, heads, pages]`` ranks them.
+    ``counts`` ``[max_batch, heads, 1]`` and ``table`` ``[max_batch, heads, 1, width]`` list the pages that were chosen last.
+    Selection by the keys themselves has scores alone.
     """
 
     scores: T
     counts: T | None = None
     table: T | None = None
-    digest: T | None = None
+    summary: T | None = None
 
     def used(self) -> list[T]:
         """Those that there are."""
         return [part for part in self if part is not None]
 
 
-def choice_shapes(pages: Storage, selecting: Selecting, key_dim: int) -> Choice[tuple[int, ...]]:
+def selection_shapes(pages: Storage, selection: PageSelection, key_dim: int) -> SelectionState[tuple[int, ...]]:
     """The shapes of what a layer that leads keeps, less the batch."""
-    selector, heads, count = selecting.selector, len(pages.heads), pages.slots // selecting.page_size
-    described = digest_width(selector.score, key_dim)
+    selector, heads, count = selection.selector, len(pages.heads), pages.slots // selection.page_size
+    described = summary_width(selector.score, key_dim)
     if not described:
-        return Choice((heads, count))
-    return Choice((heads, count), (heads, 1), (heads, 1, selecting.width), (heads, pages.slots // selector.page, described))
+        return SelectionState((heads, count))
+    return SelectionState(
+        (heads, count), (heads, 1), (heads, 1, selection.width), (heads, pages.slots // selector.page, described)
+    )
 
 
-def codes_of(plan: LayerPlan, codes: Sequence[T], number: int) -> list[Codes[T]]:
+def quantized_of(plan: LayerPlan, quantized: Sequence[T], number: int) -> list[QuantizedTensor[T]]:
     """The codes of keys and of values of storage ``number`` among those of all storages; none if it keeps plain numbers."""
-    rest = list(codes)
-    found: list[Codes[T]] = []
+    rest = list(quantized)
+    found: list[QuantizedTensor[T]] = []
     for storage in plan.storages[: number + 1]:
         found = []
         for form in storage.forms or ():
-            found.append(Codes(*rest[: form.count]))
+            found.append(QuantizedTensor(*rest[: form.count]))
             rest = rest[form.count :]
     return found
 

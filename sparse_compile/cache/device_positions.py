@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Positions:
+class DevicePositions:
     """The position tensors that all layers of a cache share. ``cache_update`` documents each tensor."""
 
     def __init__(

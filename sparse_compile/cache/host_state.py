@@ -8,7 +8,7 @@ from sparse_compile.passes.ops.cache_update import SparseCacheError
 
 
 @dataclass
-class Books:
+class HostState:
     """The number of tokens (columns) and sequences in a cache. The backend checks and updates it around each graph run."""
 
     max_length: int

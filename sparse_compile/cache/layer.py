@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from sparse_compile.cache.device_positions import Positions
-from sparse_compile.cache.host_state import Books
+from sparse_compile.cache.device_positions import DevicePositions
+from sparse_compile.cache.host_state import HostState
 from sparse_compile.passes.ops import cache_update  # noqa: F401  # registers the op that update() calls
-from sparse_compile.passes.storage.codec import Codes, dequantize
+from sparse_compile.passes.storage.codec import QuantizedTensor, dequantize
 from sparse_compile.passes.storage.graph_text import to_text
-from sparse_compile.passes.storage.layer_plan import Choice, LayerPlan, codes_of, misfit
+from sparse_compile.passes.storage.layer_plan import LayerPlan, SelectionState, misfit, quantized_of
 
 
 class SparseCacheLayer(CacheLayerMixin):
     """The keys and values of one layer: two buffers ``[max_batch, heads, slots, D]`` for each storage group.
 
-    For quantized pages, ``codes`` hold every column, and the buffers hold only the latest columns, unquantized.
+    For quantized pages, ``quantized`` hold every column, and the buffers hold only the latest columns, unquantized.
     """
 
     is_compileable = True
@@ -31,17 +31,17 @@ class SparseCacheLayer(CacheLayerMixin):
         self,
         plan: LayerPlan,
         buffers: list[Tensor],
-        positions: Positions,
-        books: Books,
+        positions: DevicePositions,
+        host_state: HostState,
         *,
-        codes: list[Tensor],
+        quantized: list[Tensor],
         frequencies: Tensor | None,
-        own: list[Choice[Tensor]],
+        own: list[SelectionState[Tensor]],
         selection: list[Tensor],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # transformers'
-        self.plan, self.buffers, self.positions, self.books = plan, buffers, positions, books
-        self.codes = codes
+        self.plan, self.buffers, self.positions, self.host_state = plan, buffers, positions, host_state
+        self.quantized = quantized
         self.text = to_text(plan)
         self.own, self.selection = own, selection  # page-selection state of this layer, and what its decode steps use
         self.stream = [] if frequencies is None else [*positions.stream, frequencies]
@@ -72,7 +72,7 @@ class SparseCacheLayer(CacheLayerMixin):
             self.stream,
             at.anchor,
             self.selection,
-            self.codes,
+            self.quantized,
             self.text,
         )
         return k, v
@@ -83,7 +83,7 @@ class SparseCacheLayer(CacheLayerMixin):
         A traced model uses this as the rotary position of its next token.
         """
         if not torch.compiler.is_compiling():
-            return self.books.columns
+            return self.host_state.columns
         return self.positions.stream[0] if self.stream else self.positions.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -92,20 +92,20 @@ class SparseCacheLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """The maximum number of tokens of a sequence."""
-        return self.books.max_length
+        return self.host_state.max_length
 
-    def digests(self) -> list[tuple[Tensor, int]]:
+    def summaries(self) -> list[tuple[Tensor, int]]:
         """The page summaries that this layer owns, and how many keys each entry describes."""
-        chosen = [s.selecting for s in self.plan.storages if s.leads(self.plan.layer)]
-        pages = [selecting.selector.page for selecting in chosen if selecting is not None]
-        summaries = zip((choice.digest for choice in self.own), pages, strict=True)
+        chosen = [s.selection for s in self.plan.storages if s.leads(self.plan.layer)]
+        pages = [selection.selector.page for selection in chosen if selection is not None]
+        summaries = zip((choice.summary for choice in self.own), pages, strict=True)
         return [(summary, page) for summary, page in summaries if summary is not None]
 
-    def encoded(self) -> list[tuple[Tensor, int]]:
+    def quantized_parts(self) -> list[tuple[Tensor, int]]:
         """The tensors of the quantized keys and values, and how many columns each of their entries covers."""
         forms = [form for storage in self.plan.storages for form in storage.forms or ()]
         tokens = [n for form in forms for n in (1, *[form.tokens] * (form.count - 1))]
-        return list(zip(self.codes, tokens, strict=True))
+        return list(zip(self.quantized, tokens, strict=True))
 
     def restore_tails(self, remove: int) -> None:
         """Refill the tails of quantized pages for a cache without its last ``remove`` columns.
@@ -113,24 +113,26 @@ class SparseCacheLayer(CacheLayerMixin):
         Columns that the tails have overwritten are dequantized. If ``remove`` exceeds a page plus the cache's ``rollback``,
         which lengthens the tails, these columns include the group that is filled next. It is then quantized a second time.
         """
-        end = self.books.columns
+        end = self.host_state.columns
         for number, storage in enumerate(self.plan.storages):
             if storage.forms is None:
                 continue
             tail_slots = storage.buffer_slots
             lost = torch.arange(max(0, end - remove - tail_slots), max(0, end - tail_slots), device=self.device)
             tails = self.buffers[2 * number : 2 * number + 2]
-            for tail, codes, form in zip(tails, codes_of(self.plan, self.codes, number), storage.forms, strict=True):
+            for tail, quantized, form in zip(
+                tails, quantized_of(self.plan, self.quantized, number), storage.forms, strict=True
+            ):
                 group = form.tokens  # ``first`` to ``last`` are the groups of the lost columns
                 first, last = (int(lost[0]) // group, int(lost[-1]) // group + 1) if lost.numel() else (0, 0)
                 sizes = (group, *[1] * (form.count - 1)) if group > 1 else (1,) * form.count
-                parts = [part[:, :, first * size : last * size] for part, size in zip(codes.used(), sizes, strict=True)]
-                found = dequantize(Codes(*parts), form, tail.dtype)
+                parts = [part[:, :, first * size : last * size] for part, size in zip(quantized.used(), sizes, strict=True)]
+                found = dequantize(QuantizedTensor(*parts), form, tail.dtype)
                 tail.index_copy_(2, lost % tail_slots, found.index_select(2, lost - first * group))
 
     def tensors(self) -> list[Tensor]:
         """All tensors that this layer owns."""
-        return [*self.buffers, *self.codes, *(tensor for choice in self.own for tensor in choice.used())]
+        return [*self.buffers, *self.quantized, *(tensor for choice in self.own for tensor in choice.used())]
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +145,7 @@ class SparseCacheLayer(CacheLayerMixin):
         each: dict[int, int] = {}
         for number, storage in enumerate(self.plan.storages):
             kept = self.buffers[2 * number : 2 * number + 2]
-            kept += [part for codes in codes_of(self.plan, self.codes, number) for part in codes.used()]
+            kept += [part for quantized in quantized_of(self.plan, self.quantized, number) for part in quantized.used()]
             each |= {head: sum(part.nbytes for part in kept) // len(storage.heads) for head in storage.heads}
         return tuple(each[head] for head in sorted(each))
 

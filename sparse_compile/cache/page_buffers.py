@@ -11,7 +11,7 @@ from sparse_compile.masks import Mask, causal
 from sparse_compile.masks.selection.budget import check_pages
 from sparse_compile.masks.selection.page_topk import PageTopK, static_part
 from sparse_compile.passes.choose.block_layout import step_width
-from sparse_compile.passes.storage.layer_plan import Choice, LayerPlan, Pages, Selecting, choice_shapes
+from sparse_compile.passes.storage.layer_plan import LayerPlan, PageSelection, PageStorage, SelectionState, selection_shapes
 
 
 def most_pages(selector: PageTopK, masks: Sequence[Mask], slots: int, page_size: int) -> int:
@@ -29,7 +29,7 @@ def selecting_pages(
     page_size: int,
     layer: int,
     before: Sequence[LayerPlan],
-) -> Pages:
+) -> PageStorage:
     """Plan the storage of KV heads that select pages with ``selector``, each under its mask in ``heads``.
 
     ``before`` are the plans of the layers that run earlier. Raises ``ValueError`` if the pages of the selector do not divide
@@ -40,12 +40,12 @@ def selecting_pages(
     width = most_pages(selector, list(heads.values()), slots, page_size)
     if leader == layer:
         rows, by_keys = tuple(range(len(heads))), selector.score == "keys"
-        return Pages(numbers, slots, Selecting(selector, page_size, layer, rows, width, by_keys))
+        return PageStorage(numbers, slots, PageSelection(selector, page_size, layer, rows, width, by_keys))
     for storage in before[leader].storages:
-        theirs = storage.selecting
+        theirs = storage.selection
         if theirs is not None and set(heads) <= set(storage.heads):
             rows = tuple(theirs.rows[storage.heads.index(head)] for head in heads)
-            return Pages(numbers, slots, Selecting(selector, page_size, theirs.leader, rows, width, theirs.by_keys))
+            return PageStorage(numbers, slots, PageSelection(selector, page_size, theirs.leader, rows, width, theirs.by_keys))
     raise ValueError(
         f"{selector} shares the pages of layer {leader} with KV heads {list(heads)} of layer {layer}, but layer {leader} "
         "selects no pages for these heads: share a layer that does"
@@ -53,22 +53,24 @@ def selecting_pages(
 
 
 class Selection:
-    """The page-selection tensors of a cache; see ``Choice``. Layers that share the selection of a leader own none."""
+    """The page-selection tensors of a cache; see ``SelectionState``. Layers that share the selection of a leader own none."""
 
     def __init__(
         self, plans: Sequence[LayerPlan], key_dim: int, max_batch: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._kept: dict[tuple[int, tuple[int, ...]], Choice[Tensor]] = {}  # by layer and by the heads that are scored together
+        self._kept: dict[
+            tuple[int, tuple[int, ...]], SelectionState[Tensor]
+        ] = {}  # by layer and by the heads that are scored together
         dtypes = (torch.float32, torch.int32, torch.int32, dtype)
         for plan in plans:
             for storage in plan.storages:
-                chosen = storage.selecting
+                chosen = storage.selection
                 if chosen is not None and storage.leads(plan.layer):
-                    shapes = choice_shapes(storage, chosen, key_dim).used()
+                    shapes = selection_shapes(storage, chosen, key_dim).used()
                     made = [torch.zeros((max_batch, *s), dtype=d, device=device) for s, d in zip(shapes, dtypes, strict=False)]
-                    self._kept[plan.layer, storage.heads] = Choice(*made)
+                    self._kept[plan.layer, storage.heads] = SelectionState(*made)
 
-    def own(self, plan: LayerPlan) -> list[Choice[Tensor]]:
+    def own(self, plan: LayerPlan) -> list[SelectionState[Tensor]]:
         """The tensors that a layer owns."""
         return [choice for (layer, _), choice in self._kept.items() if layer == plan.layer]
 
@@ -76,10 +78,10 @@ class Selection:
         """The tensors that a layer's decode steps use: its own, or its leader's without the page summaries."""
         tensors: list[Tensor] = []
         for storage in plan.storages:
-            selecting = storage.selecting
-            if selecting is None:
+            selection = storage.selection
+            if selection is None:
                 continue
-            leaders = [heads for layer, heads in self._kept if layer == selecting.leader]
-            choice = self._kept[selecting.leader, next(heads for heads in leaders if set(storage.heads) <= set(heads))]
-            tensors += (choice if selecting.leader == plan.layer else choice._replace(digest=None)).used()
+            leaders = [heads for layer, heads in self._kept if layer == selection.leader]
+            choice = self._kept[selection.leader, next(heads for heads in leaders if set(storage.heads) <= set(heads))]
+            tensors += (choice if selection.leader == plan.layer else choice._replace(summary=None)).used()
         return tensors

@@ -16,7 +16,7 @@ from sparse_compile.masks.selection.budget import check_budget, check_pages
 from sparse_compile.masks.selection.page_topk import PageTopK, offered, selector_of, static_part
 from sparse_compile.passes.ops.block_tables import BLOCK
 from sparse_compile.passes.storage.codec import Format
-from sparse_compile.passes.storage.layer_plan import MODES, LayerPlan, Pages, Ring, Storage, needed_past
+from sparse_compile.passes.storage.layer_plan import MODES, LayerPlan, PageStorage, RingStorage, Storage, needed_past
 from sparse_compile.policy import Policy
 
 Forms = tuple[Format, Format]
@@ -153,7 +153,7 @@ def _storages(
             rings.setdefault((past.sink, slots), []).append((head, past.recent))
     storages: list[Storage] = []
     for (selector, form), heads in pages.items():
-        kept = Pages(tuple(heads), most)
+        kept = PageStorage(tuple(heads), most)
         if selector is not None:
             kept = selecting_pages(selector, heads, most, page_size, len(before), before)
         # Two pages, so that after a page has been cropped the tail still holds the group that is being filled.
@@ -161,7 +161,7 @@ def _storages(
         storages.append(kept if form is None else replace(kept, forms=form, tail=tail))
     for (sink, slots), members in rings.items():
         numbers, recent = zip(*members, strict=True)
-        storages.append(Ring(tuple(numbers), slots, sink, max(recent)))
+        storages.append(RingStorage(tuple(numbers), slots, sink, max(recent)))
     return tuple(storages)
 
 

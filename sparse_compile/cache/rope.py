@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_compile.passes.ops.rope_positions import turn
+from sparse_compile.passes.ops.rope_positions import rotate
 from sparse_compile.passes.storage.layer_plan import LayerPlan
 
 FIND = (
@@ -57,7 +57,7 @@ class Rotation:
         exact = next((b for b in known if torch.allclose(b, angles.double(), rtol=1e-4, atol=1e-9)), angles.double())
         rotation = Rotation(tuple(exact.tolist()), interleaved)
         sample = torch.randn(4, dim, generator=torch.Generator().manual_seed(0))
-        again = turn(turned(sample, 2)[None, None], torch.full((1, 4), 3), exact, interleaved=interleaved)[0, 0]
+        again = rotate(turned(sample, 2)[None, None], torch.full((1, 4), 3), exact, interleaved=interleaved)[0, 0]
         if pairs == 0 or not torch.allclose(again, turned(sample, 5), atol=1e-4):
             raise ValueError(f"{FIND}; the embedding of {type(config).__name__} does not rotate dimensions in pairs")
         return rotation

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from sparse_compile.cache.device_positions import Positions
-from sparse_compile.cache.host_state import Books
+from sparse_compile.cache.device_positions import DevicePositions
+from sparse_compile.cache.host_state import HostState
 from sparse_compile.cache.layer import SparseCacheLayer
 from sparse_compile.cache.planning import Geometry
 from sparse_compile.masks.json_format import encode
@@ -26,9 +26,9 @@ class Contents(Protocol):
     mode: str
     max_length: int
     max_batch: int
-    kept: tuple[SparseCacheLayer, ...]
-    positions: Positions
-    books: Books
+    cached_layers: tuple[SparseCacheLayer, ...]
+    positions: DevicePositions
+    host_state: HostState
 
     def parts(self, rows: int, columns: int | None = None) -> dict[str, Tensor]: ...
 
@@ -39,7 +39,7 @@ def save(cache: Contents, path: str | Path) -> None:
     """See ``SparseCache.save``."""
     from safetensors.torch import save_file
 
-    rows, columns = cache.books.batch or 0, cache.books.columns
+    rows, columns = cache.host_state.batch or 0, cache.host_state.columns
     tensors = {name: part.contiguous().cpu() for name, part in cache.parts(rows).items() if part.numel()}
     header = {"format": FORMAT, "version": str(VERSION), "rows": str(rows), "columns": str(columns), "cache": _identity(cache)}
     save_file(tensors, str(path), metadata=header)
@@ -81,7 +81,7 @@ def load(cache: Contents, path: str | Path) -> None:
             part.copy_(tensors[name])
     cache.positions.columns.fill_(columns)
     cache.positions.choose_anew()
-    cache.books.columns, cache.books.batch = columns, rows or None
+    cache.host_state.columns, cache.host_state.batch = columns, rows or None
 
 
 def _fits(tensor: Tensor | None, part: Tensor) -> bool:
@@ -91,12 +91,12 @@ def _fits(tensor: Tensor | None, part: Tensor) -> bool:
 def _identity(cache: Contents) -> str:
     """A hash of everything that determines what the tensors mean, without ``max_length``, which may differ."""
     layers: list[Any] = []
-    for layer in cache.kept:
+    for layer in cache.cached_layers:
         plan = layer.plan
         masks = [None if mask is None else encode(mask) for mask in (plan.model, plan.prefill, plan.decode)]
-        kept = [storage.identity() for storage in plan.storages]
-        layers.append([masks, kept, plan.rings])
+        cached_layers = [storage.identity() for storage in plan.storages]
+        layers.append([masks, cached_layers, plan.rings])
     geometry = cache.geometry
     sizes = [geometry.heads, geometry.kv_heads, geometry.key_dim, geometry.value_dim]
-    content = json.dumps([sizes, layers, cache.mode, cache.kept[0].plan.rotation, str(cache.kept[0].dtype)])
+    content = json.dumps([sizes, layers, cache.mode, cache.cached_layers[0].plan.rotation, str(cache.cached_layers[0].dtype)])
     return hashlib.sha256(content.encode()).hexdigest()

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from sparse_compile.cache import serialization
-from sparse_compile.cache.device_positions import Positions
-from sparse_compile.cache.host_state import Books
+from sparse_compile.cache.device_positions import DevicePositions
+from sparse_compile.cache.host_state import HostState
 from sparse_compile.cache.kv_format import ByLayer, check_formats, formats_of
 from sparse_compile.cache.layer import SparseCacheLayer
 from sparse_compile.cache.page_buffers import Selection
@@ -100,29 +100,31 @@ class SparseCache(Cache):
         if cache_positions:
             plans, frequencies = in_cache_positions(plans, config, self.geometry.key_dim, device)
         has_pages = any(storage.holds_every_key for plan in plans for storage in plan.storages)
-        selects = any(storage.selecting is not None for plan in plans for storage in plan.storages)
+        selects = any(storage.selection is not None for plan in plans for storage in plan.storages)
         columns = plans[0].columns if has_pages else 0
-        self.positions = Positions(max_batch, columns, plans[0].rings, device, moving=cache_positions, selects=selects)
-        self.books = Books(max_length, max_batch, len(plans))
+        self.positions = DevicePositions(max_batch, columns, plans[0].rings, device, moving=cache_positions, selects=selects)
+        self.host_state = HostState(max_length, max_batch, len(plans))
         dims = self.geometry.key_dim, self.geometry.value_dim
         selection = Selection(plans, self.geometry.key_dim, max_batch, dtype, device)
         kept = []
         for plan, turns in zip(plans, frequencies, strict=True):
             slots = [(len(storage.heads), storage.buffer_slots) for storage in plan.storages]
             shapes = [((*size, dim), dtype) for size in slots for dim in dims]
-            encoded = [part for storage in plan.storages for part in storage.code_shapes(dims, dtype)]
+            quantized_parts = [part for storage in plan.storages for part in storage.quantized_shapes(dims, dtype)]
             # ``zeros``, not ``empty``: a masked value enters the sum with weight 0, and 0 * NaN is NaN.
-            buffers, codes = (
+            buffers, quantized = (
                 [torch.zeros((max_batch, *shape), dtype=kind, device=device) for shape, kind in group]
-                for group in (shapes, encoded)
+                for group in (shapes, quantized_parts)
             )
             chosen: dict[str, Any] = {"own": selection.own(plan), "selection": selection.used(plan)}
-            state = SparseCacheLayer(plan, buffers, self.positions, self.books, codes=codes, frequencies=turns, **chosen)
+            state = SparseCacheLayer(
+                plan, buffers, self.positions, self.host_state, quantized=quantized, frequencies=turns, **chosen
+            )
             kept.append(state)
-        self.kept = tuple(kept)  # the same objects as ``layers``, with their own type
+        self.cached_layers = tuple(kept)  # the same objects as ``layers``, with their own type
         layers: list[Any] = kept
         super().__init__(layers=layers)
-        self.positions.columns.sparse_cache_books = self.books  # type: ignore[attr-defined]  # read by the backend
+        self.positions.columns.sparse_cache_host_state = self.host_state  # type: ignore[attr-defined]  # read by the backend
         for tensor in self._tensors():
             mark_static(tensor)  # otherwise a second cache of another size would make the sizes of both dynamic
 
@@ -130,10 +132,12 @@ class SparseCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append new keys and values to a layer. Models call this; see ``SparseCacheLayer.update``."""
-        if layer_idx >= len(self.kept) and not torch.compiler.is_compiling():
-            raise ValueError(f"the cache has {len(self.kept)} layers, got layer {layer_idx}: build it from this model's config")
+        if layer_idx >= len(self.cached_layers) and not torch.compiler.is_compiling():
+            raise ValueError(
+                f"the cache has {len(self.cached_layers)} layers, got layer {layer_idx}: build it from this model's config"
+            )
         # While a graph is traced, a layer beyond the last maps to the last one, and the kv pass rejects the graph.
-        return self.kept[min(layer_idx, len(self.kept) - 1)].update(key_states, value_states)
+        return self.cached_layers[min(layer_idx, len(self.cached_layers) - 1)].update(key_states, value_states)
 
     # -- contents ---------------------------------------------------------------------------------------------------
 
@@ -145,8 +149,8 @@ class SparseCache(Cache):
     @property
     def dense_nbytes(self) -> int:
         """The bytes of a dense cache of the same ``max_length`` and ``max_batch``, as ``StaticCache`` allocates it."""
-        geometry, each = self.geometry, self.kept[0].dtype.itemsize
-        token = len(self.kept) * geometry.kv_heads * (geometry.key_dim + geometry.value_dim) * each
+        geometry, each = self.geometry, self.cached_layers[0].dtype.itemsize
+        token = len(self.cached_layers) * geometry.kv_heads * (geometry.key_dim + geometry.value_dim) * each
         return token * self.max_batch * self.max_length
 
     @property
@@ -158,30 +162,30 @@ class SparseCache(Cache):
         """
         if torch.compiler.is_compiling():
             return True
-        return self._adds_no_mask and (self.max_batch == 1 or self.books.columns > 0)
+        return self._adds_no_mask and (self.max_batch == 1 or self.host_state.columns > 0)
 
     def _tensors(self) -> list[Tensor]:
-        frequencies = {id(layer.stream[2]): layer.stream[2] for layer in self.kept if layer.stream}
+        frequencies = {id(layer.stream[2]): layer.stream[2] for layer in self.cached_layers if layer.stream}
         return [
             *self.positions.tensors(),
             *frequencies.values(),
-            *(tensor for layer in self.kept for tensor in layer.tensors()),
+            *(tensor for layer in self.cached_layers for tensor in layer.tensors()),
         ]
 
     def __repr__(self) -> str:
-        held = f"{self.books.columns} of {self.max_length} tokens, {self.nbytes / 2**20:.1f} MiB"
+        held = f"{self.host_state.columns} of {self.max_length} tokens, {self.nbytes / 2**20:.1f} MiB"
         return f"SparseCache({held}, dense {self.dense_nbytes / 2**20:.1f} MiB, layers={self.layers})"
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """The column of the next token: a tensor while a graph is traced, an int otherwise."""
-        return self.positions.columns if torch.compiler.is_compiling() else self.books.columns
+        return self.positions.columns if torch.compiler.is_compiling() else self.host_state.columns
 
     # -- changes ----------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Empty the cache. Its tensors keep their addresses."""
         self.positions.clear()
-        self.books.forget()
+        self.host_state.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens: after ``crop(-3)`` it is as if the last three had never been appended.
@@ -192,20 +196,20 @@ class SparseCache(Cache):
         remove = -tokens_to_remove
         if remove < 0:
             raise ValueError(f"crop needs a number of at most 0, got {tokens_to_remove}: call crop(-n) to remove n tokens")
-        if remove > self.books.columns:
-            raise ValueError(f"the cache holds {self.books.columns} tokens, so {remove} cannot be removed: remove fewer")
-        if remove == self.books.columns:
+        if remove > self.host_state.columns:
+            raise ValueError(f"the cache holds {self.host_state.columns} tokens, so {remove} cannot be removed: remove fewer")
+        if remove == self.host_state.columns:
             self.reset()
-        if remove == 0 or self.books.columns == 0:
+        if remove == 0 or self.host_state.columns == 0:
             return
-        at, rows = self.positions, self.books.batch or 0
-        first = self.books.columns - remove  # the first column that is removed
+        at, rows = self.positions, self.host_state.batch or 0
+        first = self.host_state.columns - remove  # the first column that is removed
         texts = self._texts_without(first, rows)
         recents: dict[tuple[int, int], int] = {}
-        for storage in (storage for layer in self.kept for storage in layer.plan.storages):
+        for storage in (storage for layer in self.cached_layers for storage in layer.plan.storages):
             if (kind := storage.ring_kind) is not None:
                 recents[kind] = max(recents.get(kind, 0), storage.needed_recent())
-        for number, (sink, slots) in enumerate(self.kept[0].plan.rings):
+        for number, (sink, slots) in enumerate(self.cached_layers[0].plan.rings):
             kept = at.rings[2 * number][:rows]
             start = (texts - (recents[sink, slots] - 1)).clamp(min=sink).unsqueeze(1)
             present = ((kept >= start) & (kept < texts.unsqueeze(1))).sum(dim=1)
@@ -216,7 +220,7 @@ class SparseCache(Cache):
                     f"{remove} tokens cannot be removed: a ring of {slots} slots has overwritten tokens that would be visible "
                     f"again. Build the cache with rollback={room} or more. The cache is unchanged"
                 )
-        for layer in self.kept:
+        for layer in self.cached_layers:
             layer.restore_tails(remove)
         for known, columns in zip(at.rings[::2], at.rings[1::2], strict=True):
             gone = known >= torch.nn.functional.pad(texts, (0, self.max_batch - rows)).unsqueeze(1)
@@ -229,7 +233,7 @@ class SparseCache(Cache):
         for rope in at.stream[:1]:
             rope.sub_(remove)
         at.choose_anew()
-        self.books.columns = first
+        self.host_state.columns = first
 
     def _texts_without(self, first: int, rows: int) -> Tensor:
         """The text lengths ``[rows]`` after the columns from ``first`` on are removed."""
@@ -238,10 +242,10 @@ class SparseCache(Cache):
             return (at.page_texts[:rows, :first] >= 0).sum(dim=1)
         gone = [(table[:rows] >= first).sum(dim=1) for table in at.rings[1::2]]
         smallest = min(table.shape[1] for table in at.rings)
-        if self.books.columns - first > smallest:
+        if self.host_state.columns - first > smallest:
             raise SparseCacheError(
-                f"{self.books.columns - first} tokens cannot be removed from rings of {smallest} slots: build the cache with a "
-                "larger rollback. The cache is unchanged"
+                f"{self.host_state.columns - first} tokens cannot be removed from rings of {smallest} slots: build the cache "
+                "with a larger rollback. The cache is unchanged"
             )
         return at.texts[:rows] - torch.stack(gone).amax(dim=0)
 
@@ -258,7 +262,7 @@ class SparseCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times, with its copies side by side. Raises ``ValueError`` beyond ``max_batch`` rows."""
-        rows = self.books.batch or 0
+        rows = self.host_state.batch or 0
         self._select(torch.arange(rows).repeat_interleave(repeats))
 
     def _select(self, rows: Tensor) -> None:
@@ -267,7 +271,7 @@ class SparseCache(Cache):
                 f"the cache was built with max_batch={self.max_batch}, got {rows.numel()} sequences: build it with a larger "
                 "max_batch"
             )
-        held = self.books.batch or 0
+        held = self.host_state.batch or 0
         if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < max(held, 1):
             raise ValueError(f"the cache holds {held} sequences, got rows {rows.tolist()}: pass rows that it holds")
         rows = rows.to(self.positions.columns.device)
@@ -275,25 +279,25 @@ class SparseCache(Cache):
             if part.dim():
                 part[: rows.numel()] = part.index_select(0, rows)
         self.positions.choose_anew()
-        self.books.batch = rows.numel() or None
+        self.host_state.batch = rows.numel() or None
 
     def parts(self, rows: int, columns: int | None = None) -> dict[str, Tensor]:
         """The contents as named views: positions, keys and values of the first rows and columns (None: all columns in use)."""
-        at, columns = self.positions, self.books.columns if columns is None else columns
+        at, columns = self.positions, self.host_state.columns if columns is None else columns
         parts = {"texts": at.texts[:rows]}
         if at.page_texts is not None:
             parts["page_texts"] = at.page_texts[:rows, :columns]
         if at.stream:
             parts |= {"rope": at.stream[0], "offsets": at.stream[1][:rows]}
         parts |= {f"ring_{number}": table[:rows] for number, table in enumerate(at.rings)}
-        for layer in self.kept:
+        for layer in self.cached_layers:
             for number, buffer in enumerate(layer.buffers):
                 storage = layer.plan.storages[number // 2]
                 by_column = storage.columns_are_slots
                 parts[f"layer_{layer.plan.layer}_{number}"] = buffer[:rows, :, :columns] if by_column else buffer[:rows]
-            for number, (part, tokens) in enumerate(layer.encoded()):
+            for number, (part, tokens) in enumerate(layer.quantized_parts()):
                 parts[f"layer_{layer.plan.layer}_code_{number}"] = part[:rows, :, : -(-columns // tokens)]
-            for number, (summary, page) in enumerate(layer.digests()):
+            for number, (summary, page) in enumerate(layer.summaries()):
                 parts[f"layer_{layer.plan.layer}_digest_{number}"] = summary[:rows, :, : -(-columns // page)]
         return parts
 

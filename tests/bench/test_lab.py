@@ -31,7 +31,7 @@ from bench.lab.model import CHECKPOINT, build, config, load, save
 from bench.lab.recipe import SMOKE, Recipe
 from support.oracles import lab as lab_oracle
 
-PLACED = [task for task in TASKS.values() if task.placed]
+PLACED = [task for task in TASKS.values() if task.remapped]
 WIDTH = {"variables": 9, "copy": 33, "recall": 64}  # tokens of what depth places, with what must follow it; a needle has 6
 
 tasks = st.one_of(
@@ -66,7 +66,7 @@ class NextToken:
 
 @given(task=tasks, length=st.integers(180, 300), depth=st.none() | st.floats(0, 1), seed=st.integers(0, 99))
 def test_answers_are_what_a_slow_reader_finds(task: Task, length: int, depth: float | None, seed: int) -> None:
-    items = task.make(3, length, seeded(seed), depth=depth if task.placed else None)
+    items = task.make(3, length, seeded(seed), depth=depth if task.remapped else None)
     assert items.tokens().shape == items.asked().shape == (3, length)
     for row, context in enumerate(items.context.tolist()):
         assert context[0] == words.START and context.count(words.START) == 1

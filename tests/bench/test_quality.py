@@ -26,7 +26,7 @@ from bench.lab.model import build, config
 from bench.lab.session import Session
 from sparse_compile import SparseCache
 from sparse_compile.head_profile import Profile
-from sparse_compile.passes.storage.layer_plan import Ring
+from sparse_compile.passes.storage.layer_plan import RingStorage
 
 EXACT = replace(FULL, dtype=torch.float32)
 SHAPE = config(layers=2, hidden=64)
@@ -85,14 +85,14 @@ def test_a_budget_is_what_the_cache_holds(budget: float, length: int) -> None:
         assert budget - PAGE / length < share < budget + 0.01, method
     full, recent = heads_within(budget, length, 24)
     assert full * length + (24 - full) * (recent + SINK + 1) <= budget * length * 24
-    assert cache_of(made[0], length).kept[0].plan.policy("decode") == made[0].policy.mask_for("", 0, "decode")
+    assert cache_of(made[0], length).cached_layers[0].plan.policy("decode") == made[0].policy.mask_for("", 0, "decode")
 
 
 def test_a_selection_holds_everything_and_reads_its_budget_and_the_digests() -> None:
-    for score, digests in (("minmax", 1 / 16), ("mean", 1 / 32)):
+    for score, summaries in (("minmax", 1 / 16), ("mean", 1 / 32)):
         cache = cache_of(methods.pages(score, 1 / 8, 1024), 1024)
         assert held_bytes(cache) > dense_bytes(cache)
-        assert read_bytes(cache) / dense_bytes(cache) == pytest.approx(1 / 8 + digests)
+        assert read_bytes(cache) / dense_bytes(cache) == pytest.approx(1 / 8 + summaries)
     everything = cache_of(methods.FULL, 1024)
     assert read_bytes(everything) == dense_bytes(everything) == everything.dense_nbytes
 
@@ -114,8 +114,10 @@ def test_a_budget_too_small_for_a_page_in_every_head_is_an_error() -> None:
 
 def test_without_takes_the_best_quarter_and_others_are_none_of_it() -> None:
     def streaming(method: Method) -> set[tuple[int, int]]:
-        kept = cache_of(method, 256).kept
-        return {(layer.plan.layer, h) for layer in kept for s in layer.plan.storages if isinstance(s, Ring) for h in s.heads}
+        kept = cache_of(method, 256).cached_layers
+        return {
+            (layer.plan.layer, h) for layer in kept for s in layer.plan.storages if isinstance(s, RingStorage) for h in s.heads
+        }
 
     best = {(layer, head) for layer, row in enumerate(GATES.heads(1 / 4).full) for head, is_full in enumerate(row) if is_full}
     assert streaming(methods.without("", GATES)) == best

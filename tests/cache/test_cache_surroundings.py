@@ -21,9 +21,9 @@ def test_the_bytes_of_layers_and_heads_are_in_the_report() -> None:
     with torch.no_grad():
         model(random_tokens(20), past_key_values=cache)
     first, second = model.sparse_compile_report.sites
-    assert first.kv_head_nbytes == cache.kept[0].head_nbytes == (64 * token, 8 * token)
-    assert second.kv_head_nbytes == cache.kept[1].head_nbytes == (8 * token, 8 * token)
-    assert first.kv_nbytes == cache.kept[0].nbytes == 72 * token
+    assert first.kv_head_nbytes == cache.cached_layers[0].head_nbytes == (64 * token, 8 * token)
+    assert second.kv_head_nbytes == cache.cached_layers[1].head_nbytes == (8 * token, 8 * token)
+    assert first.kv_nbytes == cache.cached_layers[0].nbytes == 72 * token
     assert first.kv_dense_nbytes == second.kv_dense_nbytes == 128 * token == cache.dense_nbytes // 2
     assert "SparseCache: 0.0 MiB of keys and values, dense 0.0 MiB" in str(model.sparse_compile_report)
     assert '"kv_head_nbytes": [' in model.sparse_compile_report.to_json()
@@ -64,6 +64,6 @@ def test_there_are_no_gradients_through_a_cache(inner: str) -> None:
     for token in ids.split(4, dim=1):
         logits = fast(token, past_key_values=cache).logits
     assert not logits.requires_grad
-    assert not any(buffer.requires_grad for layer in cache.kept for buffer in layer.buffers)
+    assert not any(buffer.requires_grad for layer in cache.cached_layers for buffer in layer.buffers)
     with pytest.raises(RuntimeError, match="does not require grad"):
         logits.sum().backward()

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import sparse_compile as sc
-from sparse_compile.masks.selection.page_scoring import digest_width
+from sparse_compile.masks.selection.page_scoring import summary_width
 from sparse_compile.passes.kernels.operands import Append
-from sparse_compile.passes.storage.codec import Codes, Format
+from sparse_compile.passes.storage.codec import Format, QuantizedTensor
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,18 +54,18 @@ class State:
 
     key_tail: Tensor
     value_tail: Tensor
-    keys: Codes[Tensor]
-    values: Codes[Tensor]
-    digest: Tensor | None
+    keys: QuantizedTensor[Tensor]
+    values: QuantizedTensor[Tensor]
+    summary: Tensor | None
 
     def copy(self) -> State:
         """The same numbers elsewhere."""
-        keys, values = (Codes(*map(_clone, codes)) for codes in (self.keys, self.values))
-        return State(_clone(self.key_tail), _clone(self.value_tail), keys, values, _clone(self.digest))
+        keys, values = (QuantizedTensor(*map(_clone, quantized)) for quantized in (self.keys, self.values))
+        return State(_clone(self.key_tail), _clone(self.value_tail), keys, values, _clone(self.summary))
 
     def bits(self) -> list[Tensor]:
         """All of it as integers; what is not a number is so in any bits."""
-        parts = (self.key_tail, self.value_tail, *self.keys, *self.values, self.digest)
+        parts = (self.key_tail, self.value_tail, *self.keys, *self.values, self.summary)
         settled = (part.nan_to_num(12345.0, math.inf, -math.inf) for part in parts if part is not None)
         return [part.view(torch.uint8) for part in settled]
 
@@ -79,13 +79,13 @@ def random_state(
 ) -> State:
     """A cache of more rows than are used, with something in every place."""
     key_tail, value_tail = (numbers(BATCH + 1, 2 * PAGE, dim, dtype) for dim in dims)
-    kept: list[Codes[Tensor]] = []
+    kept: list[QuantizedTensor[Tensor]] = []
     for form, dim in zip(forms, dims, strict=True):
         shapes = [((BATCH + 1, *shape), kind) for shape, kind in form.parts(HEADS, SLOTS, dim, dtype)]
-        kept.append(Codes(*(torch.randint(0, 99, shape, device=DEVICE).to(kind) for shape, kind in shapes)))
-    width = digest_width(score, dims[0]) if score else 0
-    digest = torch.randn(BATCH + 1, HEADS, SLOTS // page, width, device=DEVICE).to(dtype) if score else None
-    return State(key_tail, value_tail, kept[0], kept[1], digest)
+        kept.append(QuantizedTensor(*(torch.randint(0, 99, shape, device=DEVICE).to(kind) for shape, kind in shapes)))
+    width = summary_width(score, dims[0]) if score else 0
+    summary = torch.randn(BATCH + 1, HEADS, SLOTS // page, width, device=DEVICE).to(dtype) if score else None
+    return State(key_tail, value_tail, kept[0], kept[1], summary)
 
 
 def numbers(batch: int, tokens: int, dim: int, dtype: torch.dtype) -> Tensor:
@@ -127,13 +127,13 @@ def check(
 
 
 def append(how: Callable[..., None], state: State, *told: Any) -> None:
-    how(Append(state.key_tail, state.value_tail, state.keys, state.values, state.digest, *told))
+    how(Append(state.key_tail, state.value_tail, state.keys, state.values, state.summary, *told))
 
 
 def assert_same(got: State, wanted: State, *, exactly: bool = True) -> None:
-    if not exactly and got.digest is not None and wanted.digest is not None:  # means are summed in another order
-        torch.testing.assert_close(got.digest, wanted.digest, rtol=1e-2, atol=1e-5)
-        got.digest = wanted.digest
+    if not exactly and got.summary is not None and wanted.summary is not None:  # means are summed in another order
+        torch.testing.assert_close(got.summary, wanted.summary, rtol=1e-2, atol=1e-5)
+        got.summary = wanted.summary
     for number, (a, b) in enumerate(zip(got.bits(), wanted.bits(), strict=True)):
         assert torch.equal(a, b), f"part {number} differs in {int((a != b).sum())} of {a.numel()} bytes"
 
@@ -219,10 +219,10 @@ def test_a_step_that_chooses_pages_encodes_as_well(name: str, padded: bool, ever
             scores = torch.zeros(BATCH + 1, HEADS, PAGES, device=DEVICE)
             counts = torch.zeros(BATCH + 1, HEADS, 1, device=DEVICE, dtype=torch.int32)
             table = torch.zeros(BATCH + 1, HEADS, 1, 3, device=DEVICE, dtype=torch.int32)
-            buffers = (x.key_tail, x.value_tail, x.digest, scores, counts, table)
-            codes: Any = (x.keys, x.values, forms) if x is state else (None, None, (Format(), Format()))
+            buffers = (x.key_tail, x.value_tail, x.summary, scores, counts, table)
+            quantized: Any = (x.keys, x.values, forms) if x is state else (None, None, (Format(), Format()))
             token, how = (q, k, v, classes, at, anchor, changed, texts), PageScoring(PAGE, 16, "minmax", "max", every)
-            fields: Any = (*buffers, *codes[:2], *token, how, 2, *codes[2])
+            fields: Any = (*buffers, *quantized[:2], *token, how, 2, *quantized[2])
             launch_select_pages(SelectPages(*fields), always=every == 1)
             choices.append((scores, counts, table))
         assert all(torch.equal(a, b) for a, b in zip(*choices, strict=True))

@@ -30,9 +30,9 @@ def keep(x: Tensor, kind: str, tokens: int, channels: int) -> tuple[Any, Tensor]
     least, most = grouped.amin((3, 5), keepdim=True), grouped.amax((3, 5), keepdim=True)
     levels = 255 if kind == "int8" else 15
     scale, offset = ((most - least) / levels).half(), least.half()
-    codes = ((grouped - offset.float()) / scale.float()).round().clamp(0, levels)
-    numbers = (codes.double() * scale.double() + offset.double()).reshape(x.shape)
-    data = codes.reshape(x.shape).to(torch.uint8)
+    quantized = ((grouped - offset.float()) / scale.float()).round().clamp(0, levels)
+    numbers = (quantized.double() * scale.double() + offset.double()).reshape(x.shape)
+    data = quantized.reshape(x.shape).to(torch.uint8)
     if kind == "int4":
         low, high = data.chunk(2, dim=-1)
         data = low | high << 4

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import sparse_compile as sc
 from sparse_compile.masks import Mask, causal, page_topk, per_head, sink, sliding_window
-from sparse_compile.masks.selection.page_scoring import alive, choose, describe, pool, score_digests
+from sparse_compile.masks.selection.page_scoring import alive, choose, pool, score_summaries, summarize
 from support.models import DECODERS, tokens
 from support.on_gpu import ON_GPU, logits_of_chunks, logits_of_padded
 from support.one_graph import assert_steps_are_one_graph
@@ -90,23 +90,23 @@ def test_scores_equal_those_of_plain_pytorch(heads: int, group: int, dim: int, d
     texts = torch.randint(-1, 9, (batch, pages * 64 - 7), device="cuda", dtype=torch.int32)
     texts[:, 160:176] = -1  # a logical page of padding
     valid = torch.nn.functional.pad(texts >= 0, (0, 7)) & (torch.arange(pages * 64, device="cuda") <= column)
-    wanted = describe(keys[:batch], valid, 16, score)
-    digest = torch.full((3, *wanted.shape[1:]), torch.nan, device="cuda", dtype=dtype)
-    digest[:batch, :, : 4 * 90 + 1] = wanted[:, :, : 4 * 90 + 1]
-    digest[:batch, :, 4 * 90 + 1] = 1e4  # stale
+    wanted = summarize(keys[:batch], valid, 16, score)
+    summary = torch.full((3, *wanted.shape[1:]), torch.nan, device="cuda", dtype=dtype)
+    summary[:batch, :, : 4 * 90 + 1] = wanted[:, :, : 4 * 90 + 1]
+    summary[:batch, :, 4 * 90 + 1] = 1e4  # stale
     scores = torch.full((3, heads, pages), -7.0, device="cuda")
     at = torch.tensor(column, device="cuda")
     how, unread = PageScoring(64, 16, score, "max", 3), torch.empty(0, device="cuda")
 
     def score_pages(q: Tensor, anchor: Tensor) -> None:
-        state = (keys, unread, digest, scores, unread, unread, None, None)
+        state = (keys, unread, summary, scores, unread, unread, None, None)
         token = (q, unread, unread, unread, at, anchor, unread, texts)
         launch_score_pages(SelectPages(*state, *token, how, 0, Format(), Format()))
 
     score_pages(q, at - 6)
     exact = {"rtol": 0, "atol": 0} if score == "minmax" else {"rtol": 1e-2, "atol": 1e-6}  # means are summed in another order
-    torch.testing.assert_close(digest[:batch, :, 4 * 90 + 1], wanted[:, :, 4 * 90 + 1], **exact)
-    found = score_digests(q.unflatten(1, (heads, group)).squeeze(3), wanted, score)
+    torch.testing.assert_close(summary[:batch, :, 4 * 90 + 1], wanted[:, :, 4 * 90 + 1], **exact)
+    found = score_summaries(q.unflatten(1, (heads, group)).squeeze(3), wanted, score)
     pooled = pool(found, "max", 4, alive(valid, 16).unsqueeze(1))
     torch.testing.assert_close(scores[:batch, :, :90], pooled[:, :, :90], rtol=1e-4, atol=1e-3)
     assert (scores[:batch, :, 90] == math.inf).all()

@@ -17,11 +17,11 @@ from sparse_compile.masks.selection.page_scoring import (
     KEPT,
     OFFERED,
     choose,
-    describe,
-    digest_width,
     pool,
-    score_digests,
     score_keys,
+    score_summaries,
+    summarize,
+    summary_width,
 )
 from support.oracles.published_selection import kinetics, lserve, quest_evaluation, quest_kernel, upper_bound
 
@@ -42,22 +42,22 @@ def page_and_query(draw: st.DrawFn, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return rows[0], rows[1:]
 
 
-def rounding(query: Tensor, *digests: Tensor) -> float:
+def rounding(query: Tensor, *summaries: Tensor) -> float:
     """Return a bound on the rounding error of an fp32 sum whose products are at most the largest ``query * digest``.
 
     Each of the n = 2 D terms has at most n roundings of relative size 2**-24 (Higham's gamma_n). A term may also underflow,
     which loses at most the smallest denormal number.
     """
     terms = 2 * query.numel()
-    largest = torch.stack([(query.double() * digest.double()).abs() for digest in digests]).amax(dim=0).sum()
+    largest = torch.stack([(query.double() * summary.double()).abs() for summary in summaries]).amax(dim=0).sum()
     return float(largest) * terms * 2**-24 * 1.01 + terms * 2**-149
 
 
 def minmax(query: Tensor, keys: Tensor) -> float:
     """Return the minmax score of a page."""
-    digest = describe(keys[None, None], torch.ones(1, len(keys), dtype=torch.bool), len(keys), "minmax")
-    assert digest.dtype == keys.dtype and digest.shape == (1, 1, 1, digest_width("minmax", query.numel()))
-    return score_digests(query[None, None, None], digest, "minmax").item()
+    summary = summarize(keys[None, None], torch.ones(1, len(keys), dtype=torch.bool), len(keys), "minmax")
+    assert summary.dtype == keys.dtype and summary.shape == (1, 1, 1, summary_width("minmax", query.numel()))
+    return score_summaries(query[None, None, None], summary, "minmax").item()
 
 
 # -- what describes and scores a page -------------------------------------------------------------------------------
@@ -83,8 +83,8 @@ def test_the_minmax_score_is_the_sum_of_the_larger_products(dtype: torch.dtype, 
 @given(st.data())
 def test_the_mean_score_is_the_mean_of_the_products(dtype: torch.dtype, data: st.DataObject) -> None:
     query, keys = data.draw(page_and_query(dtype))
-    digest = describe(keys[None, None], torch.ones(1, len(keys), dtype=torch.bool), len(keys), "mean")
-    got = score_digests(query[None, None, None], digest, "mean").item()
+    summary = summarize(keys[None, None], torch.ones(1, len(keys), dtype=torch.bool), len(keys), "mean")
+    got = score_summaries(query[None, None, None], summary, "mean").item()
     wanted = sum(float(query.double() @ key.double()) for key in keys) / len(keys)
     # The mean is an fp32 sum of n keys and a division, rounded once to its dtype. The products then round as above.
     sizes = keys.double().abs().mean(dim=0)
@@ -107,21 +107,23 @@ def test_keys_that_are_none_describe_nothing(score: str, fill: float) -> None:
     keys = torch.randn(2, 3, 12, 5, generator=torch.Generator().manual_seed(0))
     valid = torch.tensor([[True] * 4 + [False, True, False, True] + [False] * 4, [False] * 6 + [True] * 6])
     spoiled = keys.masked_fill(~valid[:, None, :, None], fill)
-    digest = describe(spoiled, valid, 4, score)
-    assert torch.equal(digest, describe(keys, valid, 4, score)) and digest[0, :, 2].eq(0).all() and digest[1, :, 0].eq(0).all()
+    summary = summarize(spoiled, valid, 4, score)
+    assert (
+        torch.equal(summary, summarize(keys, valid, 4, score)) and summary[0, :, 2].eq(0).all() and summary[1, :, 0].eq(0).all()
+    )
     some = [[[0, 1, 2, 3], [5, 7], []], [[], [6, 7], [8, 9, 10, 11]]]
     for row, pages in enumerate(some):
         for page, members in enumerate(pages):
             if members:
                 held = keys[row][:, members]
                 wanted = held.mean(1) if score == "mean" else torch.cat([held.amin(1), held.amax(1)], dim=-1)
-                torch.testing.assert_close(digest[row, :, page], wanted, rtol=1e-6, atol=1e-7)
+                torch.testing.assert_close(summary[row, :, page], wanted, rtol=1e-6, atol=1e-7)
 
 
 def test_one_row_of_valid_serves_a_batch() -> None:
     keys, valid = torch.randn(3, 2, 8, 4), torch.arange(8).unsqueeze(0) < 6
     for score in ("minmax", "mean"):
-        assert torch.equal(describe(keys, valid, 4, score), describe(keys, valid.expand(3, -1), 4, score))
+        assert torch.equal(summarize(keys, valid, 4, score), summarize(keys, valid.expand(3, -1), 4, score))
 
 
 def test_an_exact_score_of_no_key_is_the_least_there_is() -> None:

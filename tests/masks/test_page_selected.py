@@ -11,21 +11,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_compile.masks import Mask, causal, full, page_topk, per_head, sink, sliding_window
-from support.oracles.selection import Head, Selecting, keys_of, mask_of, scores_of, seen_by
+from support.oracles.selection import Head, PageSelection, keys_of, mask_of, scores_of, seen_by
 
 STREAMING = causal & (sink(2) | sliding_window(6))
 STATIC = sink(3) | sliding_window(5)
-RULES: dict[str, Selecting] = {
-    "minmax": Selecting(page_topk(12, page=2)),
-    "mean": Selecting(page_topk(12, page=2, score="mean")),
-    "keys": Selecting(page_topk(12, page=1, score="keys")),
-    "mean of the group": Selecting(page_topk(12, page=4, group="mean")),
-    "sum of the group": Selecting(page_topk(12, page=4, group="sum")),
-    "static part": Selecting(page_topk(24, page=4), STATIC),
-    "static part that exceeds the budget": Selecting(page_topk(4, page=4), STATIC),
-    "window of the model": Selecting(page_topk(8, page=2), base=causal & sliding_window(21)),
-    "not causal": Selecting(page_topk(8, page=2), base=sliding_window(100)),
-    "tokens that fill no page": Selecting(page_topk(9, page=4)),
+RULES: dict[str, PageSelection] = {
+    "minmax": PageSelection(page_topk(12, page=2)),
+    "mean": PageSelection(page_topk(12, page=2, score="mean")),
+    "keys": PageSelection(page_topk(12, page=1, score="keys")),
+    "mean of the group": PageSelection(page_topk(12, page=4, group="mean")),
+    "sum of the group": PageSelection(page_topk(12, page=4, group="sum")),
+    "static part": PageSelection(page_topk(24, page=4), STATIC),
+    "static part that exceeds the budget": PageSelection(page_topk(4, page=4), STATIC),
+    "window of the model": PageSelection(page_topk(8, page=2), base=causal & sliding_window(21)),
+    "not causal": PageSelection(page_topk(8, page=2), base=sliding_window(100)),
+    "tokens that fill no page": PageSelection(page_topk(9, page=4)),
 }
 every_rule = pytest.mark.parametrize("name", RULES)
 
@@ -52,7 +52,7 @@ def written_out(
             for first in range(0, q_len, q_block):
                 block = range(first, min(first + q_block, q_len))
                 at = [q_offset + i for i in block]
-                if isinstance(rule, Selecting):
+                if isinstance(rule, PageSelection):
                     mean = q[row, kv_head * group : (kv_head + 1) * group, block].double().mean(dim=1)
                     worth = scores_of(rule.selector, mean, k[row, kv_head], page_size, some)
                     sets = keys_of(rule, worth, at, texts, everything, page_size)
@@ -136,7 +136,7 @@ def test_a_physical_page_is_worth_its_best_logical_page() -> None:
 def test_keys_after_the_query_are_not_chosen() -> None:
     q, k = random_qk(1, 2, 1, 1, 40)
     k[:, :, 20:] *= 100
-    assert_selected([Selecting(page_topk(8, page=4))], q, k, q_offset=17)
+    assert_selected([PageSelection(page_topk(8, page=4))], q, k, q_offset=17)
     shown = (causal & page_topk(8, page=4)).selected(q, k, q_offset=17, page_size=4).dense(1, 40, q_offset=17, heads=2)
     assert shown.sum(dim=-1).unique().tolist() == [6]
 
@@ -146,7 +146,7 @@ def test_any_selection_is_as_written_out(seed: int, length: int, sizes: tuple[in
     page, page_size = sizes
     choices = torch.randint(3, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
     score, group = ("minmax", "mean", "keys")[choices[0]], ("max", "mean", "sum")[choices[1]]
-    rule = Selecting(page_topk(tokens, page=page, score=score, group=group), [~full, sink(2), sliding_window(3)][seed % 3])
+    rule = PageSelection(page_topk(tokens, page=page, score=score, group=group), [~full, sink(2), sliding_window(3)][seed % 3])
     q, k = random_qk(2, 4, 2, 1, length, seed=seed)
     assert_selected([rule], q, k, q_offset=length - 1, page_size=page_size)
 
@@ -172,7 +172,7 @@ def test_what_stands_in_padding_does_not_matter(score: str, fill: float) -> None
     valid = torch.ones(1, 40, dtype=torch.bool)
     valid[0, :6] = valid[0, 18:21] = False
     k[:, :, ~valid[0]] = fill
-    assert_selected([Selecting(page_topk(16, page=2, score=score))], q, k, q_offset=39, valid=valid)
+    assert_selected([PageSelection(page_topk(16, page=2, score=score))], q, k, q_offset=39, valid=valid)
 
 
 @pytest.mark.parametrize("score", ["minmax", "mean", "keys"])
@@ -194,7 +194,7 @@ def test_padding_differs_by_row() -> None:
     q, k = random_qk(3, 2, 1, 1, 40)
     valid = torch.arange(40) >= torch.tensor([[0], [5], [8]])
     for score in ("minmax", "mean", "keys"):
-        assert_selected([Selecting(page_topk(36, page=2, score=score), sliding_window(3))], q, k, q_offset=39, valid=valid)
+        assert_selected([PageSelection(page_topk(36, page=2, score=score), sliding_window(3))], q, k, q_offset=39, valid=valid)
 
 
 def test_integers_tell_padding_as_well() -> None:
@@ -207,12 +207,12 @@ def test_integers_tell_padding_as_well() -> None:
 
 def test_heads_without_a_selector_stay_as_they_are() -> None:
     q, k = random_qk(1, 4, 2, 1, 30)
-    selecting = Selecting(page_topk(8, page=4))
-    two_selectors: list[Head] = [Selecting(page_topk(8, page=2), sink(1)), selecting]
-    mixes: list[list[Head]] = [[selecting, STREAMING], [causal, selecting], two_selectors]
+    selection = PageSelection(page_topk(8, page=4))
+    two_selectors: list[Head] = [PageSelection(page_topk(8, page=2), sink(1)), selection]
+    mixes: list[list[Head]] = [[selection, STREAMING], [causal, selection], two_selectors]
     for heads in mixes:
         assert_selected(heads, q, k, q_offset=29)
-    mask = per_head([selecting.mask, STREAMING]).selected(q, k, q_offset=29, page_size=4)
+    mask = per_head([selection.mask, STREAMING]).selected(q, k, q_offset=29, page_size=4)
     assert [mask.for_head(head, 4) for head in (2, 3)] == [STREAMING] * 2
 
 

@@ -220,10 +220,10 @@ def test_decoding_with_an_encoder_is_exact() -> None:
 
     def decode(model: Any) -> Callable[..., Tensor]:
         def steps() -> Tensor:
-            encoded, cache, logits = model.encoder(input_ids=ids()), None, []
+            quantized_parts, cache, logits = model.encoder(input_ids=ids()), None, []
             for start, stop in ((0, 3), (3, 4), (4, 5)):
                 tokens = ids(SHORT)[:, start:stop]
-                out = model(encoder_outputs=encoded, decoder_input_ids=tokens, past_key_values=cache, use_cache=True)
+                out = model(encoder_outputs=quantized_parts, decoder_input_ids=tokens, past_key_values=cache, use_cache=True)
                 logits.append(out.logits)
                 cache = out.past_key_values
             return torch.cat(logits, dim=1)

@@ -282,7 +282,7 @@ def test_a_folded_step_gives_its_tables_the_tensors_they_ask_for(monkeypatch: py
     mask, cut, _, captures, _ = block_tables.block_tables_op.build(node.args)
     assert cut.heads == 4  # lists for KV heads
     assert [n.args[0].target if n.op != "get_attr" else n.target for n in captures] == [
-        c.name for c in block_tables.given(mask)
+        c.name for c in block_tables.tensor_names(mask)
     ]
 
 

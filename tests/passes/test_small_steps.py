@@ -16,7 +16,7 @@ from sparse_compile.passes.ops import block_tables, cache_update, page_classes
 from sparse_compile.passes.ops.quantized_append import append_in_torch
 from sparse_compile.passes.ops.ring import _ring_step
 from sparse_compile.passes.ops.small_steps import run_compiled
-from sparse_compile.passes.storage.codec import Codes, Format
+from sparse_compile.passes.storage.codec import Format, QuantizedTensor
 
 CPU = torch.device("cpu")
 STATIC = sink(4) | sliding_window(100)
@@ -61,7 +61,7 @@ def test_a_token_in_fewer_bits(kind: str) -> None:
         parts = [[torch.zeros(2, *shape, dtype=d) for shape, d in f.parts(3, 256, 32, torch.float32)] for f in (keys, values)]
         new = [torch.randn(1, 3, 1, 32) for _ in range(2)]
         told = (torch.tensor(at), None, keys, values, 16, "minmax")
-        state = (*tails, *(Codes(*part) for part in parts), torch.zeros(2, 3, 16, 64))
+        state = (*tails, *(QuantizedTensor(*part) for part in parts), torch.zeros(2, 3, 16, 64))
         fields: Any = (*state, *new, *told)
         for a, b in both(append_in_torch, Append(*fields)):
             if kind == "fp8" and a.dtype == torch.uint8:  # a division is a product with the reciprocal, once compiled

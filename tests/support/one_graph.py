@@ -14,7 +14,7 @@ def assert_steps_are_one_graph(model: Any, policy: Any, *, prompt: int, steps: i
     """Run ``steps`` after a prompt under sync debug mode "error"."""
     sizes: dict[str, Any] = {"max_length": 2048, "page_size": page_size, "dtype": torch.bfloat16, "device": "cuda"}
     cache = sc.SparseCache(model.config, policy, **sizes, kv=kv)
-    addresses = [tensor.data_ptr() for layer in cache.kept for tensor in layer.tensors()]
+    addresses = [tensor.data_ptr() for layer in cache.cached_layers for tensor in layer.tensors()]
     model = sc.compile(model, policy, mode="reduce-overhead", dynamic=False)
     ids = tokens(batch=1, length=1).cuda()
     with torch.no_grad():
@@ -29,5 +29,5 @@ def assert_steps_are_one_graph(model: Any, policy: Any, *, prompt: int, steps: i
                 torch.cuda.set_sync_debug_mode("default")
     assert model.sparse_compile_report.compiles == compiles + 1
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
-    assert [tensor.data_ptr() for layer in cache.kept for tensor in layer.tensors()] == addresses
+    assert [tensor.data_ptr() for layer in cache.cached_layers for tensor in layer.tensors()] == addresses
     assert cache.get_seq_length() == prompt + steps

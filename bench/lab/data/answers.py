@@ -22,7 +22,7 @@ class Counting:
     name: str = "counting"
     most: int = 8
     haystack: Haystack = noise
-    placed: bool = False
+    remapped: bool = False
 
     def make(self, batch: int, length: int, rng: torch.Generator, *, depth: float | None = None) -> Items:
         _refuse(self.name, depth)
@@ -48,7 +48,7 @@ class Sums:
     size: int = 32
     most: int = 3
     haystack: Haystack = noise
-    placed: bool = False
+    remapped: bool = False
 
     def make(self, batch: int, length: int, rng: torch.Generator, *, depth: float | None = None) -> Items:
         _refuse(self.name, depth)
@@ -65,7 +65,7 @@ class Brackets:
     name: str = "brackets"
     size: int = 16
     haystack: Haystack = noise
-    placed: bool = False
+    remapped: bool = False
 
     def make(self, batch: int, length: int, rng: torch.Generator, *, depth: float | None = None) -> Items:
         _refuse(self.name, depth)

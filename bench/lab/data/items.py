@@ -40,7 +40,7 @@ class Task(Protocol):
         ...
 
     @property
-    def placed(self) -> bool:
+    def remapped(self) -> bool:
         """Whether ``depth`` can place something."""
         ...
 

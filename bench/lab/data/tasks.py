@@ -28,7 +28,7 @@ class Needles:
     asked: int
     together: bool = False
     haystack: Haystack = noise
-    placed: bool = True
+    remapped: bool = True
 
     def make(self, batch: int, length: int, rng: torch.Generator, *, depth: float | None = None) -> Items:
         size = length - self.asked * NEEDLE_SIZE - self.together
@@ -59,7 +59,7 @@ class Variables:
     hops: int = 2
     chains: int = 2
     haystack: Haystack = noise
-    placed: bool = True
+    remapped: bool = True
 
     def make(self, batch: int, length: int, rng: torch.Generator, *, depth: float | None = None) -> Items:
         size, links = length - 3, self.hops + 1
@@ -84,7 +84,7 @@ class Copy:
     name: str = "copy"
     size: int = 32
     haystack: Haystack = noise
-    placed: bool = True
+    remapped: bool = True
 
     def make(self, batch: int, length: int, rng: torch.Generator, *, depth: float | None = None) -> Items:
         size = length - self.size - 1
@@ -104,7 +104,7 @@ class Recall:
     pairs: int = 32
     asked: int = 8
     haystack: Haystack = noise
-    placed: bool = True
+    remapped: bool = True
 
     def make(self, batch: int, length: int, rng: torch.Generator, *, depth: float | None = None) -> Items:
         size = length - 3 * self.asked

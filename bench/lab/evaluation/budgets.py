@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sparse_compile import SparseCache
 from sparse_compile.cache.layer import SparseCacheLayer
-from sparse_compile.passes.storage.layer_plan import codes_of
+from sparse_compile.passes.storage.layer_plan import quantized_of
 
 PAGE = 16  # tokens of a page in all caches here, and of a page summary
 SINK = 4
@@ -22,13 +22,13 @@ class Heads(NamedTuple):
     recent: int
 
 
-def heads_within(budget: float, length: int, kv_heads: int, *, digests: float = 0) -> Heads:
+def heads_within(budget: float, length: int, kv_heads: int, *, summaries: float = 0) -> Heads:
     """Return as many full heads as ``budget`` pays for, out of all ``kv_heads`` of a model, and the window of the others.
 
     ``budget`` is a share of a dense cache. Every other head gets a ring of at least a page. The page summaries of a full head
-    take the share ``digests`` of its keys and values on top. Raises ``ValueError`` for budgets that do not pay for these rings.
+    take the share ``summaries`` of its keys and values on top. Raises ``ValueError`` for budgets too small for these rings.
     """
-    tokens, each = int(budget * length * kv_heads), round(length * (1 + digests))
+    tokens, each = int(budget * length * kv_heads), round(length * (1 + summaries))
     full = min(kv_heads, max(0, tokens - kv_heads * PAGE) // (each - PAGE))
     if full == kv_heads:
         return Heads(full, length)
@@ -47,7 +47,7 @@ def held_bytes(cache: SparseCache) -> float:
 
 def dense_bytes(cache: SparseCache) -> float:
     """Return the bytes of one sequence of the same length in a dense cache of 16-bit numbers."""
-    return 2 * cache.dense_nbytes / cache.kept[0].dtype.itemsize / cache.max_batch
+    return 2 * cache.dense_nbytes / cache.cached_layers[0].dtype.itemsize / cache.max_batch
 
 
 def read_bytes(cache: SparseCache) -> float:
@@ -55,15 +55,15 @@ def read_bytes(cache: SparseCache) -> float:
 
     It reads rings, all pages or the selected ones, and the page summaries.
     """
-    return sum(_read(layer) for layer in cache.kept) / cache.max_batch
+    return sum(_read(layer) for layer in cache.cached_layers) / cache.max_batch
 
 
 def _read(layer: SparseCacheLayer) -> float:
     total = 0.0
     for number, storage in enumerate(layer.plan.storages):
         numbers = sum(buffer.nbytes for buffer in layer.buffers[2 * number : 2 * number + 2])
-        codes = sum(part.nbytes for pair in codes_of(layer.plan, layer.codes, number) for part in pair.used())
-        chosen = storage.selecting
+        quantized = sum(part.nbytes for pair in quantized_of(layer.plan, layer.quantized, number) for part in pair.used())
+        chosen = storage.selection
         pages = 1 if chosen is None else min(1, chosen.budget * chosen.page_size / storage.slots)
-        total += numbers + pages * codes if codes else pages * numbers
-    return total + sum(digest.nbytes for digest, _ in layer.digests())
+        total += numbers + pages * quantized if quantized else pages * numbers
+    return total + sum(summary.nbytes for summary, _ in layer.summaries())

@@ -76,7 +76,7 @@ def pages(score: str, budget: float, length: int) -> Method:
 def heads_and_pages(profile: Profile, budget: float, length: int) -> Method:
     """Return a method with full heads as in ``by_heads``. They hold all tokens and read a quarter of them."""
     kv_heads = len(profile.scores) * len(profile.scores[0])
-    count, recent = heads_within(budget, length, kv_heads, digests=1 / PAGE)  # a page summary is as large as two keys
+    count, recent = heads_within(budget, length, kv_heads, summaries=1 / PAGE)  # a page summary is as large as two keys
     full, others = profile.heads(count / kv_heads).full, streaming(recent)
     chosen = causal & page_topk(_whole_pages(length / 4), page=PAGE)
     prefill, decode = (

@@ -97,9 +97,9 @@ def static(plan: Plan) -> Iterator[Job]:
 def chosen(plan: Plan) -> Iterator[Job]:
     """Evaluate page selection, and full heads that select pages."""
     for budget in BUDGETS:
-        selecting = [partial(methods.pages, score, budget) for score in ("minmax", "mean")]
+        selection = [partial(methods.pages, score, budget) for score in ("minmax", "mean")]
         both = partial(methods.heads_and_pages, plan.gates, budget)
-        yield from chain(*map(plan.asking, (*selecting, both)))
+        yield from chain(*map(plan.asking, (*selection, both)))
     yield plan.needles(methods.heads_and_pages(plan.gates, 1 / 4, TRAINED).relaxed())
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sparse_compile as sc
-from sparse_compile.passes.storage.codec import KINDS, LEVELS, Codes, Format, dequantize, quantize
+from sparse_compile.passes.storage.codec import KINDS, LEVELS, Format, QuantizedTensor, dequantize, quantize
 from sparse_compile.passes.storage.graph_text import from_text, to_text
 from support.oracles import formats as oracle
 
@@ -51,7 +51,7 @@ def there_and_back(x: Tensor, form: Format, valid: Tensor | None = None) -> Tens
     return dequantize(quantize(x, valid, form), form, torch.float32)
 
 
-def same(a: Codes[Tensor], b: Codes[Tensor]) -> bool:
+def same(a: QuantizedTensor[Tensor], b: QuantizedTensor[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.used(), b.used(), strict=True))
 
 
@@ -64,9 +64,9 @@ def test_steps_reach_from_the_least_to_the_largest_number_of_a_group(form: Forma
     """The offset is the smallest number and the scale spans the range, up to float16 rounding of 11 bits."""
     x, valid = unlike_channels(), some(2, 64) if masked else None
     scales, offsets = oracle.steps(x, valid, form)
-    codes = quantize(x, valid, form)
-    got, least = oracle.scales_of(codes.used(), form)
-    assert (codes.offset is None) == (form.kind == "fp8")
+    quantized = quantize(x, valid, form)
+    got, least = oracle.scales_of(quantized.used(), form)
+    assert (quantized.offset is None) == (form.kind == "fp8")
     assert np.array_equal(least, offsets)
     assert np.all(np.abs(got - scales) <= scales * 2**-10 + np.abs(offsets) * 2**-11 / 15 + 2**-24)
 
@@ -76,9 +76,9 @@ def test_steps_reach_from_the_least_to_the_largest_number_of_a_group(form: Forma
 def test_codes_are_those_of_loops(form: Format, masked: bool) -> None:
     """If two quantized values are equally near a number, either one is right."""
     x, valid = unlike_channels(), some(2, 64) if masked else None
-    codes = quantize(x, valid, form)
-    steps = oracle.scales_of(codes.used(), form)
-    got, wanted, there = oracle.unpacked(codes.data, form), oracle.encode(x, valid, *steps, form), x.double().numpy()
+    quantized = quantize(x, valid, form)
+    steps = oracle.scales_of(quantized.used(), form)
+    got, wanted, there = oracle.unpacked(quantized.data, form), oracle.encode(x, valid, *steps, form), x.double().numpy()
     far, best = (np.abs(oracle.decode(each, *steps, form) - there) for each in (got, wanted))
     assert np.all((got == wanted) | (np.abs(far - best) <= 1e-6 * np.abs(there)))
 
@@ -91,14 +91,14 @@ def test_numbers_are_those_of_loops(form: Format) -> None:
         parts.append(drawn.half() if dtype == torch.float16 else (drawn * 50 + 128).clamp(0, 255).to(torch.uint8))
     if form.kind == "fp8":
         parts[0] = torch.where(parts[0] & 127 == 127, 0, parts[0])  # removes NaN
-    got = dequantize(Codes(*parts), form, torch.float32)
+    got = dequantize(QuantizedTensor(*parts), form, torch.float32)
     assert (got - oracle.read(parts, form)).abs().max() < 1e-6 * got.abs().max()
 
 
 def test_a_byte_of_int4_has_a_channel_of_each_half() -> None:
     x = torch.tensor([0.0, 1, 2, 15, 15, 3, 0, 7]).view(1, 1, 1, 8)
-    codes = quantize(x, None, Format("int4"))
-    assert codes.data.flatten().tolist() == [0 + 16 * 15, 1 + 16 * 3, 2 + 16 * 0, 15 + 16 * 7]
+    quantized = quantize(x, None, Format("int4"))
+    assert quantized.data.flatten().tolist() == [0 + 16 * 15, 1 + 16 * 3, 2 + 16 * 0, 15 + 16 * 7]
 
 
 def test_fp8_keeps_small_numbers_beside_a_large_one() -> None:
@@ -109,9 +109,9 @@ def test_fp8_keeps_small_numbers_beside_a_large_one() -> None:
 
 def test_plain_numbers_stay_as_they_are() -> None:
     x = random(1, 2, 8, 4)
-    codes = quantize(x, None, Format())
-    assert codes.used() == [x]
-    assert torch.equal(dequantize(codes, Format(), torch.bfloat16), x.bfloat16())
+    quantized = quantize(x, None, Format())
+    assert quantized.used() == [x]
+    assert torch.equal(dequantize(quantized, Format(), torch.bfloat16), x.bfloat16())
 
 
 # -- properties ---------------------------------------------------------------------------------------------------------
@@ -289,9 +289,9 @@ def test_a_page_without_tokens_is_zero(form: Format) -> None:
 @pytest.mark.parametrize("form", SOME_OF_EACH, ids=str)
 def test_numbers_of_16_bits_are_encoded_as_their_float32_is(form: Format, dtype: torch.dtype) -> None:
     x = random(1, 2, 8, 4).to(dtype)
-    codes = quantize(x, None, form)
-    assert same(codes, quantize(x.float(), None, form))
-    assert torch.equal(dequantize(codes, form, dtype), dequantize(codes, form, torch.float32).to(dtype))
+    quantized = quantize(x, None, form)
+    assert same(quantized, quantize(x.float(), None, form))
+    assert torch.equal(dequantize(quantized, form, dtype), dequantize(quantized, form, torch.float32).to(dtype))
 
 
 # -- error of attention -------------------------------------------------------------------------------------------------

@@ -13,11 +13,11 @@ from sparse_compile.cache.kv_format import ByLayer
 from sparse_compile.masks import causal, page_topk, sink, sliding_window
 from sparse_compile.passes.kernels.operands import Append, PageScoring, SelectPages
 from sparse_compile.passes.ops.page_selection import select_pages
-from sparse_compile.passes.ops.quantized_append import CheckedAppend, append_codes
-from sparse_compile.passes.storage.codec import Codes, Format
-from sparse_compile.passes.storage.layer_plan import Ring
+from sparse_compile.passes.ops.quantized_append import CheckedAppend, quantized_append
+from sparse_compile.passes.storage.codec import Format, QuantizedTensor
+from sparse_compile.passes.storage.layer_plan import RingStorage
 from support.oracles.cache import error
-from support.oracles.selection import Head, Selecting
+from support.oracles.selection import Head, PageSelection
 from support.sessions.cache import in_chunks, ones
 from support.sessions.quantized import Session, Text, assert_codes_of_whole_text, assert_same_bits, bits, random_text
 
@@ -36,8 +36,8 @@ FORMATS: dict[str, ByLayer] = {
     "by head": [["int8", "fp8"], [None, sc.KVFormat("int4", "int8", 8, 8)]],
 }
 MIXED: ByLayer = [["int8", "fp8"], ["int4", None]]
-MINMAX, MEAN, KEYS = (Selecting(page_topk(24, page=4, score=score), sink(2)) for score in ("minmax", "mean", "keys"))
-OFTEN, SHARED = Selecting(page_topk(24, page=4, every=3)), Selecting(page_topk(24, page=4, share=0))
+MINMAX, MEAN, KEYS = (PageSelection(page_topk(24, page=4, score=score), sink(2)) for score in ("minmax", "mean", "keys"))
+OFTEN, SHARED = PageSelection(page_topk(24, page=4, every=3)), PageSelection(page_topk(24, page=4, share=0))
 POLICIES: dict[str, list[list[Head]]] = {
     "streaming by head": [[causal, STREAMING], [STREAMING, causal]],
     "a window over pages": [[causal & (sink(2) | sliding_window(70))], [causal]],
@@ -151,33 +151,33 @@ def test_numbers_of_16_bits_are_encoded_as_they_are() -> None:
 
 def test_rings_stay_as_they_come() -> None:
     session = Session("int8", [[STREAMING], [causal, STREAMING]], page_size=8)
-    first, second = session.cache.kept
-    assert all(isinstance(storage, Ring) for storage in first.plan.storages)
-    assert first.codes == [] and {buffer.dtype for buffer in first.buffers} == {torch.float32}
-    assert [isinstance(storage, Ring) for storage in second.plan.storages] == [False, True]
-    assert {part.shape[1] for part in second.codes} == {1}
+    first, second = session.cache.cached_layers
+    assert all(isinstance(storage, RingStorage) for storage in first.plan.storages)
+    assert first.quantized == [] and {buffer.dtype for buffer in first.buffers} == {torch.float32}
+    assert [isinstance(storage, RingStorage) for storage in second.plan.storages] == [False, True]
+    assert {part.shape[1] for part in second.quantized} == {1}
 
 
 def test_a_window_of_cache_positions_stays_as_it_comes() -> None:
     session = Session("int8", [[STREAMING]] * 2)
     cache = session.another(page_size=8, cache_positions=True)
-    assert [layer.codes for layer in cache.kept] == [[], []]
+    assert [layer.quantized for layer in cache.cached_layers] == [[], []]
 
 
 @pytest.mark.parametrize("score", ["minmax", "mean"])
 def test_pages_are_described_from_the_keys_as_they_came(score: str) -> None:
-    selecting = Selecting(page_topk(24, page=4, score=score))
+    selection = PageSelection(page_topk(24, page=4, score=score))
     text = random_text(70)
     for lengths in ([70], [13, 7, *ones(45), 5]):
-        exact, coarse = (Session(kv, [[selecting]] * 2, page_size=8) for kv in (None, "int4"))
+        exact, coarse = (Session(kv, [[selection]] * 2, page_size=8) for kv in (None, "int4"))
         exact.feed(text, lengths)
         coarse.feed(text, lengths)
-        for plain, layer in zip(exact.cache.kept, coarse.cache.kept, strict=True):
-            (wanted, page), (got, _) = *plain.digests(), *layer.digests()
+        for plain, layer in zip(exact.cache.cached_layers, coarse.cache.cached_layers, strict=True):
+            (wanted, page), (got, _) = *plain.summaries(), *layer.summaries()
             assert page == 4
             assert torch.equal(got[:, :, : -(-70 // page)], wanted[:, :, : -(-70 // page)])
     if score == "minmax":
-        keys, held = text.k[0, :, :, :68].unflatten(2, (17, 4)), coarse.cache.kept[0].digests()[0][0][:, :, :17]
+        keys, held = text.k[0, :, :, :68].unflatten(2, (17, 4)), coarse.cache.cached_layers[0].summaries()[0][0][:, :, :17]
         assert torch.equal(held.sort(dim=3).values, torch.cat([keys.amin(dim=3), keys.amax(dim=3)], dim=3).sort(dim=3).values)
 
 
@@ -192,10 +192,12 @@ def test_a_step_that_chooses_pages_keeps_what_an_append_keeps() -> None:
     choice = torch.zeros(3, 2, 8, 32), torch.zeros(3, 2, 4), none, none.unsqueeze(3)
     found = []
     for together in (False, True):
-        (keys, values), codes = tails.clone(), [part.clone() for part in parts]
-        quantized = Codes(*codes[:3]), Codes(*codes[3:])
+        (keys, values), held = tails.clone(), [part.clone() for part in parts]
+        quantized = QuantizedTensor(*held[:3]), QuantizedTensor(*held[3:])
         if not together:
-            append_codes(CheckedAppend(Append(keys, values, *quantized, None, k, v, column, None, *forms, 1, ""), finite=False))
+            quantized_append(
+                CheckedAppend(Append(keys, values, *quantized, None, k, v, column, None, *forms, 1, ""), finite=False)
+            )
         chosen = [part.clone() for part in choice]
         classes, changed = torch.ones(1, 1, 4, dtype=torch.int8), torch.zeros(1, dtype=torch.int32)
         token = (torch.ones(2, 2, 1, 16), k, v, classes, column, column, changed, None)
@@ -203,7 +205,7 @@ def test_a_step_that_chooses_pages_keeps_what_an_append_keeps() -> None:
         how = PageScoring(8, 4, "minmax", "max", 1)
         fields: Any = (keys, values, *chosen, *written[:2], *token, how, 1, *written[2])
         select_pages(SelectPages(*fields))
-        found.append([keys, values, *chosen, *codes])
+        found.append([keys, values, *chosen, *held])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert not torch.equal(found[0][-1], parts[-1])
 

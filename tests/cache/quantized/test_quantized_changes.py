@@ -15,13 +15,13 @@ from sparse_compile.cache.kv_format import ByLayer
 from sparse_compile.masks import causal, page_topk, sink, sliding_window
 from sparse_compile.passes.storage.codec import LEVELS
 from support.oracles.cache import error
-from support.oracles.selection import Head, Selecting
+from support.oracles.selection import Head, PageSelection
 from support.sessions.cache import ones
 from support.sessions.quantized import Session, Text, assert_codes_of_whole_text, assert_same_bits, bits, random_text
 
 MIXED: ByLayer = [["int8", sc.KVFormat("int4", "fp8", key_group=8)], ["int4", None]]
 STREAMING = causal & (sink(2) | sliding_window(6))
-MINMAX = Selecting(page_topk(24, page=4), sink(2))
+MINMAX = PageSelection(page_topk(24, page=4), sink(2))
 SELECTING: list[list[Head]] = [[MINMAX, causal], [STREAMING, MINMAX]]
 
 
@@ -115,7 +115,9 @@ def test_after_a_rollback_beyond_the_tail_numbers_are_within_a_step_of_their_cod
         before, full = bits(session.cache), at // 32 * 32
         session.cache.crop(at - session.cache.get_seq_length())
         session.feed(text.at(at, at + 5), ones(5))
-        for then, now, (_, tokens) in zip(before, bits(session.cache), session.cache.kept[0].encoded() * 2, strict=True):
+        for then, now, (_, tokens) in zip(
+            before, bits(session.cache), session.cache.cached_layers[0].quantized_parts() * 2, strict=True
+        ):
             assert torch.equal(then[:, :, : full // tokens], now[:, :, : full // tokens])
         session.held = text.at(0, at + 5)
         keys, group = session.decoded(1)[0][:, :, full:], text.k[1][:, :, full : full + 32]  # with every token that it ever had

@@ -116,7 +116,7 @@ def test_formats_without_torchao_are_refused(kv: ByLayer, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("kv", [None, [None, None], sc.KVFormat(None, None)], ids=str)
 def test_a_cache_of_plain_numbers_needs_no_torchao(kv: ByLayer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparse_compile.cache.kv_format.find_spec", lambda name: None)
-    assert all(layer.codes == [] for layer in new_cache(kv).kept)
+    assert all(layer.quantized == [] for layer in new_cache(kv).cached_layers)
 
 
 def test_fp8_is_refused_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,14 +162,14 @@ def test_numbers_that_are_none_are_no_error_in_heads_that_keep_plain_numbers() -
 def test_numbers_that_are_none_stay_in_their_head(which: str, value: float) -> None:
     text, lengths = random_text(60, batch=2), [20, *ones(30), 10]
     session = Session("int8", max_batch=2)
-    wanted, codes = session.feed(text, lengths), bits(session.cache)
+    wanted, quantized = session.feed(text, lengths), bits(session.cache)
     session.reset()
     got = session.feed(spoiled(text, which, value, layer=0, head=1, token=15), lengths)
     others = torch.ones(2, 2, 4, dtype=torch.bool)
     others[0, 0, 2:] = False  # layer, row, query heads of the KV head
     assert torch.isfinite(wanted).all() and not torch.equal(got[0, 0, 2:], wanted[0, 0, 2:])
     assert torch.equal(got[others], wanted[others])
-    for then, now in zip(codes, bits(session.cache), strict=True):
+    for then, now in zip(quantized, bits(session.cache), strict=True):
         assert torch.equal(then[:, 0], now[:, 0]) and torch.equal(then[1], now[1])
 
 

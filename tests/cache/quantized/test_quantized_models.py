@@ -52,10 +52,12 @@ def test_logits_are_near_those_over_a_dynamic_cache(name: str) -> None:
     cache = sc.SparseCache(model.config, max_length=96, page_size=32, kv="int8")
     wanted = logits_of(plain, DynamicCache(config=plain.config), ids, lengths)
     got = logits_of(model, cache, ids, lengths)
-    encoded = [layer.codes != [] for layer in cache.kept]
-    assert encoded == {"mistral": [False, False], "gemma3_text": [False, True]}.get(name, [True, True]), "windows are rings"
+    quantized_parts = [layer.quantized != [] for layer in cache.cached_layers]
+    assert quantized_parts == {"mistral": [False, False], "gemma3_text": [False, True]}.get(name, [True, True]), (
+        "windows are rings"
+    )
     assert distance(got, wanted) < 0.02
-    assert (distance(got[:, 33:], wanted[:, 33:]) > 1e-4) == any(encoded)
+    assert (distance(got[:, 33:], wanted[:, 33:]) > 1e-4) == any(quantized_parts)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text"])
@@ -148,8 +150,8 @@ BYTES: list[tuple[ByLayer, int, int]] = [  # kv, bytes of the keys and of the va
 def test_bytes_are_those_of_codes_scales_offsets_tails_and_positions(kv: ByLayer, keys: int, values: int) -> None:
     cache = sc.SparseCache(llama().config, max_length=100, max_batch=3, page_size=32, kv=kv)
     head = 3 * (keys + values + 2 * TAIL * DIM * 4)
-    assert [layer.head_nbytes for layer in cache.kept] == [(head,) * KV_HEADS] * LAYERS
-    assert [layer.nbytes for layer in cache.kept] == [head * KV_HEADS] * LAYERS
+    assert [layer.head_nbytes for layer in cache.cached_layers] == [(head,) * KV_HEADS] * LAYERS
+    assert [layer.nbytes for layer in cache.cached_layers] == [head * KV_HEADS] * LAYERS
     assert cache.nbytes == LAYERS * KV_HEADS * head + 8 + 8 * 3 + 4 * 3 * SLOTS
 
 
@@ -157,10 +159,10 @@ def test_bytes_are_those_of_digests_too() -> None:
     """Page summaries are in the cache's dtype, because they describe the unquantized keys."""
     policy = causal & (sink(2) | page_topk(32, page=8))
     plain, less = (sc.SparseCache(llama().config, policy, max_length=1024, page_size=16, kv=kv) for kv in (None, "int8"))
-    chosen = [sum(t.nbytes for choice in layer.own for t in choice.used()) for layer in less.kept]
+    chosen = [sum(t.nbytes for choice in layer.own for t in choice.used()) for layer in less.cached_layers]
     assert min(chosen) > 1024 // 8 * 2 * DIM * KV_HEADS * 4
-    assert chosen == [sum(t.nbytes for choice in layer.own for t in choice.used()) for layer in plain.kept]
-    assert [layer.nbytes - sum(layer.head_nbytes) for layer in less.kept] == chosen
+    assert chosen == [sum(t.nbytes for choice in layer.own for t in choice.used()) for layer in plain.cached_layers]
+    assert [layer.nbytes - sum(layer.head_nbytes) for layer in less.cached_layers] == chosen
 
 
 def test_long_caches_are_as_small_as_their_bits() -> None:
@@ -174,7 +176,7 @@ def test_long_caches_are_as_small_as_their_bits() -> None:
 
 def test_heads_of_other_formats_have_their_own_bytes() -> None:
     cache = sc.SparseCache(llama().config, DUO, max_length=1024, page_size=16, kv=[["int4", "int8"], "int8"])
-    (four, ring), (eight, _) = (layer.head_nbytes for layer in cache.kept)
+    (four, ring), (eight, _) = (layer.head_nbytes for layer in cache.cached_layers)
     assert ring == 16 * DIM * 2 * 4
     assert ring < four < eight < 1024 * DIM * 2 * 4
 
@@ -182,19 +184,19 @@ def test_heads_of_other_formats_have_their_own_bytes() -> None:
 def test_nothing_is_allocated_later() -> None:
     model = sc.compile(llama(), inner="eager")
     cache = sc.SparseCache(model.config, max_length=96, page_size=8, kv="int4", rollback=9)
-    before, places = cache.nbytes, [tensor.data_ptr() for layer in cache.kept for tensor in layer.tensors()]
+    before, places = cache.nbytes, [tensor.data_ptr() for layer in cache.cached_layers for tensor in layer.tensors()]
     logits_of(model, cache, random_tokens(60), [20, *ones(40)])
     cache.crop(-30)
     cache.reset()
     assert cache.nbytes == before
-    assert [tensor.data_ptr() for layer in cache.kept for tensor in layer.tensors()] == places
+    assert [tensor.data_ptr() for layer in cache.cached_layers for tensor in layer.tensors()] == places
 
 
 def test_the_report_says_how_many_bytes_a_token_takes() -> None:
     model = sc.compile(llama(), inner="eager")
     cache = sc.SparseCache(model.config, max_length=4096, max_batch=2, kv="int4")
     logits_of(model, cache, random_tokens(8), [7, 1])
-    held = sum(layer.nbytes for layer in cache.kept)
+    held = sum(layer.nbytes for layer in cache.cached_layers)
     report = str(model.sparse_compile_report)
     line = re.search(r"SparseCache: .*; ([\d,]+) bytes for each of ([\d,]+) tokens, ([\d.]+) of dense", report)
     assert line is not None, report
@@ -207,7 +209,7 @@ def test_the_report_says_how_many_bytes_a_token_takes() -> None:
 
 def test_a_cache_says_in_which_formats_its_heads_are_kept() -> None:
     cache = sc.SparseCache(llama().config, DUO, max_length=128, page_size=32, kv=[sc.KVFormat("int8", None), "fp8"])
-    assert [str(layer) for layer in cache.kept] == [
+    assert [str(layer) for layer in cache.cached_layers] == [
         "SparseCacheLayer(1 heads x 128 slots in int8, full, 1 heads x 32 slots (sink 2, recent 6))",
         "SparseCacheLayer(1 heads x 128 slots in fp8, fp8, 1 heads x 32 slots (sink 2, recent 6))",
     ]

@@ -10,13 +10,13 @@ import pytest
 import sparse_compile as sc
 from sparse_compile.masks import page_topk, sink
 from support.oracles.cache import error, random_tokens
-from support.oracles.selection import Head, Selecting
+from support.oracles.selection import Head, PageSelection
 from support.sessions.cache import ones
 from support.sessions.selection import Session
 
-MINMAX, MEAN, KEYS = (Selecting(page_topk(12, page=2, score=score)) for score in ("minmax", "mean", "keys"))
+MINMAX, MEAN, KEYS = (PageSelection(page_topk(12, page=2, score=score)) for score in ("minmax", "mean", "keys"))
 MIXED: list[list[Head]] = [[MINMAX, MEAN], [KEYS, MINMAX]]
-EVERY = Selecting(page_topk(12, page=2, every=3), sink(1))
+EVERY = PageSelection(page_topk(12, page=2, every=3), sink(1))
 
 pytestmark = pytest.mark.usefixtures("fresh")
 

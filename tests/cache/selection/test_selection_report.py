@@ -61,8 +61,8 @@ def test_explain_plans_a_cache_for_a_policy_that_chooses(tmp_path: Path) -> None
 def test_digests_count_among_the_bytes() -> None:
     config = llama().config
     plain, chosen = (sc.SparseCache(config, mask, max_length=256, page_size=16) for mask in (causal, causal & page_topk(64)))
-    digests, scores, table = 256 // 16 * 2 * config.hidden_size // config.num_attention_heads, 256 // 16, 64 // 16
-    kept = 4 * (digests + scores + 1 + table)
+    summaries, scores, table = 256 // 16 * 2 * config.hidden_size // config.num_attention_heads, 256 // 16, 64 // 16
+    kept = 4 * (summaries + scores + 1 + table)
     assert chosen.nbytes - plain.nbytes == config.num_hidden_layers * config.num_key_value_heads * kept + 8
     assert "page_topk(64)" in repr(chosen)
 

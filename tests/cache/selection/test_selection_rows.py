@@ -7,15 +7,15 @@ import torch
 
 from sparse_compile.masks import causal, page_topk, sink, sliding_window
 from support.oracles.cache import error, random_tokens
-from support.oracles.selection import Head, Selecting
+from support.oracles.selection import Head, PageSelection
 from support.sessions.cache import left_padded, ones
 from support.sessions.selection import Session
 
 STREAMING = causal & (sink(2) | sliding_window(6))
-MINMAX, MEAN, KEYS = (Selecting(page_topk(12, page=2, score=score)) for score in ("minmax", "mean", "keys"))
+MINMAX, MEAN, KEYS = (PageSelection(page_topk(12, page=2, score=score)) for score in ("minmax", "mean", "keys"))
 MIXED: list[list[Head]] = [[MINMAX, MEAN], [KEYS, MINMAX]]
-SELECTING = Selecting(page_topk(12, page=4))
-EVERY = Selecting(page_topk(12, page=2, every=3), sink(1))
+SELECTING = PageSelection(page_topk(12, page=4))
+EVERY = PageSelection(page_topk(12, page=2, every=3), sink(1))
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -26,7 +26,7 @@ def both_layers(*heads: Head) -> list[list[Head]]:
 
 def test_generate_takes_the_most_likely_tokens_under_the_selection() -> None:
     ids, padding = left_padded(18, [7, 0])
-    session = Session([[SELECTING], [Selecting(page_topk(12, page=2, every=3), sink(1))]], max_batch=2)
+    session = Session([[SELECTING], [PageSelection(page_topk(12, page=2, every=3), sink(1))]], max_batch=2)
     stop = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
     text = session.model.generate(ids, attention_mask=padding, past_key_values=session.cache, **stop)
     padding = torch.nn.functional.pad(padding, (0, 20), value=1)
@@ -37,7 +37,7 @@ def test_generate_takes_the_most_likely_tokens_under_the_selection() -> None:
 
 def test_rows_of_a_batch_select_each_for_itself() -> None:
     ids = random_tokens(32, batch=3)
-    session = Session(both_layers(Selecting(page_topk(12, page=2), sink(1))), max_batch=4)
+    session = Session(both_layers(PageSelection(page_topk(12, page=2), sink(1))), max_batch=4)
     session.goes_as_written_out(ids, [15, *ones(17)])
     session.reset()
     wanted = session.oracle.feed(ids[1:2], [15, *ones(17)])
@@ -47,7 +47,7 @@ def test_rows_of_a_batch_select_each_for_itself() -> None:
 @pytest.mark.parametrize(("score", "pads"), [("minmax", [6, 0, 10]), ("mean", [7, 1, 13]), ("keys", [5, 2, 12])])
 def test_padding_on_the_left_is_nothing_to_select(score: str, pads: list[int]) -> None:
     ids, padding = left_padded(36, pads)
-    session = Session(both_layers(Selecting(page_topk(12, page=2, score=score), sliding_window(3))), max_batch=3)
+    session = Session(both_layers(PageSelection(page_topk(12, page=2, score=score), sliding_window(3))), max_batch=3)
     session.rows_go_as_written_out(ids, [18, *ones(18)], padding)
 
 
@@ -60,7 +60,7 @@ def test_padded_rows_fill_a_cache_that_is_no_whole_number_of_pages() -> None:
 def test_padding_between_turns_and_in_decode_steps() -> None:
     ids, padding = left_padded(44, [4, 0])
     padding[1, 12:17] = padding[0, 20:29] = padding[1, 33] = 0
-    session = Session(both_layers(Selecting(page_topk(12, page=4), sink(1)), causal), max_batch=2)
+    session = Session(both_layers(PageSelection(page_topk(12, page=4), sink(1)), causal), max_batch=2)
     session.rows_go_as_written_out(ids, [15, *ones(5), 11, *ones(13)], padding)
 
 
@@ -94,7 +94,7 @@ def test_a_batch_may_be_smaller_than_the_cache_and_another_after_a_reset() -> No
 
 def test_padded_rows_are_reordered_and_rolled_back() -> None:
     ids, padding = left_padded(40, [7, 0])
-    session = Session([[Selecting(page_topk(12, page=4), sink(1))]] * 2, max_batch=2)
+    session = Session([[PageSelection(page_topk(12, page=4), sink(1))]] * 2, max_batch=2)
     session.rows_go_as_written_out(ids[:, :22], [15, *ones(7)], padding[:, :22])
     session.crop(3)
     session.reorder(torch.tensor([1, 0]))

@@ -57,12 +57,12 @@ def steps(x: Tensor, valid: Tensor | None, form: Format) -> tuple[Array, Array]:
 def encode(x: Tensor, valid: Tensor | None, scales: Array, offsets: Array, form: Format) -> Array:
     """Quantize ``x`` with these scales and offsets: ``[B, H, N, D]``, unpacked. Tokens that are not valid become 0."""
     numbers, shape, seen = x.double().numpy(), tuple(x.shape), seen_by(valid, tuple(x.shape))
-    codes = np.zeros(shape)
+    quantized = np.zeros(shape)
     for place, where in groups(form, shape):
         count = (numbers[where] - offsets[place]) / scales[place]
         nearest = nearest_float8(count) if form.kind == "fp8" else np.rint(count).clip(0, LEVELS[form.kind])
-        codes[where] = np.where(seen[place[0], where[2]][:, None], nearest, 0)
-    return codes
+        quantized[where] = np.where(seen[place[0], where[2]][:, None], nearest, 0)
+    return quantized
 
 
 def half(number: float) -> float:
@@ -79,11 +79,11 @@ def nearest_float8(group: Array) -> Array:
     return nearest
 
 
-def decode(codes: Array, scales: Array, offsets: Array, form: Format) -> Array:
+def decode(quantized: Array, scales: Array, offsets: Array, form: Format) -> Array:
     """Dequantize unpacked values."""
-    out = np.zeros(codes.shape)
-    for place, where in groups(form, codes.shape):
-        count = FLOAT8[codes[where].astype(int)] if form.kind == "fp8" else codes[where]
+    out = np.zeros(quantized.shape)
+    for place, where in groups(form, quantized.shape):
+        count = FLOAT8[quantized[where].astype(int)] if form.kind == "fp8" else quantized[where]
         out[where] = count * scales[place] + offsets[place]
     return out
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-Pages = list[list[int]]
+PageStorage = list[list[int]]
 
 
 def pages_of(length: int, page: int) -> list[range]:
@@ -34,7 +34,7 @@ def bounds_of(query: Tensor, keys: Tensor, pages: list[range]) -> dict[int, floa
     return {number: upper_bound(query.double(), keys.double()[list(page)]) for number, page in enumerate(pages)}
 
 
-def quest_evaluation(q: Tensor, k: Tensor, budget: int, page: int = 16) -> Pages:
+def quest_evaluation(q: Tensor, k: Tensor, budget: int, page: int = 16) -> PageStorage:
     """Select as the code of Quest's accuracy numbers (``evaluation/quest_attention.py``), for each query head.
 
     Keys are repeated over the query heads (GQA). At least three pages are read, and none is forced. The budget is at most the
@@ -47,7 +47,7 @@ def quest_evaluation(q: Tensor, k: Tensor, budget: int, page: int = 16) -> Pages
     return [best(bounds_of(query, k[head // group], pages), count) for head, query in enumerate(q)]
 
 
-def quest_kernel(q: Tensor, k: Tensor, budget: int, page: int = 16) -> Pages:
+def quest_kernel(q: Tensor, k: Tensor, budget: int, page: int = 16) -> PageStorage:
     """Select as the code of Quest's speed numbers (``quest/``), for each head of an MHA: the last page and the best others."""
     assert q.shape[0] == k.shape[0]
     pages = pages_of(k.shape[1], page)
@@ -58,7 +58,7 @@ def quest_kernel(q: Tensor, k: Tensor, budget: int, page: int = 16) -> Pages:
     return [[*best(bounds_of(query, keys, pages[:last]), count - 1), last] for query, keys in zip(q, k, strict=True)]
 
 
-def lserve(q: Tensor, k: Tensor, budget: int, physical: int = 64, logical: int = 16) -> Pages:
+def lserve(q: Tensor, k: Tensor, budget: int, physical: int = 64, logical: int = 16) -> PageStorage:
     """Select as LServe, for each query head: a physical page has the score of its best logical page.
 
     The last page and the best ``max(3, budget / 64) - 1`` of the other pages are read. If the text fits into the budget, all
@@ -79,7 +79,7 @@ def lserve(q: Tensor, k: Tensor, budget: int, physical: int = 64, logical: int =
     return chosen
 
 
-def kinetics(q: Tensor, k: Tensor, topk: int, *, sink: int = 0, local: int = 1, block: int = 16) -> Pages:
+def kinetics(q: Tensor, k: Tensor, topk: int, *, sink: int = 0, local: int = 1, block: int = 16) -> PageStorage:
     """Return the keys that each KV head reads with the block top-k of Kinetics. Blocks are counted from the end of the sink.
 
     The score of a block is the mean of its logits over its keys and the query heads of the KV head. The sink, the last

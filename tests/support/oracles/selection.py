@@ -40,7 +40,7 @@ def build(name: str, attention: str = "sdpa") -> Any:
 
 
 @dataclass(frozen=True)
-class Selecting:
+class PageSelection:
     """A KV head that sees ``base & (static | selector)``."""
 
     selector: PageTopK
@@ -52,23 +52,23 @@ class Selecting:
         return self.base & (self.static | self.selector)
 
 
-Head = Mask | Selecting
+Head = Mask | PageSelection
 
 
 def mask_of(heads: Sequence[Head]) -> Mask:
     """Return the mask that a user would write for these KV heads."""
-    masks = [head.mask if isinstance(head, Selecting) else head for head in heads]
+    masks = [head.mask if isinstance(head, PageSelection) else head for head in heads]
     return masks[0] if len(masks) == 1 else per_head(masks)
 
 
-def together(rules: Sequence[Head]) -> Selecting | None:
+def together(rules: Sequence[Head]) -> PageSelection | None:
     """Join the query heads of a KV head. Keys that any of them may see are offered; keys that any always sees are static."""
-    selecting = [rule for rule in rules if isinstance(rule, Selecting)]
-    if not selecting:
+    selection = [rule for rule in rules if isinstance(rule, PageSelection)]
+    if not selection:
         return None
-    static = [rule.base & rule.static if isinstance(rule, Selecting) else rule for rule in rules]
-    bases = [rule.base if isinstance(rule, Selecting) else rule for rule in rules]
-    return Selecting(selecting[0].selector, reduce(or_, static), reduce(or_, bases))
+    static = [rule.base & rule.static if isinstance(rule, PageSelection) else rule for rule in rules]
+    bases = [rule.base if isinstance(rule, PageSelection) else rule for rule in rules]
+    return PageSelection(selection[0].selector, reduce(or_, static), reduce(or_, bases))
 
 
 def score(selector: PageTopK, queries: Tensor, keys: Tensor, members: range, valid: Sequence[bool]) -> float:
@@ -115,7 +115,7 @@ def seen_by(mask: Mask, text: int, texts: Sequence[int], valid: Sequence[bool]) 
 
 
 def keys_of(
-    rule: Selecting, scores: Sequence[float], columns: Sequence[int], texts: Sequence[int], valid: Sequence[bool], size: int
+    rule: PageSelection, scores: Sequence[float], columns: Sequence[int], texts: Sequence[int], valid: Sequence[bool], size: int
 ) -> list[set[int]]:
     """Return the key slots that each query in ``columns`` sees. The queries share one selection of pages of ``size`` keys."""
     shown = [seen_by(rule.base, texts[column], texts, valid) for column in columns]
@@ -199,9 +199,9 @@ class Oracle:
                 for first in range(0, q_len, Q_BLOCK):
                     block = range(first, min(first + Q_BLOCK, q_len))
                     columns = [kv_len - q_len + i for i in block]
-                    own = rule.base if isinstance(rule, Selecting) else rule
+                    own = rule.base if isinstance(rule, PageSelection) else rule
                     sets = [seen_by(own, texts[column], texts, valid) for column in columns]
-                    if isinstance(rule, Selecting) and whole is not None:
+                    if isinstance(rule, PageSelection) and whole is not None:
                         if q_len == 1:
                             size, scores = self.page_size, self._stored(layer, row, kv_head, kv_len, whole)
                         else:
@@ -213,7 +213,7 @@ class Oracle:
                         seen[row, head, i, list(part) if valid[column] else [column]] = True
         return seen
 
-    def _score(self, layer: int, wholes: Sequence[Selecting | None], query: Tensor, key: Tensor) -> None:
+    def _score(self, layer: int, wholes: Sequence[PageSelection | None], query: Tensor, key: Tensor) -> None:
         """Score pages for the selectors that score in this decode step."""
         group = query.shape[1] // key.shape[1]
         for head, rule in enumerate(wholes):
@@ -226,7 +226,7 @@ class Oracle:
                     scores = scores_of(rule.selector, queries, key[row, head], self.page_size, valid)
                     self.scores[layer, row, head] = scores, key.shape[2]
 
-    def _stored(self, layer: int, row: int, head: int, columns: int, rule: Selecting) -> list[float]:
+    def _stored(self, layer: int, row: int, head: int, columns: int, rule: PageSelection) -> list[float]:
         """Return the scores that a layer uses. The page that was newest at the last scoring, and all later pages, have inf."""
         scores, then = self.scores[rule.selector.leader(layer), row, head]
         pages = -(-columns // self.page_size)

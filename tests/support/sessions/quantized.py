@@ -13,12 +13,12 @@ from transformers import LlamaConfig
 import sparse_compile as sc
 from sparse_compile.cache.kv_format import ByLayer
 from sparse_compile.masks import causal
-from sparse_compile.passes.storage.codec import Codes, quantize
-from sparse_compile.passes.storage.layer_plan import Pages, codes_of
+from sparse_compile.passes.storage.codec import QuantizedTensor, quantize
+from sparse_compile.passes.storage.layer_plan import PageStorage, quantized_of
 from support.models import SMALL
 from support.oracles import formats as format_oracle
 from support.oracles.cache import error
-from support.oracles.selection import Head, Oracle, Selecting
+from support.oracles.selection import Head, Oracle, PageSelection
 from support.sessions.selection import policy_of
 
 DIM, LAYERS = 16, 2
@@ -100,7 +100,7 @@ class Session:
         self.config = LlamaConfig(**{**SMALL, **sizes})
         self.options = {"page_size": 32, "max_length": 96, "kv": kv, **options}
         layers = layers or [[causal]] * len(windows)
-        prefill: list[list[Head]] = [[h.base if isinstance(h, Selecting) else h for h in layer] for layer in layers]
+        prefill: list[list[Head]] = [[h.base if isinstance(h, PageSelection) else h for h in layer] for layer in layers]
         self.policy, self.windows = policy_of(layers, prefill), windows
         self.oracle = Oracle(layers, page_size=self.options["page_size"], prefill=prefill)
         self.backend = sc.Backend(self.policy, inner="eager")
@@ -175,32 +175,32 @@ class Session:
 
     def by_keys(self, layer: int) -> bool:
         """Whether a layer scores pages by the keys themselves instead of page summaries."""
-        found = [s.selecting for s in self.cache.kept[layer].plan.storages if isinstance(s, Pages)]
-        return any(selecting is not None and selecting.by_keys for selecting in found)
+        found = [s.selection for s in self.cache.cached_layers[layer].plan.storages if isinstance(s, PageStorage)]
+        return any(selection is not None and selection.by_keys for selection in found)
 
     def decoded(self, layer: int) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer as the cache stores them, dequantized to double precision. Rings are unquantized."""
         assert self.held is not None
         numbers = self.held.k[layer].double(), self.held.v[layer].double()
         columns = numbers[0].shape[2]
-        for heads, parts, form, which in self.encoded(layer):
+        for heads, parts, form, which in self.quantized_parts(layer):
             read = format_oracle.read([part[: numbers[0].shape[0]] for part in parts], form)
             numbers[which][:, heads] = read[:, :, :columns]
         return numbers
 
-    def encoded(self, layer: int) -> list[tuple[list[int], list[Tensor], Any, int]]:
+    def quantized_parts(self, layer: int) -> list[tuple[list[int], list[Tensor], Any, int]]:
         """Heads, tensors and format of the quantized keys (0) and values (1) of each storage group of a layer."""
-        kept, found = self.cache.kept[layer], []
+        kept, found = self.cache.cached_layers[layer], []
         for number, storage in enumerate(kept.plan.storages):
-            if isinstance(storage, Pages) and storage.forms is not None:
-                pair = zip(codes_of(kept.plan, kept.codes, number), storage.forms, strict=True)
-                found += [(list(storage.heads), codes.used(), form, which) for which, (codes, form) in enumerate(pair)]
+            if isinstance(storage, PageStorage) and storage.forms is not None:
+                pair = zip(quantized_of(kept.plan, kept.quantized, number), storage.forms, strict=True)
+                found += [(list(storage.heads), quantized.used(), form, which) for which, (quantized, form) in enumerate(pair)]
         return found
 
 
 def bits(cache: sc.SparseCache) -> list[Tensor]:
     """A copy of all quantized data of the columns in use, with scales and offsets."""
-    rows = cache.books.batch or 0
+    rows = cache.host_state.batch or 0
     return [part.clone() for name, part in cache.parts(rows).items() if "code" in name]
 
 
@@ -213,12 +213,12 @@ def assert_codes_of_whole_text(session: Session, text: Text, padding: Tensor | N
     """Assert that each group is quantized as if all of its tokens had been appended at once."""
     columns = text.k.shape[3]
     for layer in range(len(session.windows)):
-        for heads, parts, form, which in session.encoded(layer):
+        for heads, parts, form, which in session.quantized_parts(layer):
             x = (text.k, text.v)[which][layer][:, heads]
             rows, padded = x.shape[0], -(-columns // form.tokens) * form.tokens
             filled = torch.nn.functional.pad(x, (0, 0, 0, padded - columns))
             valid = torch.ones(rows, columns, dtype=torch.bool) if padding is None else padding[:, :columns]
             wanted = quantize(filled, torch.nn.functional.pad(valid, (0, padded - columns)) if form.tokens > 1 else None, form)
-            held = Codes(*(part[:rows] for part in parts))
+            held = QuantizedTensor(*(part[:rows] for part in parts))
             for got, part, tokens in zip(held.used(), wanted.used(), (1, form.tokens, form.tokens), strict=False):
                 assert torch.equal(got[:, :, : padded // tokens], part)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparse_compile.masks import Mask, causal, chunked, padding, per_head, prefix, sink, sliding_window, strided
 from sparse_compile.masks.analysis import visible_past
-from sparse_compile.masks.patterns.remapped import placed, relaxed
+from sparse_compile.masks.patterns.remapped import relaxed, remapped
 
 INNER = [
     causal,
@@ -53,7 +53,7 @@ def pair_by_pair(mask: Mask, queries: list[list[int]], keys: list[list[int]], he
 def test_pairs_are_those_of_the_text(case: tuple[Mask, list[list[int]], list[list[int]], bool]) -> None:
     mask, queries, keys, ordered = case
     heads = mask.sizes()[1]
-    stored = placed(mask, queries, keys, ordered=ordered)
+    stored = remapped(mask, queries, keys, ordered=ordered)
     got = stored.dense(len(queries[0]), len(keys[0]), batch=len(queries), heads=heads)
     assert torch.equal(got, pair_by_pair(mask, queries, keys, heads))
 
@@ -64,7 +64,7 @@ def test_blocks_lose_nothing_and_full_blocks_are_full(
 ) -> None:
     mask, queries, keys, ordered = case
     heads = mask.sizes()[1]
-    stored = placed(mask, queries, keys, ordered=ordered)
+    stored = remapped(mask, queries, keys, ordered=ordered)
     shape = (len(queries[0]), len(keys[0]))
     dense = stored.dense(*shape, batch=len(queries), heads=heads)
     table = stored.block_mask(*shape, batch=len(queries), heads=heads, block_size=(q_block, kv_block))
@@ -84,7 +84,7 @@ def test_blocks_lose_nothing_and_full_blocks_are_full(
 
 def test_ordered_tables_are_tight() -> None:
     at = [list(range(4096, 4096 + 512))]
-    stored = placed(causal & sliding_window(64), at, [[*range(64), *range(4000, 4608)]], ordered=True)
+    stored = remapped(causal & sliding_window(64), at, [[*range(64), *range(4000, 4608)]], ordered=True)
     table = stored.block_mask(512, 672, block_size=32)
     assert table.full_kv_num_blocks is not None
     assert int(table.kv_num_blocks.max() + table.full_kv_num_blocks.max()) <= 5
@@ -107,9 +107,9 @@ def test_relaxed_blocks_lose_nothing() -> None:
 
 
 def test_masks_out_of_order_are_values() -> None:
-    mask = placed(causal & relaxed(sink(1), [3]), [[1, 2]], [[2, -1, 0]])
+    mask = remapped(causal & relaxed(sink(1), [3]), [[1, 2]], [[2, -1, 0]])
     assert Mask.from_json(mask.to_json()) == mask
-    assert eval(repr(mask), {"causal": causal, "sink": sink, "placed": placed, "relaxed": relaxed}) == mask
+    assert eval(repr(mask), {"causal": causal, "sink": sink, "remapped": remapped, "relaxed": relaxed}) == mask
 
 
 @pytest.mark.parametrize(
