@@ -1,4 +1,4 @@
-"""The compilers that take a rewritten graph: everything that is not attention is theirs."""
+"""Hand the rewritten graph to an inner compiler, which compiles everything that is not attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparse_compile.passes.torch_private import cache_bypasses, has_inductor_opt
 
 
 def check_mode(mode: str | None) -> None:
-    """Raise ``ValueError`` unless ``mode`` is one that ``torch.compile`` knows."""
+    """Raise ``ValueError`` unless ``mode`` is None or a mode of ``torch.compile``."""
     known = ("default", *inductor_modes())
     if mode is not None and mode not in known:
         raise ValueError(f"mode needs to be one of {', '.join(dict.fromkeys(known))}, got {mode!r}")
@@ -25,12 +25,12 @@ def check_mode(mode: str | None) -> None:
 def compile_inner(
     gm: GraphModule, inputs: Sequence[Any], *, inner: str, mode: str | None, config: dict[str, Any] | None
 ) -> tuple[Callable[..., Any], str]:
-    """Compile ``gm`` with ``inner``. ``mode`` and ``config`` reach Inductor, as in ``torch.compile(mode=..., options=...)``.
+    """Compile ``gm`` with ``inner``. Inductor gets ``mode`` and ``config``, as from ``torch.compile(mode=..., options=...)``.
 
-    Returns the compiled function, and a note if another process could not reuse what was compiled.
+    Returns the compiled function, and a note if another process cannot reuse it from a cache, else "".
     """
     before = cache_bypasses()
-    # Inductor's caches know a graph by the names of its ops, not by what our op and modules do: name our sources as well.
+    # Inductor's cache keys contain the names of our ops and modules but not their code, so add a hash of our sources.
     settings: Any = torch.compiler.config
     with settings.patch(cache_key_tag=f"{settings.cache_key_tag}sparse_compile-{_sources()}"):
         compiled = _compile(gm, inputs, inner, mode, config)
@@ -40,9 +40,9 @@ def compile_inner(
 
 
 def for_steps() -> dict[str, Any]:
-    """Inductor options for decode steps over a cache, whose kernels are so short that their number is what they cost.
+    """Return Inductor options for decode steps over a cache. These run many short kernels, so the launches dominate the cost.
 
-    Kernels that do not depend on each other become one: 105 fewer in a step of Llama-3-8B with pages and rings.
+    The options combine kernels that do not depend on each other. A step of Llama-3-8B with pages and rings has 105 fewer.
     """
     wanted = {"combo_kernels": True, "combo_kernel_per_subkernel_blocks": True}
     return {name: value for name, value in wanted.items() if has_inductor_option(name)}
@@ -50,12 +50,12 @@ def for_steps() -> dict[str, Any]:
 
 @cache
 def _sources() -> str:
-    """A digest of the sources that decide what a rewritten graph does."""
+    """Return a hash of the sources that decide what a rewritten graph computes."""
     return source_digest(Path(masks.__file__).parent, Path(__file__).parent)
 
 
 def source_digest(*packages: Path) -> str:
-    """A digest of every source file of the packages, in all their sub-folders: of its place and of its content."""
+    """Return a hash of the path and the content of every source file of the packages, including all subfolders."""
     digest = hashlib.sha256()
     for package in packages:
         for file in sorted(package.rglob("*.py")):
@@ -65,7 +65,7 @@ def source_digest(*packages: Path) -> str:
 
 
 def import_tensorrt() -> None:
-    """Import torch-tensorrt, which registers its backend. Raises ``ImportError`` with the remedy if it is not there."""
+    """Import torch-tensorrt, which registers its backend. Raises ``ImportError`` with the remedy if it cannot be imported."""
     try:
         import torch_tensorrt  # noqa: F401
     except ImportError as missing:
@@ -85,7 +85,7 @@ def _compile(
         return compiler(gm, inputs, options=config or {})
     if inner != "inductor":
         return compiler(gm, inputs)
-    # torch.compile hands `mode` to the backend as a keyword; unless it becomes a config, CUDA graphs never turn on.
+    # torch.compile passes `mode` to a backend as a keyword. CUDA graphs turn on only if the mode's options are in the config.
     patches = dict(inductor_modes()[mode]) if mode is not None and mode != "default" else {}
     if all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor)):
         # A pointwise op on the output of the C++ template fails with "Unsupported for epilogue_nodes".

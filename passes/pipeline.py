@@ -1,4 +1,4 @@
-"""The order of the passes. They work in place on one graph and account for every attention call."""
+"""Run the passes in order. They change one graph in place and report what became of every attention call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ PASSES: tuple[Pass, ...] = (*UNDERSTAND, *REPLACE)
 
 
 def run_passes(rewrite: Rewrite, between: Sequence[Pass] = ()) -> Rewrite:
-    """Run all passes over the graph, in place; those of ``between`` once calls are understood, before any is replaced."""
+    """Run all passes over the graph, in place.
+
+    The passes of ``between`` run when all attention calls are read and have a policy, before any of them is replaced.
+    """
     for run in (*UNDERSTAND, *between, *REPLACE):
         run(rewrite)
     return rewrite

@@ -24,7 +24,7 @@ class Remapped(Mask):
     position are in no visible pair. With ``ordered``, positions must ascend, apart from negative ones, and block tables are
     tight. Without it, every block is visited.
 
-        >>> print(placed(causal, [[1, 2]], [[2, -1, 0]]).draw(2, 3))
+        >>> print(remapped(causal, [[1, 2]], [[2, -1, 0]]).draw(2, 3))
         ··█
         █·█
     """

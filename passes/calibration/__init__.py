@@ -1,1 +1,1 @@
-"""Passes that calibration adds: mix the outputs of heads, and observe their weights."""
+"""The passes that calibration adds: mix the outputs of heads, and observe their attention weights."""

@@ -1,1 +1,1 @@
-"""Decide: which mask a call gets, which heads run together, on which kernel, in which tiles."""
+"""Decide which mask a call gets, which heads run together, and with which kernel and tiles."""

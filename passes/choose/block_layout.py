@@ -1,4 +1,4 @@
-"""How the block tables of one kernel are cut, and the kernel options that go with them."""
+"""The layout of the block tables of one kernel, and the kernel options that go with it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ from sparse_compile.passes.torch_private import real_tensors
 
 @dataclass(frozen=True)
 class Layout:
-    """``mask`` is listed for ``heads`` heads, in blocks of ``block`` queries and keys, with full blocks apart if ``split``.
+    """How the visible blocks of ``mask`` are listed in tables for ``heads`` heads.
 
-    ``width`` is the number of columns, None for one per key block. ``group`` query heads are rows of their KV head.
-    ``starts`` are the positions of the first query and key where the kernel may know them.
+    ``block`` is the number of queries and of keys in a block. With ``split``, full blocks are listed in tables of their own.
+    ``width`` is the number of columns of a table; None means one for each key block. ``group`` query heads are folded into the
+    rows of their KV head. ``starts`` are the positions of the first query and key if they are constants; else None.
     """
 
     mask: Mask
@@ -44,7 +45,7 @@ class Layout:
 
 
 def dense_layout(call: Attention, seen: NamedMask) -> Layout:
-    """The layout of a kernel that reads a dense mask. A selector still lists the blocks that it chooses."""
+    """The layout of a kernel that reads a dense mask. Only the blocks that a selector selects are listed in tables."""
     width = _selected_width(call, seen) if has_selector(seen.mask) else None
     return Layout(seen.mask, seen.heads, split=False, width=width)
 
@@ -52,7 +53,7 @@ def dense_layout(call: Attention, seen: NamedMask) -> Layout:
 def prefill_layout(
     call: Attention, seen: NamedMask, block: tuple[int, int], options: Mapping[str, Any], *, every_column: bool = False
 ) -> Layout:
-    """The layout for many queries. With ``every_column`` a table has a column for every key block, as the C++ kernel wants."""
+    """The layout for many queries. With ``every_column``, a table has a column for every key block, as the C++ kernel needs."""
     if has_selector(seen.mask):
         width = _selected_width(call, seen)
     else:
@@ -65,7 +66,7 @@ def prefill_layout(
 def step_layout(call: Attention, seen: NamedMask, target: Target) -> Layout:
     """The layout of a decode step whose query heads are folded into the rows of their KV head.
 
-    Full blocks are not told apart: given any, the kernel spreads the whole length over its splits.
+    Full blocks get no tables of their own, because with any full block the kernel spreads the whole length over its splits.
     """
     listed, listed_heads = _of_kv_heads(call, seen)
     tiles = tiles_of(call, "decode", target)
@@ -92,20 +93,21 @@ def selection_layout(
     options: Mapping[str, Any] | None = None,
     every_column: bool = False,
 ) -> Layout:
-    """The layout of a decode step that reads chosen pages. Tables are those of the KV heads, whatever the kernel.
+    """The layout of a decode step that reads selected pages. The tables list pages by KV head for every kernel.
 
-    With ``every_column`` a table has a column for every page and full blocks apart, as the C++ kernel wants.
+    With ``every_column``, a table has a column for every page, and full blocks have tables of their own, as the C++ kernel
+    needs.
     """
     listed, listed_heads = _of_kv_heads(call, seen)
     page_size = pages.selection.page_size
-    # Padding may lie in any number of pages that the static part of a mask touches.
+    # With padding, the static part of a mask can touch any number of pages.
     width = pages.length // page_size if pages.new.texts is not None or every_column else pages.selection.width
     block = (BLOCK, page_size)
     return Layout(listed, listed_heads, block, split=every_column, width=width, group=group, options=_sorted(options or {}))
 
 
 def selection_options(call: Attention, pages: Selected, target: Target) -> dict[str, Any]:
-    """The options of FlexAttention's decode kernel over chosen pages."""
+    """The options of FlexAttention's decode kernel over selected pages."""
     page_size = pages.selection.page_size
     tiles = tiles_for_pages(tiles_of(call, "decode", target), page_size)
     visited = min(pages.selection.budget, pages.length // page_size) * (page_size // tiles.block_n)
@@ -113,26 +115,29 @@ def selection_options(call: Attention, pages: Selected, target: Target) -> dict[
 
 
 def folds(call: Attention, seen: NamedMask, target: Target) -> bool:
-    """Whether the query heads of a KV head can be rows of one decode kernel, which takes fewer than 128 and a static batch."""
+    """Whether the query heads of a KV head can be rows of one decode kernel, which needs fewer than 128 and a static batch."""
     tells_heads = seen.tells_heads_apart and any(isinstance(node, Explicit) for node in seen.mask.walk())
     fits = isinstance(call.batch, int) and call.group < BLOCK
     return call.is_step and fits and not target.gradients and not tells_heads
 
 
 def tiles_of(call: Attention, phase: TiledPhase, target: Target) -> Tiles | None:
-    """The pinned tiles for a call; None where Inductor times them or FlexAttention's own choice has to do."""
+    """The pinned tiles for a call; None if Inductor times tiles, or if FlexAttention's own choice is used."""
     query_dim, _, value_dim = call.dims
     return None if target.kernel == "autotune" else tiles_for(target.capability, phase, max(query_dim, value_dim), call.dtype)
 
 
 def _of_kv_heads(call: Attention, seen: NamedMask) -> tuple[Mask, int]:
-    """What any query head of each KV head sees, and for how many heads that is listed."""
+    """The union of the masks of each KV head's query heads, and the number of heads for which it is listed."""
     listed = per_kv_head(seen.mask, call.heads, call.kv_heads) if seen.tells_heads_apart else seen.mask
     return listed, call.kv_heads if any(isinstance(node, PerHead) for node in listed.walk()) else 1
 
 
 def _selected_width(call: Attention, seen: NamedMask) -> int | None:
-    """The columns that a table of chosen blocks needs, if lengths and positions are numbers and no tensor has a say."""
+    """The number of columns that a table of selected blocks needs; None if the number of keys is dynamic.
+
+    Where positions are tensors or the static part of the mask reads one, the table has a column for every block.
+    """
     budget = max(-(-node.tokens // BLOCK) for node in seen.mask.walk() if isinstance(node, PageTopK))
     listed, _ = _of_kv_heads(call, seen)
     static = static_part(listed) if all(has_selector(mask) for mask in _of_heads(listed)) else full
@@ -149,7 +154,7 @@ def _of_heads(mask: Mask) -> tuple[Mask, ...]:
 
 
 def _static_width(call: Attention, mask: Mask, block: tuple[int, int]) -> int | None:
-    """The columns that a table needs, if lengths and positions are numbers."""
+    """The number of columns that a table needs; None if lengths or positions are not constants."""
     at, q_len, kv_len = call.positions, call.q_len, call.kv_len
     if not (isinstance(q_len, int) and isinstance(kv_len, int)):
         return None
@@ -159,7 +164,7 @@ def _static_width(call: Attention, mask: Mask, block: tuple[int, int]) -> int | 
 
 
 def _starts(call: Attention, mask: Mask) -> tuple[int, int] | None:
-    """The positions of the first query and key, if they are numbers and nothing else needs them as tensors."""
+    """The positions of the first query and key; None if they are not constants, or if the masks read them as tensors."""
     at = call.positions
     reads = {*mask.captures(), *(call.score_mod.captures() if call.score_mod is not None else ())}
     if at.q_shift is not None or not (at.q_start.is_Integer and at.kv_start.is_Integer) or reads & {Q_START, KV_START}:
@@ -172,7 +177,7 @@ def _sorted(options: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 
 def per_kv_head(mask: Mask, heads: int, kv_heads: int) -> Mask:
-    """What any query head of each KV head sees: a mask of the KV heads, as lists of a folded decode step need it."""
+    """A mask for KV heads: the union over the query heads of each. The tables of a folded decode step list it."""
     if not any(isinstance(node, PerHead) for node in mask.walk()):
         return mask
     unions = unions_by_kv_head(mask, heads, kv_heads)
@@ -181,7 +186,7 @@ def per_kv_head(mask: Mask, heads: int, kv_heads: int) -> Mask:
 
 @lru_cache(maxsize=256)
 def table_width(mask: Mask, q_len: int, kv_len: int, q_start: int, block: tuple[int, int]) -> int:
-    """The most key blocks that a query block of a static shape visits; masks that read tensors of the graph count as full."""
+    """The most key blocks that any query block visits. Masks that read tensors of the graph count as full."""
     with real_tensors():
         lo, hi = query_blocks(q_len, block[0], "cpu")
         return live_width(without_symbols(mask), lo + q_start, hi + q_start, kv_len, block[1])
@@ -189,7 +194,7 @@ def table_width(mask: Mask, q_len: int, kv_len: int, q_start: int, block: tuple[
 
 @lru_cache(maxsize=256)
 def step_width(mask: Mask, kv_len: int, block: int) -> int:
-    """The most key blocks that a single query visits, wherever among ``kv_len`` keys it stands."""
+    """The most key blocks that a single query visits, at any position among ``kv_len`` keys."""
     with real_tensors():
         at = torch.arange(kv_len)
         return live_width(without_symbols(mask), at, at, kv_len, block)

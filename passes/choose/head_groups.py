@@ -1,4 +1,4 @@
-"""Group the heads of a call by what they see, so that each group runs the kernel that is fastest for it."""
+"""Group the heads of a call by mask, so that each group runs the kernel that is fastest for it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sparse_compile.passes.choose.kernel_choice import choose_kernel
 from sparse_compile.passes.ir.attention import Attention
 from sparse_compile.passes.ir.target import HeadGroup, K, Target
 
-MOST_HEAD_GROUPS = 4  # of one call: each is a kernel of its own to compile and launch
+MOST_HEAD_GROUPS = 4  # in one call; each group compiles and launches a kernel of its own
 
 
 def head_groups(call: Attention, target: Target, kernels: Sequence[K]) -> list[HeadGroup[K]]:
-    """The head groups of ``call``: one, unless heads differ in a prefill.
+    """Return the head groups of ``call``: one group, unless the masks of heads differ in a prefill.
 
-    A table costs per head what the densest head costs, and a dense causal group needs none at all. A decode step stays whole:
-    its kernel follows each KV head's own list.
+    Groups pay off because every head of a table costs as much as its densest head, and because a causal group needs no table.
+    A decode step is never cut into groups, because its kernel reads a separate list for each KV head.
     """
     groups = _by_mask(call) if target.inner != "eager" and target.kernel != "reference" else {}
     if len(groups) > MOST_HEAD_GROUPS:
@@ -37,13 +37,13 @@ def _group(call: Attention, heads: tuple[int, ...], target: Target, kernels: Seq
 
 
 def _by_mask(call: Attention) -> dict[Mask, tuple[int, ...]]:
-    """The distinct masks and their query heads; empty where the call cannot be cut into them."""
+    """The distinct masks and their query heads; empty if the call cannot be cut into groups."""
     if not any(isinstance(node, PerHead) for node in call.visible.walk()):
         return {}
     if call.is_step or call.score_mod is not None:
         return {}
     if any(isinstance(node, Explicit) and Captured.of(node.visible).is_symbol for node in call.visible.walk()):
-        return {}  # a tensor of the graph that may differ between heads itself
+        return {}  # the tensor of the graph may itself differ between heads
     groups = call.visible.head_groups(call.heads)
     kv_heads = [{head // call.group for head in heads} for heads in groups.values()]
     cuts_no_kv_head = sum(map(len, kv_heads)) == call.kv_heads
@@ -53,7 +53,7 @@ def _by_mask(call: Attention) -> dict[Mask, tuple[int, ...]]:
 def _merged(
     call: Attention, groups: Sequence[tuple[int, ...]], target: Target, kernels: Sequence[K]
 ) -> dict[Mask, tuple[int, ...]]:
-    """The same with all groups that need a table in one."""
+    """Merge all groups that need a table into one group."""
     plain = [heads for heads in groups if not _group(call, heads, target, kernels).choice.kernel.reads_mask]
     rest = tuple(sorted(head for heads in groups if heads not in plain for head in heads))
     merged = [*plain, rest] if rest else plain

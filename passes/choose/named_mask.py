@@ -1,4 +1,4 @@
-"""A mask in which every tensor has a name, as kernels and ops take it."""
+"""A mask in which names replace all tensors, as kernels and ops need it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from sparse_compile.passes.ir.attention import Attention
 
 @dataclass(frozen=True)
 class NamedMask:
-    """``mask`` with a name in the place of each tensor that a policy brings along, and these tensors by name.
+    """``mask`` with a name in the place of each tensor of a policy, and these tensors by name in ``constants``.
 
-    ``heads`` is the number of query heads if the mask differs between them, else 1.
+    ``heads`` is the number of query heads if the mask differs between them; else 1.
     """
 
     mask: Mask
@@ -26,7 +26,7 @@ class NamedMask:
 
     @staticmethod
     def of(call: Attention, heads: int) -> NamedMask:
-        """What ``heads`` query heads of ``call`` see."""
+        """The named mask of ``call``, which has ``heads`` query heads."""
         constants: dict[str, Tensor] = {}
         names: dict[Captured, Captured] = {}
         for captured in call.visible.captures():

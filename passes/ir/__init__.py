@@ -1,1 +1,1 @@
-"""What the passes share: attention calls as values, and reading and writing FX graphs."""
+"""The values that all passes share (attention calls, KV sources), and helpers that read and write FX graphs."""

@@ -1,4 +1,4 @@
-"""One attention call that is understood: what every pass after the lift works on."""
+"""One understood attention call: the value that every pass after the lift works on."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ Phase = Literal["prefill", "decode", "other"]
 
 @dataclass(frozen=True)
 class Attention:
-    """``softmax(score_mod(q @ k * scale) under mask & policy) @ v``, with keys and values where ``kv`` says.
+    """``softmax(score_mod(q @ k * scale) under mask & policy) @ v``, with keys and values from ``kv``.
 
-    ``node`` computes the output ``[B, Hq, Q, Dv]`` in the model. ``mask`` and ``score_mod`` are what the model says, and
-    ``policy`` is what a policy leaves visible: ``full`` without one. ``sources`` names the tensors of the graph that they
-    read, and ``mask_nodes`` are those that the model computed its mask with. ``note`` says why a policy does not apply.
+    ``node`` computes the output ``[B, Hq, Q, Dv]`` in the model. ``mask`` and ``score_mod`` come from the model. ``policy``
+    is the mask that a policy adds; it is ``full`` without a policy. ``sources`` maps each name in these masks and in the
+    score mod to the tensor of the graph that it reads. ``mask_nodes`` are the nodes of the model's own mask. ``note`` says
+    why a policy does not apply to this call; it is empty otherwise.
     """
 
     node: Node
@@ -43,31 +44,31 @@ class Attention:
     policy: Mask = full
     note: str = ""
 
-    # -- what it sees -----------------------------------------------------------------------------------------------
+    # -- the mask ----------------------------------------------------------------------------------------------------
 
     @cached_property
     def visible(self) -> Mask:
-        """What queries see: what the model shows, less what the policy hides."""
+        """The mask that applies: the model's mask and the policy."""
         return self.mask & self.policy
 
     @property
     def has_policy(self) -> bool:
-        """Whether a policy says anything about this call."""
+        """Whether a policy restricts this call."""
         return self.policy != full
 
     @property
     def chooses_pages(self) -> bool:
-        """Whether this is a decode step that reads chosen pages of a cache."""
+        """Whether this is a decode step that reads selected pages of a cache."""
         return isinstance(self.kv, Selected) and self.kv.new.is_step
 
     @cached_property
     def selects(self) -> bool:
-        """Whether what queries see depends on queries and keys."""
+        """Whether the mask depends on the values of queries and keys, because it contains a selector (``page_topk``)."""
         return has_selector(self.visible)
 
     @cached_property
     def plain_form(self) -> str | None:
-        """``causal`` or ``full`` where that is all the mask says, so that SDPA needs no mask tensor; else None."""
+        """``causal`` or ``full`` if the mask is no more than that, so that SDPA needs no mask tensor; else None."""
         at = self.positions
         if self.score_mod is not None:
             return None
@@ -83,7 +84,7 @@ class Attention:
         return "causal" if first.expand() == 0 else None
 
     def of_heads(self, heads: Iterable[int]) -> Attention:
-        """The same call with the masks of some query heads; ``q`` and ``kv`` still have all of them."""
+        """The same call with the masks of some query heads only; ``q`` and ``kv`` still hold all heads."""
         pairs = {head: (self.mask.for_head(head, self.heads), self.policy.for_head(head, self.heads)) for head in heads}
         if len(set(pairs.values())) == 1:
             mask, policy = next(iter(pairs.values()))
@@ -119,12 +120,12 @@ class Attention:
 
     @property
     def kv_len(self) -> Any:
-        """The number of keys that queries may see."""
+        """The number of keys that queries can see."""
         return self.kv.length
 
     @property
     def dims(self) -> tuple[int, int, int]:
-        """The channels of a query, a key and a value."""
+        """The number of channels of a query, a key and a value."""
         return (hint_of(sizes_of(self.q)[3]), *self.kv.dims)
 
     @property
@@ -141,7 +142,7 @@ class Attention:
 
     @property
     def is_step(self) -> bool:
-        """Whether there is one query in every run."""
+        """Whether the call has exactly one query in every run."""
         return is_one(self.q_len)
 
     # -- where it comes from ----------------------------------------------------------------------------------------
@@ -153,17 +154,17 @@ class Attention:
 
     @property
     def layer(self) -> int | None:
-        """The layer that makes the call."""
+        """The index of the layer that makes the call; None if the module path has no number."""
         return layer_index(self.module)
 
     @property
     def name(self) -> str:
-        """How messages name the call."""
+        """The name of the call in messages: its module path, or the name of its node."""
         return self.module or self.node.name
 
 
 def phase_of(q_len: Any, kv: KVSource, mask: Mask, *, is_self_attention: bool) -> Phase:
-    """Prefill or decode for causal self-attention, other for everything else."""
+    """``prefill`` or ``decode`` for causal self-attention, ``other`` for everything else."""
     if not is_self_attention:
         return "other"
     if isinstance(kv, Cached):

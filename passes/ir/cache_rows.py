@@ -1,4 +1,4 @@
-"""Read and write the rows of a cache that are in use: as many as the batch of the running graph."""
+"""Read and write the rows of a cache that are in use: one for each sequence in the batch of the running graph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_compile.passes.ir.fx_nodes import expr_of, sizes_of, value_of
 
 
 def size_at(point: Node, like: Node, axis: int) -> int | Node:
-    """A size of ``like`` as a graph can use it before ``point``."""
+    """The size of ``like`` along ``axis``, as an int or as a node that can be used before ``point``."""
     with point.graph.inserting_before(point):
         count = emit_int(point.graph, expr_of(sizes_of(like)[axis]), point)
     assert count is not None
@@ -21,7 +21,7 @@ def size_at(point: Node, like: Node, axis: int) -> int | Node:
 
 
 def rows_in_use(point: Node, buffer: Node, like: Node) -> Node:
-    """The rows of ``buffer`` that the batch of ``like`` has."""
+    """The first rows of ``buffer``, as many as the batch of ``like`` has."""
     count = size_at(point, like, 0)
     if count == value_of(buffer).shape[0]:
         return buffer
@@ -32,7 +32,7 @@ def rows_in_use(point: Node, buffer: Node, like: Node) -> Node:
 def put_tokens(point: Node, buffer: Node, slot: Node, new: Node, like: Node) -> None:
     """Write new tokens ``[B, H, Q, D]`` to their slots ``[B, Q]``, in as many rows as ``like`` has.
 
-    Not by way of a view of the rows in use: a write to a view becomes a copy of the whole buffer.
+    This does not write through a view of the rows in use, because a write to a view becomes a copy of the whole buffer.
     """
     device, (_, heads, _, _) = value_of(buffer).device, value_of(buffer).shape
     row, head = (emit(point, torch.arange, n, device=device) for n in (size_at(point, like, 0), heads))
@@ -44,7 +44,7 @@ def put_tokens(point: Node, buffer: Node, slot: Node, new: Node, like: Node) -> 
 
 
 def write_rows(point: Node, state: Node, new: Node, like: Node) -> None:
-    """Write ``new`` to the rows of ``state`` that the batch of ``like`` has."""
+    """Write ``new`` to the first rows of ``state``, as many as the batch of ``like`` has."""
     count = size_at(point, like, 0)
     with point.graph.inserting_before(point):
         if value_of(state).dim() == 0 or count == value_of(state).shape[0]:

@@ -1,4 +1,4 @@
-"""Where in the graph a tensor comes from that a mask or score mod reads."""
+"""The source in the graph of a tensor that a mask or score mod reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparse_compile.passes.ir.fx_nodes import value_of
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor that a lifted mask reads: ``node[drop].permute(order)[add]``, axes dropped, put in order, size 1 added."""
+    """A tensor that a lifted mask reads, ``node[drop].permute(order)[add]``: drop axes, reorder them, add axes of size 1."""
 
     node: Node
     drop: tuple[Any, ...]
@@ -20,7 +20,7 @@ class Source:
     add: tuple[Any, ...]
 
     def read(self, tensor: Any) -> Any:
-        """The tensor as the mask reads it."""
+        """``tensor``, the value of ``node``, with the axes that the mask reads."""
         if any(k != slice(None) for k in self.drop):
             tensor = tensor[self.drop]
         if self.order != tuple(range(len(self.order))):
@@ -29,5 +29,5 @@ class Source:
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """The shape of what is read."""
+        """The shape of the tensor as the mask reads it."""
         return tuple(self.read(value_of(self.node)).shape)

@@ -1,7 +1,7 @@
-"""Where attention finds its keys and values: a closed set, which the cache pass describes and kernels read.
+"""The sources of keys and values: a closed set of types that the cache pass creates and kernels read.
 
-Nothing here writes to a graph. The chosen kernel decides how a source is read: in place, or as the dense tensors that
-``lower/cache_writes.py`` makes of it.
+Nothing here writes to a graph. The chosen kernel decides how it reads a source: in place, or as dense tensors that
+``lower/cache_writes.py`` makes from it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Dense:
 
     @property
     def length(self) -> Any:
-        """The number of keys that queries may see."""
+        """The number of keys that queries can see."""
         return sizes_of(self.k)[2]
 
     @property
     def dims(self) -> tuple[int, int]:
-        """The channels of a key and of a value."""
+        """The number of channels of a key and of a value."""
         return hint_of(sizes_of(self.k)[3]), hint_of(sizes_of(self.v)[3])
 
 
@@ -44,8 +44,9 @@ class Dense:
 class Cached(Dense):
     """The output of ``update``, a node that updates one layer of a SparseCache.
 
-    ``k`` and ``v`` have the shape of all keys and exist nowhere. With ``is_prompt`` attention sees the new tokens alone. The
-    cache pass replaces this source by those below, one for each storage of the layer.
+    ``k`` and ``v`` are placeholders with the shape of all keys; no such tensors exist when the graph runs. With
+    ``is_prompt``, attention sees the new tokens only. The cache pass replaces this source by the sources below, one for
+    each storage of the layer.
     """
 
     update: Node
@@ -54,11 +55,12 @@ class Cached(Dense):
 
 @dataclass(frozen=True)
 class NewTokens:
-    """The keys and values ``[B, Hkv, Q, D]`` that a graph adds to a cache, of the KV heads ``heads`` (None: all of them).
+    """The keys and values ``[B, Hkv, Q, D]`` that a graph adds to a cache, for the KV heads ``heads`` (None: all of them).
 
-    ``start`` ``[]`` is the column of the first one and ``columns`` ``[B, Q]`` are those of all; ``is_step`` says that there is
-    one for each sequence. ``texts`` ``[B, columns]`` is the text position of every column of the cache, or None if no token is
-    padding. ``anchor`` is the column from which scoring steps are counted, or None in a cache without page selection.
+    ``start`` ``[]`` is the column of the first new token, and ``columns`` ``[B, Q]`` are the columns of all. ``is_step`` says
+    that there is one new token for each sequence. ``texts`` ``[B, columns]`` is the text position of every column of the
+    cache, or None if no token is padding. ``anchor`` is the column from which the steps that score pages are counted, or
+    None in a cache without page selection.
     """
 
     k: Node
@@ -73,7 +75,7 @@ class NewTokens:
 
 @dataclass(frozen=True)
 class Paged:
-    """Pages that hold every key as it came: buffers ``[max_batch, H, slots, D]`` with column ``n`` in slot ``n``."""
+    """Pages that hold every key unquantized: buffers ``[max_batch, H, slots, D]`` with column ``n`` in slot ``n``."""
 
     keys: Node
     values: Node
@@ -86,20 +88,20 @@ class Paged:
 
     @property
     def length(self) -> int:
-        """The number of keys that queries may see."""
+        """The number of keys that queries can see."""
         return hint_of(sizes_of(self.keys)[2])
 
     @property
     def dims(self) -> tuple[int, int]:
-        """The channels of a key and of a value."""
+        """The number of channels of a key and of a value."""
         return hint_of(sizes_of(self.keys)[3]), hint_of(sizes_of(self.values)[3])
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """Pages of quantized keys and values. ``tails`` hold the latest tokens as they came, column ``n`` in slot ``n % slots``.
+    """Pages of quantized keys and values. ``tails`` hold the latest tokens unquantized, column ``n`` in slot ``n % slots``.
 
-    With ``check_finite``, new numbers that are infinite or NaN are an error when the graph runs.
+    With ``check_finite``, an infinite or NaN value in a new token raises an error when the graph runs.
     """
 
     tails: Paged
@@ -120,20 +122,20 @@ class Quantized:
 
     @property
     def length(self) -> int:
-        """The number of keys that queries may see."""
+        """The number of keys that queries can see."""
         return hint_of(sizes_of(self.keys.data)[2])
 
     @property
     def dims(self) -> tuple[int, int]:
-        """The channels of a key and of a value."""
+        """The number of channels of a key and of a value."""
         return self.tails.dims
 
 
 @dataclass(frozen=True)
 class Selected:
-    """Pages from which decode steps choose what they read. ``choice`` is the state that they choose by.
+    """Pages of which decode steps read a selection. ``state`` holds the tensors that the selection uses.
 
-    ``leads`` says that this layer scores its pages itself, rather than use the scores of an earlier layer.
+    ``leads`` says that this layer scores its pages itself, instead of using the scores of an earlier layer.
     """
 
     pages: Paged | Quantized
@@ -148,7 +150,7 @@ class Selected:
 
     @property
     def appends_with_choice(self) -> bool:
-        """Whether one op appends the token of a step and chooses pages."""
+        """Whether one op both appends the token of a step and selects pages."""
         return self.new.is_step and self.state.summary is not None
 
     @property
@@ -158,20 +160,20 @@ class Selected:
 
     @property
     def length(self) -> int:
-        """The number of keys that queries may see."""
+        """The number of keys that queries can see."""
         return self.pages.length
 
     @property
     def dims(self) -> tuple[int, int]:
-        """The channels of a key and of a value."""
+        """The number of channels of a key and of a value."""
         return self.pages.dims
 
 
 @dataclass(frozen=True)
 class RingStep:
-    """A ring after one token of each sequence: text position and column of each slot, ``[B, slots]``.
+    """The positions of a ring after a decode step: ``texts`` and ``columns`` of each slot, ``[B, slots]``.
 
-    ``slot`` ``[B, 1]`` is where the token goes; where ``holds`` ``[B, 1]`` is true the slot holds what it has instead.
+    ``slot`` ``[B, 1]`` is the slot of the new token. If ``holds`` ``[B, 1]`` is true, the slot keeps its old content instead.
     """
 
     texts: Node
@@ -182,10 +184,10 @@ class RingStep:
 
 @dataclass(frozen=True)
 class RingChunk:
-    """A ring in the ``order`` of its text, ``[B, slots]``, and a chunk of tokens behind it.
+    """The positions of a ring sorted by text position, followed by a chunk of new tokens.
 
-    Text position and column are those of each place of both, ``[B, slots + Q]``. ``source`` ``[B, slots]`` is the place that
-    each slot takes its content from afterwards.
+    ``order`` ``[B, slots]`` sorts the slots of the ring. ``texts`` and ``columns`` ``[B, slots + Q]`` are those of the sorted
+    ring and the chunk. ``source`` ``[B, slots]`` is the place among them from which each slot takes its content afterwards.
     """
 
     texts: Node
@@ -196,11 +198,11 @@ class RingChunk:
 
 @dataclass(frozen=True)
 class Ring:
-    """The ring of some KV heads: buffers ``[max_batch, H, slots, D]``, and where everything stands in this graph.
+    """The ring of some KV heads: buffers ``[max_batch, H, slots, D]``, and its positions in this graph.
 
-    ``text`` ``[B, Q]`` are the text positions of the queries. ``window`` is the sink and the number of recent tokens that a
-    step sees if that is all its mask says, else None. ``may_hold`` says that a slot may refuse a token: padding, or a ring
-    that is full of sink.
+    ``text`` ``[B, Q]`` are the text positions of the queries. ``window`` is the size of the sink and the number of recent
+    tokens that a step sees, if its mask is no more than that; else None. ``may_hold`` says that a slot may refuse a new
+    token: because the token is padding, or because the sink fills the whole ring.
     """
 
     storage: layer_plan.RingStorage
@@ -219,18 +221,18 @@ class Ring:
 
     @property
     def length(self) -> Any:
-        """The number of keys that queries may see."""
+        """The number of keys that queries can see."""
         return sizes_of(self.at.texts)[1]
 
     @property
     def dims(self) -> tuple[int, int]:
-        """The channels of a key and of a value."""
+        """The number of channels of a key and of a value."""
         return hint_of(sizes_of(self.keys)[3]), hint_of(sizes_of(self.values)[3])
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The first tokens of a cache: attention sees them as they are, and they are written ``into`` a storage."""
+    """The first tokens of a cache. Attention reads them unquantized, and they are written ``into`` a storage."""
 
     into: Paged | Quantized | Selected | Ring
 
@@ -246,12 +248,12 @@ class Prompt:
 
     @property
     def length(self) -> Any:
-        """The number of keys that queries may see."""
+        """The number of keys that queries can see."""
         return sizes_of(self.new.k)[2]
 
     @property
     def dims(self) -> tuple[int, int]:
-        """The channels of a key and of a value."""
+        """The number of channels of a key and of a value."""
         return self.into.dims
 
 
@@ -259,7 +261,7 @@ KVSource = Dense | Prompt | Paged | Quantized | Selected | Ring
 
 
 def can_be_read_in_place(kv: KVSource) -> bool:
-    """Whether a decode step can read ``kv`` by our kernel, without making ordinary tensors of it."""
+    """Whether our kernel can read ``kv`` in a decode step without making dense tensors from it."""
     if isinstance(kv, Ring):
         return kv.window is not None
     return isinstance(kv, Quantized | Selected) and kv.new.is_step

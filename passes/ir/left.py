@@ -1,4 +1,4 @@
-"""What becomes of an attention call that is not rewritten, and of a graph that cannot run."""
+"""An attention call that is not rewritten, and a graph that cannot run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch.fx import Node
 
 @dataclass(frozen=True)
 class Left:
-    """An attention call that stays as it is, and why."""
+    """An attention call that stays as it is, and the reason for the report."""
 
     node: Node
     reason: str
 
 
 class Refused(Exception):
-    """A graph cannot run as its user wants. ``error`` is raised when it runs: while compiling, torch would wrap it."""
+    """A graph cannot run as requested. ``error`` is raised when the graph runs, because torch would wrap it while compiling."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))

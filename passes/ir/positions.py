@@ -1,4 +1,4 @@
-"""Where the queries and keys of a call stand in the text."""
+"""The text positions of the queries and keys of a call."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.fx import Node
 
 @dataclass(frozen=True)
 class Positions:
-    """Query ``i`` of the call stands at ``q_start + q_shift + i`` and key ``j`` at ``kv_start + j``.
+    """Query ``i`` of a call has text position ``q_start + q_shift + i``, and key ``j`` has ``kv_start + j``.
 
-    The starts are expressions of the graph's shapes; ``q_shift`` is a 0-d integer tensor of the graph, or None.
+    The starts are expressions of the graph's shapes. ``q_shift`` is a 0-d integer tensor of the graph, or None for 0.
     """
 
     q_start: sympy.Expr = sympy.S.Zero

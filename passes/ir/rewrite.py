@@ -1,4 +1,4 @@
-"""A graph on its way through the passes: its attention calls, and what became of them."""
+"""A graph on its way through the passes: its attention calls, and what the passes did with them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from sparse_compile.passes.ir.written_call import WrittenCall
 
 @dataclass(frozen=True)
 class CacheUse:
-    """What one run of a graph does to a cache, for the host state of that cache.
+    """What one run of a graph does to a cache. The host state of that cache is updated from it.
 
-    ``argument`` is the number of the graph input that counts the columns; ``batch`` and ``tokens`` are the sizes of the new
-    keys: a number, or the input and axis they can be read from (no axis: the input is the number). ``empty`` says that the
-    graph was traced for an empty cache.
+    ``argument`` is the index of the graph input that counts the columns. ``batch`` and ``tokens`` are sizes of the new keys:
+    each is a number, or the input and axis from which it can be read (axis None: the input is the number). ``layers`` are the
+    layers that the graph updates, and ``last`` says that the cache's last layer is among them. ``empty`` says that the graph
+    was traced for an empty cache.
     """
 
     argument: int
@@ -34,7 +35,7 @@ class CacheUse:
 
 @dataclass(frozen=True)
 class HeldBytes:
-    """The bytes that a layer of a cache holds for each KV head, those of a dense cache, and for how many tokens they are."""
+    """The bytes that a layer of a cache holds for each KV head, the bytes of a dense cache, and the tokens of both."""
 
     heads: tuple[int, ...] = ()
     dense: int | None = None
@@ -43,7 +44,7 @@ class HeldBytes:
 
 @dataclass(frozen=True)
 class StorageGroup:
-    """The attention of those query heads ``heads`` of a call whose keys are stored in one way."""
+    """The attention of the query heads ``heads`` of a call, whose keys are all in one storage."""
 
     call: Attention
     heads: tuple[int, ...]
@@ -56,8 +57,9 @@ Assign = Callable[[Attention], Mask | None]
 class Rewrite:
     """A graph on its way through the passes.
 
-    Reading fills ``written``, lifting ``calls``, and every pass moves calls that it cannot follow to ``left``. The cache pass
-    splits calls into ``storage_groups``, and lowering notes the ``head_groups`` that run; both by the node of the call.
+    The read pass fills ``written``, and the lift fills ``calls``. Every pass moves calls that it cannot handle to ``left``. The
+    cache pass splits calls into ``storage_groups``, and lowering records the ``head_groups`` that run; the node of the call is
+    the key of both.
     """
 
     gm: GraphModule
@@ -74,7 +76,7 @@ class Rewrite:
     cache_uses: list[CacheUse] = field(default_factory=list)
 
     def keep(self, results: Sequence[Attention | Left]) -> None:
-        """Sort what a pass made of the calls into calls and calls that stay."""
+        """Replace ``calls`` by the results of a pass, and add those that stay as they are to ``left``."""
         self.calls = [result for result in results if isinstance(result, Attention)]
         self.left += [result for result in results if isinstance(result, Left)]
 

@@ -1,4 +1,4 @@
-"""Write new tokens to a ring, and make of the ring the keys and values that a chunk or a step attends to."""
+"""Write new tokens to a ring, and read from it the keys and values that a chunk or a decode step attends to."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ring_rows(point: Node, ring: Ring, k: Node, v: Node, like: Node) -> tuple[No
 
 
 def _step(point: Node, buffer: Node, new: Node, at: RingStep, like: Node, *, may_hold: bool) -> Node:
-    """One new token in each row; where ``holds`` is true the slot holds what it has."""
+    """Write one new token to each row, and return the rows. Where ``holds`` is true, the slot keeps its old content."""
     _, heads, _, dim = value_of(buffer).shape
     if may_hold:
 
@@ -43,7 +43,7 @@ def _step(point: Node, buffer: Node, new: Node, at: RingStep, like: Node, *, may
 
 
 def _chunk(point: Node, buffer: Node, new: Node, at: RingChunk, like: Node) -> Node:
-    """The ring in order and the chunk behind it. The ring takes from it what it keeps."""
+    """Return the sorted ring followed by the chunk, and write to the ring what it keeps of both."""
     _, heads, _, dim = value_of(buffer).shape
 
     def in_order(rows: Any, order: Any, new: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a model does to attention scores before the softmax."""
+"""The operations that a model applies to attention scores before the softmax."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Add:
 
 @dataclass(frozen=True)
 class Hide:
-    """Scores replaced by a very negative number where a bool tensor is true (or, with ``unless``, where it is false)."""
+    """Scores replaced by a large negative number where a bool tensor is true (with ``unless``, where it is false)."""
 
     node: Node
     unless: bool = False

@@ -1,4 +1,4 @@
-"""What a graph is compiled for, and which kernel a group of heads runs."""
+"""The target of a compilation, and the kernel that each head group runs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from sparse_compile.passes.ir.attention import Attention
 
 @dataclass(frozen=True)
 class Target:
-    """What the graph is compiled for: the inner compiler, the requested kernel, whether gradients flow, and the device.
+    """The target of a graph: the inner compiler, the requested kernel, whether gradients flow, and the device.
 
-    ``device`` is a device type; None takes that of each call. ``capability`` is that of the GPU, None if there is none here.
+    ``device`` is a device type; None means the device of each call. ``capability`` is the compute capability of this
+    machine's GPU, or None without a GPU.
     """
 
     inner: str = "inductor"
@@ -27,12 +28,12 @@ class Target:
 
     @property
     def is_free(self) -> bool:
-        """Whether the library chooses kernels."""
+        """Whether the library chooses kernels, because the user forces none."""
         return self.kernel in ("auto", "autotune")
 
 
 class Candidate(Protocol):
-    """What the choice of a kernel needs of it; see ``lower/kernel.py``."""
+    """The part of a kernel that the kernel choice uses; see ``lower/kernel.py``."""
 
     @property
     def name(self) -> str: ...
@@ -70,7 +71,7 @@ K = TypeVar("K", bound=Candidate)
 
 @dataclass(frozen=True)
 class KernelChoice(Generic[K]):
-    """The kernel of a call, why it is no faster one (empty if it is the usual choice), and every refusal on the way."""
+    """The kernel of a call, why no faster one runs (empty for the usual choice), and the refusal of every faster kernel."""
 
     kernel: K
     why: str = ""
@@ -79,10 +80,10 @@ class KernelChoice(Generic[K]):
 
 @dataclass(frozen=True)
 class HeadGroup(Generic[K]):
-    """Query heads of a call that see the same and run one kernel.
+    """Query heads of a call that share a mask and run one kernel.
 
-    ``call`` has the masks of these heads, and ``q`` and ``kv`` of all heads of its storage. ``heads`` and ``kv_heads`` are the
-    places of the group among those; None stands for all.
+    ``call`` has the masks of these heads, but ``q`` and ``kv`` of all heads of its storage. ``heads`` and ``kv_heads`` are the
+    places of the group among all heads of the storage; None means all.
     """
 
     call: Attention

@@ -15,8 +15,9 @@ from sparse_compile.passes.ir.score_steps import Step
 class WrittenCall:
     """``node`` computes the output ``[B, Hq, Q, Dv]`` of attention with scores ``q @ k * scale``.
 
-    ``k`` and ``v`` are ``[B, Hkv, KV, D]``, un-repeated. ``attn_mask``, ``is_causal``, the steps between scores and softmax and
-    the learned ``sink`` are those of the model. ``is_self_attention`` says whether queries and keys come from one text.
+    ``k`` and ``v`` are ``[B, Hkv, KV, D]``, before each KV head is repeated for its query heads. ``attn_mask``, ``is_causal``,
+    the steps between scores and softmax, and the learned ``sink`` are those of the model. ``is_self_attention`` says whether
+    queries and keys come from one text.
     """
 
     node: Node
@@ -32,16 +33,16 @@ class WrittenCall:
 
     @property
     def mask_nodes(self) -> tuple[Node, ...]:
-        """The nodes of the mask and of everything else that is added to the scores."""
+        """The nodes of the mask, and of every other tensor that changes the scores."""
         steps = [step.node for step in self.score_steps if hasattr(step, "node")]
         return (*([self.attn_mask] if self.attn_mask is not None else []), *steps)
 
     @property
     def q_len(self) -> Any:
-        """The number of queries: an int, or a SymInt where it is dynamic."""
+        """The number of queries: an int, or a SymInt if it is dynamic."""
         return sizes_of(self.q)[2]
 
     @property
     def kv_len(self) -> Any:
-        """The number of keys: an int, or a SymInt where it is dynamic."""
+        """The number of keys: an int, or a SymInt if it is dynamic."""
         return sizes_of(self.k)[2]

@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers. Nothing here knows graphs or masks."""
+"""Triton kernels and their launchers. Nothing here depends on graphs or masks."""

@@ -1,4 +1,4 @@
-"""How Triton kernels are launched on CUDA: on the device of their tensors, and early."""
+"""Launch Triton kernels on the tensors' own device, and early: while the previous launch is still ending."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 def on_its_device(launcher: Callable[Concatenate[A, P], R]) -> Callable[Concatenate[A, P], R]:
-    """Launch on the device of the first tensor: of the first argument, or of the first field if that is a structure.
+    """Launch on the device of the first argument, or of its first field if the argument is a structure.
 
     Triton launches on the current device, and only Inductor makes the tensors' device the current one.
     """
@@ -32,5 +32,8 @@ def on_its_device(launcher: Callable[Concatenate[A, P], R]) -> Callable[Concaten
 
 
 def starts_early(device: torch.device) -> bool:
-    """Whether a launch may begin while the one before it ends; its programs wait before they read anything (``gdc_wait``)."""
+    """Whether a launch may begin while the one before it ends (Hopper and newer).
+
+    The programs of such a launch call ``gdc_wait`` before they read what the previous launch writes.
+    """
     return bool(torch.cuda.get_device_properties(device).major >= 9)

@@ -1,6 +1,6 @@
-"""The operands of the kernels that take many: one named structure for each, in a file without Triton.
+"""The operands of the larger kernels: one named structure for each. This file does not import Triton.
 
-The schema of an op, its fake and eager forms and the launcher of its kernel all use the same structure. No argument list is
+The schema of an op, its fake and eager forms and the launcher of its kernel all use the same structure, so no argument list is
 written twice. ``T`` is a tensor where a kernel runs, and a node where a graph is written.
 """
 
@@ -16,10 +16,14 @@ T = TypeVar("T")
 class Stored(NamedTuple, Generic[T]):
     """Keys or values in pages: plain ``[B', H, N, D]``, or quantized to ``kind`` with float16 scales and offsets.
 
-    ``int8`` and ``int4`` are ``data * scale + offset``; int4 has channel ``c`` in the lower half of a byte and ``c + D / 2`` in
-    the upper one. Keys share a scale over neighboring tokens, a power of two from 8, ``[B', H, N / group, D]``, values over
-    neighboring channels, ``[B', H, N, D / group]``. ``fp8`` is e4m3, or its bits, with a scale for each token,
-    ``[B', H, N, 1]``.
+    ``int8`` and ``int4`` stand for ``data * scale + offset``. int4 has channel ``c`` in the lower half of a byte and channel
+    ``c + D / 2`` in the upper half. ``fp8`` is e4m3 or its bits. The shapes of the scales:
+
+    | data                 | numbers that share a scale                      | shape of the scales       |
+    |----------------------|-------------------------------------------------|---------------------------|
+    | int8 and int4 keys   | neighboring tokens: a power of two, at least 8  | ``[B', H, N / group, D]`` |
+    | int8 and int4 values | neighboring channels                            | ``[B', H, N, D / group]`` |
+    | fp8                  | all channels of a token                         | ``[B', H, N, 1]``         |
     """
 
     data: T
@@ -29,16 +33,16 @@ class Stored(NamedTuple, Generic[T]):
 
     @staticmethod
     def of(quantized: QuantizedTensor[T], form: Format) -> Stored[T]:
-        """What a cache holds of keys or values, as kernels read it."""
+        """Return the cached keys or values in the form that kernels read."""
         return Stored(*quantized, form.kind)
 
 
 class PageRead(NamedTuple, Generic[T]):
     """The pages that a decode step reads.
 
-    They are the first ``counts[b, h, 0]`` of ``table[b, h, 0]``, or all pages if there is no table. ``usual`` is how many that
-    usually are; more take longer. The query is at column ``columns``: keys above it are not seen, nor those with a negative
-    ``texts[b]``. What is not seen may be NaN.
+    These are the first ``counts[b, h, 0]`` pages of ``table[b, h, 0]``, or all pages if there is no table. ``usual`` is the
+    usual number of pages; more pages are correct but slower. The query is at column ``columns``. It does not see keys above
+    that column, nor keys with a negative ``texts[b]``. Keys and values that are not seen may be NaN.
     """
 
     keys: Stored[T]
@@ -54,8 +58,8 @@ class PageRead(NamedTuple, Generic[T]):
 class RingRead(NamedTuple, Generic[T]):
     """The ring that a decode step reads: plain keys and values ``[B', H, slots, D]`` of the KV heads ``heads``.
 
-    ``texts`` ``[B, slots]`` is the text position of each slot, negative if it is empty. The query at ``text`` ``[B, 1]`` sees
-    the first ``sink`` positions and the last ``recent``, its own included.
+    ``texts`` ``[B, slots]`` is the text position of each slot, negative if the slot is empty. The query at text position
+    ``text`` ``[B, 1]`` sees the first ``sink`` positions and the last ``recent`` positions, including its own.
     """
 
     keys: T
@@ -70,7 +74,7 @@ class RingRead(NamedTuple, Generic[T]):
 class PagedDecode(NamedTuple, Generic[T]):
     """Attention of one query of each sequence, ``q`` ``[B, Hq, 1, D]``, to pages, a ring, or both.
 
-    KV heads of ``ring.heads`` read the ring and the others the pages; the heads of each keep their order.
+    The KV heads ``ring.heads`` read the ring, and all other KV heads read the pages. Both groups keep the order of the heads.
     """
 
     q: T
@@ -80,11 +84,11 @@ class PagedDecode(NamedTuple, Generic[T]):
 
 
 class Append(NamedTuple, Generic[T]):
-    """New tokens ``k`` and ``v`` ``[B, H, Q, *]`` for quantized pages, at column ``columns``.
+    """New tokens ``k`` and ``v`` ``[B, H, Q, *]`` to append to quantized pages from column ``columns`` on.
 
-    ``key_tail`` and ``value_tail`` ``[max_batch, H, T, *]`` hold the latest tokens as they came. ``texts`` ``[B, N]`` is
-    negative for padding, which takes no part in scales. ``summary``, where it is given, receives the summary by ``score`` of
-    the pages of ``page`` keys that the tokens went to.
+    ``key_tail`` and ``value_tail`` ``[max_batch, H, T, *]`` hold the latest tokens unquantized. ``texts`` ``[B, N]`` is
+    negative for padding, which does not affect scales. If ``summary`` is not None, the pages of ``page`` keys that receive
+    tokens are summarized by ``score``, and their summaries are written to it.
     """
 
     key_tail: T
@@ -103,9 +107,10 @@ class Append(NamedTuple, Generic[T]):
 
 
 class PageScoring(NamedTuple):
-    """How pages are scored: pages of ``page_size`` keys, summarized every ``page`` keys by ``score``, pooled over a ``group``.
+    """How pages of ``page_size`` keys are scored.
 
-    They are scored on every ``every``-th column from the anchor on.
+    Every ``page`` keys have a summary by ``score``. ``group`` says how scores are pooled over the query heads of a KV head.
+    Pages are scored on every ``every``-th column from the anchor on.
     """
 
     page_size: int
@@ -116,14 +121,18 @@ class PageScoring(NamedTuple):
 
 
 class SelectPages(NamedTuple, Generic[T]):
-    """One token ``k``, ``v`` ``[B, Hkv, 1, *]`` to append at ``columns``, and the pages to choose for ``q`` ``[B, Hq, 1, D]``.
+    """One token ``k``, ``v`` ``[B, Hkv, 1, *]`` to append at ``columns``, and the state that selects pages for its query ``q``.
 
-    ``keys`` and ``values`` ``[B', Hkv, N, *]`` are buffers with column ``n`` in slot ``n % N``; they are tails if there are
-    ``key_quantized`` and ``value_quantized``, which are written as well. ``summary`` ``[B', Hkv, L, width]`` summarizes pages,
-    and ``scores`` ``[B', Hkv, P]`` ranks them. Pages are chosen when they were scored and when ``changed`` (int32 ``[1]``) says
-    that their ``classes`` changed; until then ``counts`` ``[B', Hkv, 1]`` and ``table`` ``[B', Hkv, 1, width]`` stay.
-    ``counts`` must be zeros at first: programs count themselves in the upper halves. ``anchor`` is the column that steps of
-    scoring are counted from. ``texts`` ``[B, N]`` is negative where a column is padding. ``budget`` is a number of pages.
+    - ``q``: ``[B, Hq, 1, D]``.
+    - ``keys``, ``values``: buffers ``[B', Hkv, N, *]`` with column ``n`` in slot ``n % N``. They are tails if there are
+      ``key_quantized`` and ``value_quantized``, which are written as well.
+    - ``summary``: page summaries ``[B', Hkv, L, width]``. ``scores`` ``[B', Hkv, P]`` ranks the pages.
+    - ``counts``, ``table``: the selected pages, ``[B', Hkv, 1]`` and ``[B', Hkv, 1, width]``. ``counts`` must be zeros at
+      first, because programs count themselves in the upper halves. Pages are selected after they were scored, and when
+      ``changed`` (int32 ``[1]``) says that their ``classes`` changed. Until then, both tensors stay as they are.
+    - ``anchor``: the column from which the steps that score are counted.
+    - ``texts``: ``[B, N]``, negative where a column is padding.
+    - ``budget``: a number of pages.
     """
 
     keys: T

@@ -1,8 +1,8 @@
-"""Attention of one query per sequence to what a cache keeps of a layer, on CUDA: a launch over splits, and one to merge them.
+"""Attend with one query per sequence to the cached keys of a layer, on CUDA: one launch over splits, and one to merge them.
 
-KV heads keep pages, plain or quantised, of which all or those listed are read, or a ring; one launch reads both. Neither waits
-for the device, and both read there how far decoding is and how many pages are listed, so that CUDA graphs can hold them.
-Nothing outlives a call.
+Each KV head has a ring or pages, plain or quantized. All pages are read, or only the listed ones. One launch reads pages and
+rings. Neither launch waits for the device. Both read the current column and the number of listed pages from device memory, so
+CUDA graphs can record them. No state outlives a call.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from sparse_compile.passes.kernels.paged_decode_splits import attend_split, merg
 
 
 class Launch(NamedTuple):
-    """How work is cut: tiles of ``warps`` times ``tokens`` keys in so many ``stages``, ``programs`` on a multiprocessor.
+    """How work is divided: tiles of ``warps * tokens`` keys, pipeline ``stages``, and ``programs`` on each multiprocessor.
 
-    ``registers`` are the most of a thread, where the compiler would take so many that fewer programs fit.
+    ``registers`` limits the registers of a thread, where the compiler would otherwise use so many that fewer programs fit.
     """
 
     warps: int
@@ -35,7 +35,7 @@ class Launch(NamedTuple):
 
 @on_its_device
 def launch_paged_decode(operands: PagedDecode[Tensor]) -> Tensor:
-    """``softmax(q keys^T * scale) values`` over what is seen, ``[B, Hq, 1, Dv]``; zeros if nothing is."""
+    """Return ``softmax(q keys^T * scale) values`` over the keys that are seen, ``[B, Hq, 1, Dv]``; zeros if none is."""
     q, pages, ring, scale = operands
     paged = 0 if pages is None else pages.keys.data.shape[1]
     ringed, slots = (0, 0) if ring is None else ring.keys.shape[1:3]
@@ -53,14 +53,14 @@ def launch_paged_decode(operands: PagedDecode[Tensor]) -> Tensor:
         "PAGE_SIZE": 1 if pages is None else pages.page_size,
         "TILE": launch.warps * launch.tokens,
         "LEAST": max(16, rest["KEY_GROUP"]),
-        "EARLY": q.is_cuda and starts_early(q.device),  # saves 1.1 us of the merging programs
+        "EARLY": q.is_cuda and starts_early(q.device),  # saves 1.1 us in the merging programs
     }
-    # Programs of one KV head, in blocks of query heads.
+    # Each block of query heads of a KV head has programs of its own.
     blocks = triton.cdiv(group, rest["MEMBERS"])
     cut = _cut(pages, slots, launch.programs * _processors(q) // (batch * (paged or ringed) * blocks), both["TILE"])
     most = max(cut.splits, triton.cdiv(slots, cut.ring_share))
     out = torch.empty(batch, q.shape[1], 1, wide, dtype=q.dtype, device=q.device)
-    # A split's result, then all maxima and sums.
+    # First the results of all splits, then all maxima and sums.
     parts = torch.empty(most * batch * q.shape[1] * (wide + 2), dtype=torch.float32, device=q.device)
     pdl = {"launch_pdl": True} if both["EARLY"] else {}
     limit = {"maxnreg": launch.registers} if q.is_cuda and launch.registers else {}
@@ -104,17 +104,17 @@ class _Cut(NamedTuple):
 
 
 def _cut(pages: PageRead[Tensor] | None, slots: int, each: int, tile: int) -> _Cut:
-    """Cut the work of a KV head for at most ``each`` programs, in tiles."""
+    """Divide the work of a KV head into tiles for at most ``each`` programs."""
     each = max(1, each)
     tiles = triton.cdiv(pages.usual * pages.page_size, tile) if pages is not None else 1
     splits = min(tiles, each)
     if pages is not None and pages.table is not None:
-        splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))  # as few as take no longer
+        splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))  # the fewest splits that take no longer
     return _Cut(splits, max(1, triton.cdiv(triton.cdiv(slots, each), tile)) * tile)
 
 
 def _sources(operands: PagedDecode[Tensor]) -> tuple[Stored[Tensor], Stored[Tensor]]:
-    """Keys and values that the kernel is compiled for: those of the pages, or of the ring if there are no pages."""
+    """Return the keys and values that the kernel is compiled for: those of the pages, or of the ring if there are no pages."""
     if operands.pages is not None:
         return operands.pages.keys, operands.pages.values
     assert operands.ring is not None
@@ -152,16 +152,16 @@ def _ring_operands(ring: RingRead[Tensor] | None) -> dict[str, Any]:
 
 
 def _channels(stored: Stored[Tensor]) -> int:
-    """Channels of a head."""
+    """Return the number of channels of a head."""
     return stored.data.shape[3] * (2 if stored.kind == "int4" else 1)
 
 
 def _rest(q: Tensor, keys: Stored[Tensor], values: Stored[Tensor], group: int) -> dict[str, Any]:
-    """What only the first kernel is compiled for.
+    """Return the constants that only ``attend_split`` is compiled for.
 
-    It computes the scores of all ``MEMBERS`` of a group at once; for each group of channels of values anew, ``REPEATS`` in all,
-    in rows that tensor cores would otherwise leave empty. From 64 rows on Hopper takes other products (``wgmma``), which lay
-    out keys otherwise than ``read_keys`` needs them.
+    The kernel computes the scores of ``MEMBERS`` query heads of a group at once. It repeats them for each group of value
+    channels, ``REPEATS`` times in all, in rows that the tensor cores would otherwise leave empty. There are fewer than 64 rows:
+    from 64 rows on, Hopper uses other products (``wgmma``), whose key layout is not the one that ``read_keys`` needs.
     """
     groups = values.scale.shape[3] if values.scale is not None else 1
     repeats = int(triton.next_power_of_2(groups))
@@ -178,7 +178,7 @@ def _rest(q: Tensor, keys: Stored[Tensor], values: Stored[Tensor], group: int) -
         "KEY_GROUP": keys.data.shape[2] // keys.scale.shape[2] if keys.scale is not None and keys.offset is not None else 0,
         "GROUPS": groups,
         "CHANNELS": _padded(keys, 16),
-        "OUTPUTS": _padded(values, 2 * members * repeats),  # wider than high, or warps share rows and each reads all values
+        "OUTPUTS": _padded(values, 2 * members * repeats),  # wider than high; else warps share rows and each reads all values
         "FAST": q.is_cuda and q.dtype != torch.float32,
     }
 
@@ -188,27 +188,49 @@ def _padded(stored: Stored[Tensor], least: int) -> int:
 
 
 def _pointers(name: str, stored: Stored[Tensor], pairs: bool) -> dict[str, Tensor | None]:
-    """Data in units, scale and offset; these as words of two if there are ``pairs`` of them."""
+    """Return the kernel arguments: data in units, scale and offset. With ``pairs``, the last two are words of two numbers."""
     scale, offset = (part.view(torch.int32) if part is not None and pairs else part for part in (stored.scale, stored.offset))
     data = stored.data.view(torch.int16) if stored.kind else stored.data
     return {f"{name}s": data, f"{name}_scales": scale, f"{name}_offsets": offset}
 
 
 def _launch(q: Tensor, rest: dict[str, Any], group: int, *, listed: bool, beside_ring: bool) -> Launch:
-    """The quickest found on an H200. Microseconds of both launches, with heads of 128 channels, a group of four to a KV head:
+    """Return the fastest setting that was measured on an H200.
 
-    64 pages of 64 listed, 8 KV heads: bfloat16 9.5 with 2 stages and 3 programs, 9.8 with 3 and 2, 10.7 with 2 and 4. With 4 of
-    the heads in a ring of 384 slots: 8.2. 32 KV heads without groups, 32 pages: 13.2,
-    and with the choice of pages 28.4 with 2 warps, 29.1 with 4. All of 131,072 keys: bfloat16 128, as
-    SDPA takes. With what a cache does beside attention, all keys: int8 80 in tiles of 128 keys with 2 programs, 98 with 3 of
-    168 registers, 86 to 91 in tiles of 64; fp8 76 with 3 of 168, 81 with 2; int4 71 with 3 of 168, 85 with 2; 64 pages chosen:
-    int8 30.0 with 3 stages, 31.0 with 2; int4 29.7 in tiles of 128, 31.6 of 64.
+    Heads have 128 channels, and a KV head has a group of four query heads unless noted. Microseconds of both launches:
+
+    | keys                                                | format   | setting              | us   |
+    |-----------------------------------------------------|----------|----------------------|------|
+    | 64 listed pages of 64 keys, 8 KV heads              | bfloat16 | 2 stages, 3 programs | 9.5  |
+    |                                                     |          | 3 stages, 2 programs | 9.8  |
+    |                                                     |          | 2 stages, 4 programs | 10.7 |
+    | the same, 4 of the heads in a ring of 384 slots     | bfloat16 |                      | 8.2  |
+    | 32 listed pages, 32 KV heads without groups         | bfloat16 |                      | 13.2 |
+    | the same, page selection included                   | bfloat16 | 2 warps              | 28.4 |
+    |                                                     |          | 4 warps              | 29.1 |
+    | all of 131,072 keys (SDPA takes as long)            | bfloat16 |                      | 128  |
+
+    Microseconds with everything that a cache does besides attention:
+
+    | keys                                  | format | setting                       | us       |
+    |---------------------------------------|--------|-------------------------------|----------|
+    | all of 131,072 keys                   | int8   | tiles of 128 keys, 2 programs | 80       |
+    |                                       |        | 3 programs, 168 registers     | 98       |
+    |                                       |        | tiles of 64 keys              | 86 to 91 |
+    |                                       | fp8    | 3 programs, 168 registers     | 76       |
+    |                                       |        | 2 programs                    | 81       |
+    |                                       | int4   | 3 programs, 168 registers     | 71       |
+    |                                       |        | 2 programs                    | 85       |
+    | 64 selected pages                     | int8   | 3 stages                      | 30.0     |
+    |                                       |        | 2 stages                      | 31.0     |
+    |                                       | int4   | tiles of 128 keys             | 29.7     |
+    |                                       |        | tiles of 64 keys              | 31.6     |
     """
     kinds = (rest["KEYS"], rest["VALUES"])
     bits = max({"int4": 4, "": 16}.get(kind, 8) for kind in kinds)
     if q.dtype == torch.float32 or beside_ring:
         bits = 8 * q.element_size()
-    size = max(rest["CHANNELS"], rest["OUTPUTS"]) * bits // 8  # of a key; tiles have 16 KiB at most
+    size = max(rest["CHANNELS"], rest["OUTPUTS"]) * bits // 8  # bytes of a key; a tile has at most 16 KiB
     warps = min(4, max(1, 1024 // size))
     if kinds == ("", "") and listed and group == 1 and warps > 2:
         return Launch(2, 16, 3, 4)

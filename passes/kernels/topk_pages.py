@@ -1,7 +1,7 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
-"""The pick of the best pages on CUDA, by a program for each row; ``masks.pages.choose`` says what it computes.
+"""Select the best pages on CUDA, with one program for each row.
 
-Times are of an H200.
+``choose`` in ``masks/selection/page_scoring.py`` defines the result. Times were measured on an H200.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sparse_compile.passes.kernels.launch import on_its_device, starts_early
 
-MOST_PAGES = 32768  # a program picks from registers, and counts in fields of 16 bits
+MOST_PAGES = 32768  # a program holds the pages of a row in registers, and counts them in 16-bit fields
 
 
 @on_its_device
 def pick_pages(
     scores: Tensor, classes: Tensor, columns: Tensor | None = None, *, batch: int, budget: int, width: int, page_size: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """``choose`` of the first ``batch`` rows of ``[B, H, P]``: counts ``[B, H, 1]``, pages ``[B, H, 1, width]``.
+    """Select pages as ``choose`` does, for the first ``batch`` rows of scores ``[B, H, P]``.
 
-    ``classes`` is ``[batch | 1, H | 1, P]``. With ``columns``, that of the page of this column is 2, and of those after it 0.
+    Returns counts ``[batch, H, 1]`` and pages ``[batch, H, 1, width]``. ``classes`` is ``[batch | 1, H | 1, P]``. With
+    ``columns``, the page of that column counts as class 2, and the pages after it count as class 0.
     """
     heads, pages = scores.shape[1:]
     assert pages <= MOST_PAGES and scores.is_contiguous() and classes.stride(2) == 1
@@ -46,10 +47,13 @@ def pick_into(
     page_size: int,
     every: int,
 ) -> None:
-    """``classes`` are expanded to the rows that are picked; all of them are, unless ``changed`` is given."""
+    """Write the selected pages to ``counts`` and ``table``. ``classes`` must be expanded to the rows to select in.
+
+    With ``changed``, the kernel does nothing unless scoring is due or ``changed`` is not 0.
+    """
     batch, heads, pages = classes.shape
     width = table.shape[3]
-    # Most of the time goes into sums over all threads, and few warps are quick at that: 6 us of 2048 pages, 10 of 8192.
+    # Most of the time goes into sums over all threads, which are fast with few warps: 6 us for 2048 pages, 10 us for 8192.
     most = pages if columns is None else pages - 1
     warps = 4 if most <= 4096 else 8 if most <= 16384 else 16
     _pick_pages[(batch * heads,)](
@@ -90,7 +94,7 @@ def _survey(count, least, most, count_, least_, most_):
 
 @triton.jit
 def _fold(count, least, most, SHAPE, AXIS):
-    """Within each thread."""
+    """Reduce the numbers that each thread holds."""
     return tl.reduce((tl.reshape(count, SHAPE), tl.reshape(least, SHAPE), tl.reshape(most, SHAPE)), AXIS, _survey)
 
 
@@ -106,11 +110,11 @@ def _add(a, b, c, d, a_, b_, c_, d_):
 
 @triton.jit
 def _field(word, index):
-    """The ``index``-th 16 bits."""
+    """Return the ``index``-th field of 16 bits."""
     return ((word >> (index * 16)) & 0xFFFF).to(tl.int32)
 
 
-# If all that Triton knows of offsets is that four divides them, each thread holds the same pages of scores and of classes.
+# Triton must know only that four divides the offsets. Each thread then holds the same pages of scores and of classes.
 @triton.jit(do_not_specialize=["class_b", "class_h", "heads", "pages", "budget", "width"])
 def _pick_pages(
     scores, classes, columns, anchor, changed, counts, table, class_b, class_h, heads, pages, budget, width,
@@ -137,9 +141,9 @@ def pick_fitting(
     scores, classes, counts, table, pages, budget, width,
     BLOCK: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr, NEWEST: tl.constexpr,
 ):  # fmt: skip
-    """The time grows with BLOCK, so that buffers that are mostly empty take a smaller one.
+    """Select the pages of a row with the smallest BLOCK that holds them. The time grows with BLOCK.
 
-    The newest page is left out: it is the last of 2049 where the context is 131072 long, and BLOCK would double for it.
+    The newest page is left out: in a context of 131,072 tokens it is the last of 2049 pages, and BLOCK would double for it.
     """
     if BLOCK >= 2 * LEAST:
         if pages <= BLOCK // 2:
@@ -155,14 +159,15 @@ def _pick_row(
     scores, classes, counts, table, pages, budget, width,
     BLOCK: tl.constexpr, LEAST: tl.constexpr, WIDTH: tl.constexpr, NEWEST: tl.constexpr,
 ):  # fmt: skip
-    """One row, of at most BLOCK pages; if NEWEST, the one after them is kept as well."""
+    """Select from one row of at most BLOCK pages. With NEWEST, the page after them is selected as well."""
     ROWS: tl.constexpr = min(8, BLOCK // LEAST)
     number = tl.arange(0, BLOCK)
-    score = tl.load(scores + number, mask=number < pages, other=0, cache_modifier=".cg")  # just written elsewhere
+    score = tl.load(scores + number, mask=number < pages, other=0, cache_modifier=".cg")  # other programs wrote them
     kind = tl.load(classes + number, mask=number < pages, other=0)
     kept, offered = kind == 2, kind == 1
 
-    # A key per page, the best the least; 0 is taken anyway and the largest never. No score comes near either.
+    # One integer key for each page: the better the score, the smaller the key. The key 0 means always selected, and the largest
+    # key never. No score maps to either.
     score = tl.where(score != score, float("-inf"), tl.where(score == 0, 0.0, score))
     bits = score.to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits, bits ^ 0x7FFFFFFF).to(tl.uint32, bitcast=True)
@@ -178,23 +183,24 @@ def _pick_row(
     all_kept, among = (tally >> 16) & 0xFFFF, tally & 0xFFFF
     room = width
     if NEWEST:
-        last = (all_kept < width).to(tl.int32)  # whether it is listed, as the last one
+        last = (all_kept < width).to(tl.int32)  # whether the newest page is listed, as the last one
         room, budget = width - last, budget - 1
     count = tl.minimum(tl.maximum(all_kept, tl.minimum(all_kept + among, budget)), room)
     rest = count - all_kept
-    # Where as many groups have a page as are wanted, none is wanted that is worse than the best of each.
+    # If at least ``rest`` groups offer a page, no selected page is worse than the worst of the groups' best pages.
     span = tl.where(groups >= rest, bound, high) - low
     key = tl.where(kept, 0, tl.where(offered, key, never))
-    full = all_kept > room  # then the first of the kept ones
+    full = all_kept > room  # then select only the first pages of class 2
     rest = tl.where(full, room, rest)
     low, span = tl.where(full, 0, low).to(tl.uint32), tl.where(full, 0, span).to(tl.uint32)
 
-    # Find the `rest`-th least key: low <= it <= low + span, one of `among`. An eighth of the range remains after each round.
+    # Find the `rest`-th smallest key: low <= it <= low + span, among `among` keys. Each round leaves an eighth of the range.
     while (rest > 0) & (rest < among) & (span > 0):
         step = tl.maximum((span.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 129, 0).to(tl.uint32)
         inside = (key - low) <= span
         digit = ((key - low) >> step) & 7
-        # Counts by digit: in four bits each while a thread adds up its ROWS <= 15 keys, then in sixteen, of 0 and 4, 1 and 5...
+        # Count keys by digit: in 4-bit fields while a thread adds up its ROWS <= 15 keys, then in 16-bit fields, which hold the
+        # digits 0 and 4, 1 and 5, and so on.
         nibbles = tl.sum(tl.reshape(inside.to(tl.uint32) << (digit * 4), [ROWS, BLOCK // ROWS]), axis=0)
         ones = 0x000F000F
         a, b, c, d = tl.reduce((nibbles & ones, (nibbles >> 4) & ones, (nibbles >> 8) & ones, (nibbles >> 12) & ones), 0, _add)
@@ -210,7 +216,7 @@ def _pick_row(
         low += below
         span = tl.minimum((tl.full([], 1, tl.uint32) << step) - 1, span - below)
 
-    # Those before `low` are taken, and of the range that is left the first `rest` pages.
+    # Take all pages with keys below `low`, and the first `rest` pages of the range that is left.
     ahead, equal = key < low, (key - low) <= span
     seen = tl.cumsum(ahead.to(tl.int32) + (equal.to(tl.int32) << 16), axis=0)
     equals = (seen >> 16) & 0xFFFF

@@ -1,1 +1,1 @@
-"""Attention over a SparseCache: find it, check that it fits, and split it by how heads are stored."""
+"""Attention over a SparseCache: find the calls, check that the cache fits them, and split them by storage."""

@@ -1,9 +1,9 @@
-"""StreamingLLM's positions: a query stands where it would in the cache, however long the text is.
+"""StreamingLLM's positions: the rotary position of a query is its place in the cache, however long the text is.
 
-Window keys stay where they are: only their distance from the query matters. Positions that grow without end would lose
-precision, so all keys and queries stand in a frame that moves on: before a text is two periods long, positions are set back by
-one, and the keys of the window are turned along. Sink keys stand at their place in the text for good, and their scores are
-computed with the query turned back to its place in the cache.
+Window keys keep their rotary positions, because only their distance from the query matters. Positions that grow without end
+would lose precision, so all keys and queries share a frame that moves: before the positions reach two periods, they are set
+back by one period, and the window keys are rotated by the same amount. Sink keys always keep their text positions. Their scores
+are computed with the query rotated back to its place in the cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ from sparse_compile.passes.torch_private import overload
 
 @dataclass(frozen=True)
 class MovingFrame:
-    """The moving frame of one cache in one graph; nodes go before ``point``."""
+    """The moving frame of one cache in one graph. Each method adds its nodes before ``point``.
+
+    ``ropes`` ``[B, Q]`` are the rotary positions of the new tokens, and ``text`` ``[B, Q]`` their text positions. ``turns``
+    ``[B]`` is how far window keys rotate to join the frame. ``frequencies`` are those of the model's rotary embedding, and
+    ``interleaved`` says that it pairs neighboring channels.
+    """
 
     ropes: Node
     turns: Node
@@ -33,7 +38,7 @@ class MovingFrame:
     interleaved: bool
 
     def _turn(self, point: Node, x: Node, by: Callable[..., Any], *read: Node) -> Node:
-        """``x`` turned by what ``by`` computes of the nodes it reads."""
+        """Rotate ``x`` by the number of positions that ``by`` computes from the nodes ``read``."""
 
         def turned(x: Any, frequencies: Any, *read: Any) -> Any:
             return rotate(x, by(*read), frequencies, interleaved=self.interleaved)
@@ -42,12 +47,12 @@ class MovingFrame:
         return node
 
     def joined(self, point: Node, rows: Node, ring: RingStorage) -> Node:
-        """The keys of a ring in the frame of the new tokens."""
+        """The keys ``rows`` of a ring, with the window keys rotated into the frame of the new tokens."""
         slot = emit(point, torch.arange, ring.slots, device=value_of(rows).device)
         return self._turn(point, rows, lambda turns, slot: turns[:, None] * (slot >= ring.sink), self.turns, slot)
 
     def settled(self, point: Node, k: Node, ring: RingStorage) -> Node:
-        """New keys, those of the sink where they stand in the text."""
+        """The new keys ``k``, with those of the sink rotated to their text positions."""
 
         def by(text: Any, ropes: Any) -> Any:
             return (text - ropes) * ((text >= 0) & (text < ring.sink))
@@ -55,7 +60,7 @@ class MovingFrame:
         return self._turn(point, k, by, self.text, self.ropes)
 
     def sink_scores(self, point: Node, q: Node, keys: Node, texts: Node, ring: RingStorage, scale: float, *, one: bool) -> Node:
-        """The scores ``[B, Hq, Q, sink]`` of the sink, as seen from the queries' places in the cache."""
+        """The scores ``[B, Hq, Q, sink]`` of the sink, computed with the queries rotated to their places in the cache."""
         last = ring.sink + ring.recent - 1
         heads, group = value_of(keys).shape[1], value_of(q).shape[1] // value_of(keys).shape[1]
         turned = self._turn(point, q, lambda text, ropes: text.clamp(max=last) - ropes, self.text, self.ropes)
@@ -76,5 +81,5 @@ class MovingFrame:
 
 
 def period_of(plan: LayerPlan) -> int:
-    """How far positions run before they are set back: no less than any ring is long, so that a key is turned once."""
+    """The number of positions by which they are set back: at least the longest ring, so that a key is rotated at most once."""
     return max(256, *(slots for _, slots in plan.rings))

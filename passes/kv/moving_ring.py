@@ -1,4 +1,4 @@
-"""A ring whose keys and queries stand at their places in the cache: its keys, turned, as ordinary tensors of the graph."""
+"""Read a ring whose rotary positions are places in the cache: rotate its keys, and return ordinary tensors of the graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparse_compile.passes.kv.cache_positions import MovingFrame
 
 
 def moving_ring(call: Attention, ring: Ring, frame: MovingFrame) -> tuple[Node, Node, Node | None]:
-    """Keys and values of ``ring`` in the frame of the new tokens, and the scores of the sink if there is one."""
+    """Return the keys and values of ``ring`` in the frame of the new tokens, and the scores of its sink (None without one)."""
     point, is_step = call.node, ring.new.is_step
     turned = frame.joined(point, rows_in_use(point, ring.keys, call.q), ring.storage)
     write_rows(point, ring.keys, turned, call.q)

@@ -1,1 +1,1 @@
-"""Recover masks in the language from the tensors that a model adds to its scores."""
+"""Recover masks of the mask language from the tensors that a model adds to its scores."""

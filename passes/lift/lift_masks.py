@@ -8,7 +8,7 @@ from sparse_compile.passes.lift.lift_mask import lift_call
 
 
 def lift_masks(rewrite: Rewrite) -> int:
-    """Turn every call that was read into an ``Attention``; returns how many could be understood."""
+    """Turn every ``WrittenCall`` into an ``Attention``; returns how many could be lifted."""
     order = Order(rewrite.gm.graph)
     rewrite.keep([lift_call(call, order) for call in rewrite.written])
     return len(rewrite.calls)

@@ -1,4 +1,4 @@
-"""One element of a tensor, as an expression of the index it stands at: what a mask becomes when indices are pulled back."""
+"""One element of a tensor as an expression of its index: the result of pulling an index back through a mask."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Truth:
-    """A constant truth."""
+    """A constant True or False."""
 
     value: bool
 
@@ -69,14 +69,14 @@ class Where:
 
 @dataclass(frozen=True)
 class Sum:
-    """Floats added up."""
+    """The sum of floats."""
 
     parts: tuple[Value, ...]
 
 
 @dataclass(frozen=True)
 class Element:
-    """The element of the tensor that ``node`` computes, at ``index``: what is not looked into any further."""
+    """The element at ``index`` of the tensor that ``node`` computes, which the pullback does not resolve any further."""
 
     node: Node
     index: tuple[sympy.Expr, ...]
@@ -89,7 +89,7 @@ Index = tuple[sympy.Expr, ...]
 
 
 class Atoms:
-    """Integers read from tensors, as opaque sympy terms: the same element is always the same term."""
+    """Integers read from tensors, as opaque sympy terms. Equal elements give equal terms."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
@@ -109,7 +109,7 @@ class Atoms:
 
 
 class Elements(Protocol):
-    """What a rule may ask about the tensors of a graph; see ``Pullback``."""
+    """The interface through which a rule pulls back its operands; see ``Pullback``."""
 
     def element(self, node: Any, index: Index) -> Value: ...
 
@@ -118,7 +118,7 @@ class Elements(Protocol):
     def integer(self, node: Any) -> sympy.Expr | None: ...
 
 
-# What an operation says about one element of its result, or None if it says nothing that is understood.
+# Expresses one element of the result of an operation by elements of its operands; None if the rule does not apply.
 Rule = Callable[[Elements, Node, Index], Value | None]
 
 
@@ -152,18 +152,18 @@ def relation(kind: str, a: sympy.Expr, b: sympy.Expr) -> Value:
     gap = sympy.expand({"le": b - a, "lt": b - a - 1, "ge": a - b, "gt": a - b - 1, "eq": b - a}[kind])
     if gap.is_number:
         return Truth(bool(gap == 0 if kind == "eq" else gap >= 0))
-    if kind != "eq" and (gap.is_nonnegative or gap.is_negative):  # i >= 0, which transformers writes for "everything"
+    if kind != "eq" and (gap.is_nonnegative or gap.is_negative):  # transformers writes i >= 0 for "everything"
         return Truth(bool(gap.is_nonnegative))
     return Relation(gap, equal=kind == "eq")
 
 
 def constant(value: Any) -> Value:
-    """A Python number or truth as a value."""
+    """A Python number or bool as a value."""
     if isinstance(value, bool):
         return Truth(value)
     if isinstance(value, torch.SymInt):
         return Number(value.node.expr)
     if value != value or abs(value) == float("inf"):
         return Number(sympy.nan if value != value else sympy.oo * (1 if value > 0 else -1))
-    # sympy holds 0.0 and 0 for different numbers: keep whole floats as integers.
+    # In sympy, 0.0 and 0 are different numbers, so whole floats become integers.
     return Number(sympy.Integer(int(value)) if value == int(value) else sympy.Float(value))

@@ -1,1 +1,1 @@
-"""Replace attention calls by the kernels that run them."""
+"""Replace attention calls by calls of the kernels that run them."""

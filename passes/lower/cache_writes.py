@@ -1,4 +1,4 @@
-"""Write new tokens to a cache, and make ordinary tensors of what it holds, for kernels that do not read it in place."""
+"""Write new tokens to a cache, and read its content as dense tensors for kernels that cannot read the cache in place."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparse_compile.passes.torch_private import overload
 
 
 def dense_tensors(point: Node, call: Attention, shared: dict[object, Any]) -> tuple[Node, Node]:
-    """The keys and values ``[B, Hkv, KV, D]`` that ``call`` sees, with new tokens written to the cache. Groups share them."""
+    """Write new tokens to the cache; returns the keys and values ``[B, Hkv, KV, D]`` of ``call``. Head groups share them."""
     key = ("dense", call.kv)
     if key not in shared:
         shared[key] = _dense(point, call.kv, call.q, shared)
@@ -45,14 +45,14 @@ def _dense(point: Node, kv: KVSource, q: Node, shared: dict[object, Any]) -> tup
 
 
 def write_once(point: Node, kv: Paged | Quantized | Selected, q: Node, shared: dict[object, Any]) -> None:
-    """As ``write_tokens``, unless that was done for another group of heads."""
+    """Do the same as ``write_tokens``, unless another head group has done so already."""
     if ("written", kv) not in shared:
         shared["written", kv] = True
         write_tokens(point, kv, q)
 
 
 def write_tokens(point: Node, kv: Paged | Quantized | Selected | Ring, q: Node) -> None:
-    """Write the new tokens to where they are stored, in as many rows as ``q`` has, and summarize the pages they went to."""
+    """Write the new tokens to their storage, in as many rows as ``q`` has, and update the summaries of their pages."""
     match kv:
         case Ring():
             ring_rows(point, kv, *new_tokens(point, kv.new), q)
@@ -66,7 +66,7 @@ def write_tokens(point: Node, kv: Paged | Quantized | Selected | Ring, q: Node) 
 
 
 def _write_selected(point: Node, kv: Selected, q: Node) -> None:
-    """As ``write_tokens``. Where one op appends and chooses, that op has been written already."""
+    """Do the same as ``write_tokens`` for selected pages. If one op appends and selects, that op writes the tokens instead."""
     summarizes = kv.leads and kv.state.summary is not None and not kv.new.is_step
     if kv.appends_with_choice:
         return
@@ -86,7 +86,7 @@ def _write_selected(point: Node, kv: Selected, q: Node) -> None:
 
 
 def append_quantized(point: Node, pages: Quantized, summarized: Selected | None) -> None:
-    """Append new tokens to quantized pages; the pages of ``summarized`` are summarized as well."""
+    """Append new tokens to quantized pages, and update the page summaries of ``summarized`` (None: there are none)."""
     k, v = new_tokens(point, pages.new)
     selector = summarized.selection.selector if summarized is not None else None
     new: Append[Node] = Append(
@@ -108,7 +108,7 @@ def append_quantized(point: Node, pages: Quantized, summarized: Selected | None)
 
 
 def _append(point: Node, buffer: Node, new: NewTokens, x: Node, q: Node) -> None:
-    """Write new tokens at their columns of a buffer of pages."""
+    """Write new tokens to their columns in a buffer of pages."""
     if size_at(point, q, 0) == value_of(buffer).shape[0]:
         write = (buffer, new.columns, x)
         inline(point, lambda buffer, columns, x: buffer.index_copy_(2, columns[0], x), *write)
@@ -117,7 +117,7 @@ def _append(point: Node, buffer: Node, new: NewTokens, x: Node, q: Node) -> None
 
 
 def page_rows(point: Node, pages: Paged | Quantized, q: Node) -> tuple[Node, Node]:
-    """Keys and values of the rows in use; of quantized pages a chunk sees itself as it is."""
+    """The keys and values of the rows in use. Quantized pages are dequantized, but a chunk sees its own tokens unquantized."""
     if isinstance(pages, Quantized):
         return _read(point, pages, 0), _read(point, pages, 1)
     return rows_in_use(point, pages.keys, q), rows_in_use(point, pages.values, q)

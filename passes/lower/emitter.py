@@ -1,4 +1,4 @@
-"""Write the nodes of one head group. Kernels describe what they want; this file knows where it goes and what is shared."""
+"""Write the nodes of one head group. Kernels request nodes; the emitter places them, and shares them between calls."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ from sparse_compile.passes.torch_private import overload
 
 
 class Emitter:
-    """Writes the nodes of one group of heads of the call of ``scene``.
+    """Writes the nodes of one head group of the call of ``scene``.
 
-    ``call`` has the masks of the group. ``heads`` and ``kv_heads`` are its places among the heads of the storage, or None for
-    all. ``realized`` says that the kernel captures tensors, each of which must then be a buffer that no compiler can fuse.
+    ``call`` has the masks of the group. ``heads`` and ``kv_heads`` are the places of the group among the heads of the storage;
+    None means all. ``realized`` says that the kernel captures tensors, so that each of them must be materialized as a buffer
+    that the compiler cannot fuse away.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Emitter:
 
     @cached_property
     def seen(self) -> NamedMask:
-        """The mask of the group, in which every tensor has a name."""
+        """The mask of the group, with a name in the place of every tensor."""
         return NamedMask.of(self.call, self.call.heads if self.heads is None else len(self.heads))
 
     # -- operands ---------------------------------------------------------------------------------------------------
@@ -57,16 +58,16 @@ class Emitter:
         return pick_heads(self.node, self.call.q, self.heads)
 
     def keys_values(self) -> tuple[Node, Node]:
-        """The keys and values of the group as ordinary tensors. New tokens are written to the cache on the way."""
+        """The keys and values of the group as dense tensors. This also writes new tokens to the cache."""
         k, v = dense_tensors(self.node, self.call, self.scene.shared)
         return pick_heads(self.node, k, self.kv_heads), pick_heads(self.node, v, self.kv_heads)
 
     def captures(self, mask: Mask) -> list[Node]:
-        """The tensors that a mask with names reads, in order, as they are where tables are computed."""
+        """The tensors that the names in ``mask`` stand for, in order, as they are at the point where tables are computed."""
         return [self._capture(name, self.point) for name in tensor_names(mask)]
 
     def score_captures(self) -> list[Node]:
-        """The tensors that the score mod reads, some of which may be there only after the mask is complete."""
+        """The tensors that the score mod reads. They may be computed after the mask, so the call reads them if it can."""
         names = self.call.score_mod.captures() if self.call.score_mod is not None else ()
         tensors = []
         for name in names:
@@ -93,9 +94,10 @@ class Emitter:
     # -- nodes ------------------------------------------------------------------------------------------------------
 
     def share(self, key: object, read: Iterable[Node], make: Callable[[], Node], *, until: Node | None = None) -> Node:
-        """What an earlier call made under ``key``, if that still holds at ``until``; else what ``make`` returns.
+        """Return the node that an earlier call made under ``key`` if it is still valid at ``until``; else call ``make``.
 
-        It is made of the nodes in ``read``. ``until`` is by default where tables are computed.
+        The node is valid while none of the nodes in ``read`` is overwritten. ``until`` is by default the point where tables are
+        computed.
         """
         shared = self.scene.shared
         if key not in shared or not self.scene.is_fresh(shared[key], read, until or self.point):
@@ -104,16 +106,16 @@ class Emitter:
         return made
 
     def call_function(self, point: Node, function: Callable[..., Any], *args: Any) -> Node:
-        """One node ``function(*args)`` before ``point``."""
+        """Add one node ``function(*args)`` before ``point``."""
         with self.graph.inserting_before(point):
             return self.graph.call_function(function, args)
 
     def call_op(self, point: Node, op: StructuredOp[Any], operands: Any) -> Node:
-        """One node that calls an op of ours before ``point``."""
+        """Add one node that calls an op of this library before ``point``."""
         return self.call_function(point, op.target, *op.arguments(operands))
 
     def call_module(self, point: Node, prefix: str, module: nn.Module, *args: Any) -> Node:
-        """One node that calls ``module`` before ``point``."""
+        """Add ``module`` to the graph, and one node that calls it before ``point``."""
         gm = self.scene.gm
         count = sum(1 for name, _ in gm.named_children() if name.startswith(f"sparse_{prefix}_"))
         name = f"sparse_{prefix}_{count}"
@@ -122,28 +124,28 @@ class Emitter:
             return self.graph.call_module(name, args)
 
     def item(self, point: Node, node: Node, number: int) -> Node:
-        """An output of a node that has several."""
+        """Output ``number`` of a node that has several outputs."""
         return self.call_function(point, operator.getitem, node, number)
 
     def integer(self, point: Node, expr: sympy.Expr) -> int | Node | None:
-        """An integer of the graph's shapes as it can be used before ``point``; None if it cannot be had there."""
+        """The integer ``expr`` as an int, or a node that can be used before ``point``; None if it cannot be computed there."""
         with self.graph.inserting_before(point):
             return emit_int(self.graph, expr, point)
 
     def blocks(self, point: Node, length: int | Node, size: int) -> int | Node:
-        """The number of blocks of ``size`` that cover ``length``."""
+        """The number of blocks of ``size`` that cover ``length``, as an int or a node."""
         if not isinstance(length, Node):
             return -(-length // size)
         return self.call_function(point, operator.floordiv, self.call_function(point, operator.add, length, size - 1), size)
 
     def constant(self, point: Node, name: str, tensor: Tensor) -> Node:
-        """A tensor that a policy brings along, as a buffer of the graph."""
+        """A constant tensor, such as one in a policy, as a buffer of the graph."""
         attach(self.scene.gm, name, tensor.to(self.call.device))
         with self.graph.inserting_before(point):
             return self.graph.get_attr(name)
 
     def constants(self, point: Node, name: str, count: int, make: Callable[[], list[Tensor]]) -> list[Node]:
-        """Several tensors that are known while compiling, as buffers of the graph under ``name``."""
+        """``count`` constant tensors as buffers of the graph; ``make`` runs only if no buffer ``{name}_0`` exists yet."""
         if hasattr(self.scene.gm, f"{name}_0"):
             with self.graph.inserting_before(point):
                 return [self.graph.get_attr(f"{name}_{k}") for k in range(count)]

@@ -1,4 +1,4 @@
-"""The kernels there are. The last one runs everything; the order of the others decides between equal ranks."""
+"""All kernels. The last one runs every call; the order of the others breaks ties between equal ranks."""
 
 from __future__ import annotations
 

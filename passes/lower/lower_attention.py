@@ -1,4 +1,4 @@
-"""Replace every attention call by the kernels that run it."""
+"""Replace every attention call by calls of the kernels that run it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Group = HeadGroup[Kernel]
 
 
 def lower_attention(rewrite: Rewrite) -> int:
-    """Replace every call, with tables shared between calls of equal mask and shape; returns how many were replaced."""
+    """Replace every call; returns how many were replaced. Calls with equal masks and shapes share their tables."""
     shared: Shared = {}
     lowered: list[Attention] = []
     for call in rewrite.calls:
@@ -47,7 +47,7 @@ def lower_attention(rewrite: Rewrite) -> int:
 def _lower(
     rewrite: Rewrite, call: Attention, storage_groups: Sequence[StorageGroup], run: Sequence[list[Group]], shared: Shared
 ) -> Node | Left:
-    """The output of ``call``: that of one kernel, or the outputs of all groups joined."""
+    """Write the kernels of ``call``; returns its output, joined from the outputs of all head groups."""
     emitters: list[tuple[Emitter, Kernel, tuple[int, ...]]] = []
     for storage_group, groups in zip(storage_groups, run, strict=True):
         reads_mask = any(group.call.plain_form is None or group.choice.kernel.reads_mask for group in groups)
@@ -72,7 +72,7 @@ def _lower(
 
 
 def _together(emitters: Sequence[tuple[Emitter, Kernel, tuple[int, ...]]], q: Node) -> Node | None:
-    """One launch for all groups, where their kernel has one."""
+    """The output of one launch for all groups; None if their kernels have no such launch."""
     kernels = {kernel for _, kernel, _ in emitters}
     if len(emitters) < 2 or len(kernels) > 1:
         return None
@@ -80,7 +80,7 @@ def _together(emitters: Sequence[tuple[Emitter, Kernel, tuple[int, ...]]], q: No
 
 
 def _give_value(out: Node, like: Node, heads: int) -> None:
-    """Give an output the example value that joining heads needs."""
+    """Give an output the example value that ``join_heads`` needs."""
     if "example_value" not in out.meta:
         with fake_mode_of(out.graph):
             value: Any = value_of(like)[:, :heads]

@@ -1,4 +1,4 @@
-"""The dense reference: every score written out. It runs everything, and is the oracle of all other kernels."""
+"""The dense reference, which computes every score. It runs every call, and is the oracle of all other kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparse_compile.passes.ops.reference_attention import ReferenceAttention
 
 
 class Reference(Kernel):
-    """Attention under a mask that is a tensor."""
+    """Attention under a dense mask tensor."""
 
     name, title = "reference", "dense reference"
 
@@ -35,14 +35,14 @@ class Reference(Kernel):
 
 
 def dense_or_selected(call: Attention, seen: NamedMask) -> Layout:
-    """The layout of a kernel that reads a dense mask, or the pages that a step chooses."""
+    """The layout of a kernel that reads a dense mask; for a decode step with page selection, that of the selected pages."""
     if isinstance(call.kv, Selected) and call.kv.new.is_step:
         return selection_layout(call, call.kv, seen)
     return dense_layout(call, seen)
 
 
 def lower_dense(call: Attention, emitter: Emitter, layout: Layout) -> Node | Left:
-    """Attention of the group under a dense mask."""
+    """Write the attention of the head group under a dense mask."""
     pairs = seen_pairs(emitter, layout)
     if isinstance(pairs, Left):
         return pairs

@@ -1,4 +1,4 @@
-"""Erase what only replaced attention calls needed."""
+"""Erase the nodes that only replaced attention calls needed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from sparse_compile.passes.ir.rewrite import Rewrite
 
 
 def remove_dead_code(rewrite: Rewrite) -> int:
-    """Erase what the replaced calls alone needed: dense masks, repeated keys and values."""
+    """Erase nodes that only replaced calls needed, such as dense masks and repeated keys; returns how many."""
     erased = erase_dead(rewrite.gm, rewrite.replaced)
     if rewrite.replaced:
         rewrite.gm.graph.lint()

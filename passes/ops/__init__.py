@@ -1,1 +1,1 @@
-"""What runs while a compiled graph runs: schema, fake and eager form of every op."""
+"""Custom ops and modules that run inside compiled graphs. Each op has a schema, a fake form and an eager form."""

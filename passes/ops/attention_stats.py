@@ -1,4 +1,4 @@
-"""Statistics of attention weights, summed up while a compiled graph runs."""
+"""Add up statistics of attention weights while a compiled graph runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_compile.masks import Mask, ScoreMod
 from sparse_compile.passes.storage.graph_text import from_text, rides_in_graphs
 
-BLOCK_BYTES = 64 << 20  # of float32 weights
+BLOCK_BYTES = 64 << 20  # of float32 weights in memory at once
 
 
 STATISTICS = ("sink", "recent", "entropy", "rate", "echo", "induction")
@@ -19,11 +19,12 @@ STATISTICS = ("sink", "recent", "entropy", "rate", "echo", "induction")
 @rides_in_graphs
 @dataclass(frozen=True)
 class Look:
-    """What is looked for: the mass on the first ``sink`` and the last ``recent`` keys, and on pages of ``page`` keys.
+    """What to measure: the attention mass on the first ``sink`` and the last ``recent`` keys, and on pages of ``page`` keys.
 
-    A text that from token ``start`` on repeats itself every ``period`` tokens shows *echo*, the mass on earlier copies of a
-    token, and *induction*, that on the tokens which followed them (RazorAttention, arXiv:2407.15891); a period of 0 is a text
-    that does not. ``rate`` is the number of first queries whose mass on the first key makes the sink rate (arXiv:2410.10781).
+    If the text repeats itself every ``period`` tokens from token ``start`` on, two more masses are measured (RazorAttention,
+    arXiv:2407.15891). *Echo* is the mass on earlier copies of a token. *Induction* is the mass on the tokens that followed
+    those copies. A period of 0 means that the text does not repeat. The sink rate (arXiv:2410.10781) is computed from the mass
+    on the first key of the first ``rate`` queries.
     """
 
     sink: int = 4
@@ -37,7 +38,7 @@ class Look:
 @rides_in_graphs
 @dataclass(frozen=True)
 class Watch:
-    """A call to watch: what it sees, and how scores become weights."""
+    """An attention call to observe: what to measure, the mask, and how scores become weights."""
 
     look: Look
     mask: Mask
@@ -47,7 +48,10 @@ class Watch:
 
 @torch.library.custom_op("sparse_compile::add_weights", mutates_args=("totals", "pages"))
 def add_weights(q: Tensor, k: Tensor, totals: Tensor, pages: Tensor, watch: str) -> None:
-    """Add what heads do with ``q`` ``[B, Hq, N, D]`` and ``k`` ``[B, Hkv, N, D]`` to ``totals`` and ``pages``."""
+    """Add the statistics of ``q`` ``[B, Hq, N, D]`` and ``k`` ``[B, Hkv, N, D]`` to ``totals`` and ``pages``.
+
+    ``totals`` ``[Hq, statistics, 2]`` and ``pages`` ``[Hq, pages, 2]`` hold sums, and the numbers of queries in them.
+    """
     what: Watch = from_text(watch)
     batch, heads, length, _ = q.shape
     rows = max(1, BLOCK_BYTES // (4 * heads * length))
@@ -62,9 +66,9 @@ def _(q: Tensor, k: Tensor, totals: Tensor, pages: Tensor, watch: str) -> None:
 
 
 def _add(q: Tensor, k: Tensor, totals: Tensor, pages: Tensor, first: int, watch: Watch) -> None:
-    """Queries ``[Hq, rows, D]`` from ``first`` on, over keys ``[Hkv, N, D]``."""
+    """Add the statistics of queries ``[Hq, rows, D]``, which start at position ``first``, over keys ``[Hkv, N, D]``."""
     look, (heads, rows, _) = watch.look, q.shape
-    last = first + rows  # causal: no key beyond
+    last = first + rows  # attention is causal, so later keys are left out
     i = torch.arange(first, last, device=q.device).view(1, -1, 1)
     j = torch.arange(last, device=q.device).view(1, 1, -1)
     h = torch.arange(heads, device=q.device).view(-1, 1, 1)
@@ -89,7 +93,7 @@ def _add(q: Tensor, k: Tensor, totals: Tensor, pages: Tensor, first: int, watch:
     every = torch.ones_like(i)
     for name, keys in where.items():
         _note(totals, name, (weights * keys).sum(2), of_rows[name])
-    # Where a weight is 0 its logarithm counts for nothing.
+    # A weight of 0 adds nothing to the entropy, although its logarithm is -inf.
     _note(totals, "entropy", -(weights * (scores - lse).masked_fill(weights == 0, 0)).sum(2), every)
     _note(totals, "rate", weights[:, :, 0], i < look.rate)
     padded = torch.nn.functional.pad(weights.sum(1), (0, pages.shape[1] * look.page - last))
@@ -98,7 +102,7 @@ def _add(q: Tensor, k: Tensor, totals: Tensor, pages: Tensor, first: int, watch:
 
 
 def _note(totals: Tensor, name: str, numbers: Tensor, rows: Tensor) -> None:
-    """Add ``numbers`` ``[Hq, rows]`` of those ``rows`` ``[1, rows, 1]`` that count."""
+    """Add ``numbers`` ``[Hq, queries]`` to statistic ``name``, for the queries where ``rows`` ``[1, queries, 1]`` is true."""
     at = STATISTICS.index(name)
     counted = rows.view(1, -1)
     totals[:, at, 0] += (numbers * counted).sum(1)

@@ -1,8 +1,9 @@
-"""Block tables while a compiled graph runs: an opaque custom op, called once per distinct mask and shape of a graph.
+"""Compute block tables while a compiled graph runs: an opaque custom op, called once per distinct mask and shape of a graph.
 
-It is opaque because every tensor that a ``mask_mod`` captures must be realised: a graph input or the output of an op that
-Inductor cannot fuse into anything. An in-graph ``arange`` fails with ``NoValidChoices`` on CPU and ``XBLOCK is not defined``
-on CUDA. Offsets are operands and not closed over, so one graph serves all lengths, and nothing waits for the device.
+The op is opaque because every tensor that a ``mask_mod`` captures must be materialized: it must be a graph input, or the
+output of an op that Inductor cannot fuse. An ``arange`` in the graph fails with ``NoValidChoices`` on CPU, and with ``XBLOCK is
+not defined`` on CUDA. Offsets are operands and not closed over, so one graph serves all lengths, and nothing waits for the
+device.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ KV_START = Captured.symbol("kv_start")
 
 
 def bind(mask: Mask, names: tuple[Captured, ...], tensors: Sequence[Tensor], q_start: Tensor, kv_start: Tensor) -> Mask:
-    """The mask with the tensors of the running graph in the places of their names."""
+    """Return the mask with the names of captured tensors replaced by tensors of the running graph."""
     values = {name: name.filled(tensor) for name, tensor in zip(names, tensors, strict=True)}
     return mask.bind(values | {Q_START: Q_START.filled(q_start), KV_START: KV_START.filled(kv_start)})
 
 
 def tensor_names(mask: Mask) -> tuple[Captured, ...]:
-    """The tensors a mask of a graph needs to be given, in the order in which the graph passes them. All have a batch axis."""
+    """Return the names of the tensors that a mask reads, in the order in which a graph passes them. All have a batch axis."""
     return tuple(c for c in mask.captures() if c not in (Q_START, KV_START))
 
 
 def batch_of(captures: Sequence[Tensor]) -> int:
-    """The batch size a mask needs: that of the tensors it reads, and 1 if they serve all batches or there are none."""
+    """Return the batch size of a mask: that of the tensors it reads, or 1 if they serve all batches or there are none."""
     return max((c.shape[0] for c in captures), default=1)
 
 
 def starts(q_start: int, kv_start: int, q_shift: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Text positions of the first query and the first key, int64 ``[1]`` each."""
+    """Return the text positions of the first query and the first key, int64 ``[1]`` each."""
     first_query = torch.full((1,), q_start, dtype=torch.int64, device=device)
     first_key = torch.full((1,), kv_start, dtype=torch.int64, device=device)
     return first_query if q_shift is None else first_query + q_shift, first_key
@@ -51,7 +52,8 @@ class Cut(NamedTuple):
     """The shape that block tables are made for.
 
     ``heads`` is the number of heads if the mask differs between them, else 1. ``width`` is the number of table columns. With
-    ``split`` there are four tables, full blocks apart; without, the two that list every visited block.
+    ``split`` there are four tables, which list partial and full blocks separately. Without it, there are two tables, which list
+    every visited block.
     """
 
     heads: int
@@ -66,7 +68,7 @@ class Cut(NamedTuple):
 
 
 class BlockTables(NamedTuple, Generic[T]):
-    """What block tables are made of: a mask, the shape, and the tensors ``captures`` that the mask reads, in order.
+    """The operands of block tables: a mask, a shape, and the tensors ``captures`` that the mask reads, in order.
 
     ``q_shift`` is added to the position of the first query.
     """
@@ -98,7 +100,7 @@ def _block_tables(mask: Mask, cut: Cut, q_shift: Tensor | None, captures: list[T
 
 
 def _own(table: Tensor) -> Tensor:
-    """The outputs of an op may not share memory."""
+    """Copy a table, because the outputs of an op may not share memory."""
     return table.clone(memory_format=torch.contiguous_format)
 
 
@@ -109,13 +111,13 @@ def _shapes(operands: BlockTables[Tensor]) -> list[Tensor]:
     return [torch.empty(size, dtype=torch.int32, device=operands.device) for size in sizes]
 
 
-# The positions of the first query and key ``[1]`` and the tables of a mask for one shape, all int32.
+# Returns the positions of the first query and key ``[1]``, then the tables of a mask for one shape. All are int32.
 block_tables_op = StructuredOp("block_tables", BlockTables, _tables, fake=_shapes)
 
 
 @torch.library.custom_op("sparse_compile::transpose_tables", mutates_args=())
 def transpose_tables(tables: list[Tensor], columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four tables listed by key block, as the backward pass needs them. ``columns`` is the number of key blocks."""
+    """Return the four tables by key block, as the backward pass needs them. ``columns`` is the number of key blocks."""
     num, index, full_num, full_index = tables
     return *transposed(num, index, columns), *transposed(full_num, full_index, columns)
 
@@ -128,4 +130,4 @@ def _(tables: list[Tensor], columns: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     return count, table, count.clone(), table.clone()
 
 
-BLOCK = 128  # queries and keys of a table block, unless a kernel needs another
+BLOCK = 128  # queries and keys of a table block, unless a kernel needs another size

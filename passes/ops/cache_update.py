@@ -1,7 +1,8 @@
-"""What a cache does while a compiled graph runs: the op that marks an update, and where new tokens go.
+"""Ops of a cache in a compiled graph: one marks a cache update, and the others compute the positions of new tokens.
 
-Transformers traces ``SparseCache.update`` into ``cache_update``, which stands for keys and values that exist nowhere in that
-shape. The kv pass replaces it; if that does not happen, running it is an error, before anything was written.
+Transformers traces ``SparseCache.update`` into ``cache_update``. Its outputs stand for keys and values that are never
+materialized in that shape. The ``kv`` passes replace the op. If they do not, running it raises an error before anything is
+written.
 """
 
 from __future__ import annotations
@@ -28,20 +29,23 @@ UNCOMPILED = (
 
 
 class SparseCacheError(RuntimeError):
-    """A cache cannot be used as asked. It holds what it held before."""
+    """A cache cannot be used in this way. Its contents are unchanged."""
 
 
 class CacheUpdate(NamedTuple, Generic[T]):
-    """New keys ``k`` and values ``v`` ``[B, Hkv, Q, D]`` of one layer, and all that the cache has for the layer.
+    """New keys ``k`` and values ``v`` ``[B, Hkv, Q, D]`` of one layer, and the tensors that the cache has for the layer.
 
-    ``columns`` counts the tokens seen, padding included, int64 ``[]``; ``texts`` without padding, int64 ``[max_batch]``.
-    ``page_texts`` ``[max_batch, columns]`` is the text position of each column, -1 for padding. ``rings`` are text
-    position and column of each slot, ``[max_batch, slots]``, two for each of ``plan.rings``. ``buffers`` are keys and values of
-    each storage, ``[max_batch, heads, slots, D]``. ``stream`` is empty, or for positions in the cache: the rotary position
-    of the next token ``[]``, text position less rotary position of the keys ``[max_batch]``, and the frequencies of the layer.
-    ``anchor`` ``[]`` is the column from which steps that score pages are counted. ``selection`` is, for each storage that
-    selects, its ``SelectionState``: that of its leader, without summaries, if it has one. ``quantized`` are, for each quantized
-    storage, the ``QuantizedTensor`` of keys and of values; its buffers are tails.
+    - ``columns``: the number of tokens so far, including padding, int64 ``[]``.
+    - ``texts``: the number of tokens so far without padding, int64 ``[max_batch]``.
+    - ``page_texts``: the text position of each column, ``[max_batch, columns]``, -1 for padding.
+    - ``rings``: two tensors ``[max_batch, slots]`` for each of ``plan.rings``: the text position and the column of each slot.
+    - ``buffers``: keys and values of each storage group, ``[max_batch, heads, slots, D]``. They are tails if it is quantized.
+    - ``stream``: empty unless tokens are rotated by their position in the cache. Then it holds the rotary position of the next
+      token ``[]``, the text position minus the rotary position of the keys ``[max_batch]``, and the layer's frequencies.
+    - ``anchor``: the column ``[]`` from which the steps that score pages are counted.
+    - ``selection``: the ``SelectionState`` tensors of each storage group that selects pages. If another layer scores the pages,
+      they are that layer's tensors without the summary.
+    - ``quantized``: the ``QuantizedTensor`` of keys and that of values, for each quantized storage group.
     """
 
     k: T
@@ -58,25 +62,25 @@ class CacheUpdate(NamedTuple, Generic[T]):
     plan: LayerPlan
 
     def buffers_of(self, number: int) -> tuple[T, T]:
-        """The buffers of keys and of values of storage ``number``."""
+        """Return the buffers of keys and of values of storage group ``number``."""
         keys, values = self.buffers[2 * number : 2 * number + 2]
         return keys, values
 
     def selection_state_of(self, number: int) -> SelectionState[T]:
-        """What storage ``number``, which selects, chooses by."""
+        """Return the selection state of storage group ``number``, which must select pages."""
         rest = list(self.selection)
         for storage in self.plan.storages[:number]:
             rest = rest[_state_count(storage, self.plan.layer) :]
         return SelectionState(*rest[: _state_count(self.plan.storages[number], self.plan.layer)])
 
     def quantized_of(self, number: int) -> tuple[QuantizedTensor[T], QuantizedTensor[T]]:
-        """The quantized keys and values of storage ``number``."""
+        """Return the quantized keys and values of storage group ``number``."""
         keys, values = quantized_of(self.plan, self.quantized, number)
         return keys, values
 
 
 def _state_count(storage: Storage, layer: int) -> int:
-    """How many tensors of ``CacheUpdate.selection`` belong to a storage."""
+    """Return how many tensors of ``CacheUpdate.selection`` belong to a storage group."""
     if storage.selection is None:
         return 0
     return 1 if storage.selection.by_keys else 4 if storage.leads(layer) else 3
@@ -91,15 +95,16 @@ def _shapes(operands: CacheUpdate[Tensor]) -> tuple[Tensor, Tensor]:
     return k.new_empty(*k.shape[:2], length, k.shape[3]), v.new_empty(*v.shape[:2], length, v.shape[3])
 
 
-# The keys and values ``[B, Hkv, columns, D]`` that attention would see if they existed.
+# Returns the keys and values ``[B, Hkv, columns, D]`` that attention would see if they were materialized.
 cache_update = StructuredOp("cache_update", CacheUpdate, _refuse, fake=_shapes)
 
 
 @torch.library.custom_op("sparse_compile::cache_tokens", mutates_args=())
 def cache_tokens(k: Tensor, columns: Tensor, texts: Tensor, mask: str, captures: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the new tokens of ``k`` ``[B, Hkv, Q, D]`` stand: column and text position ``[B, Q]``, and the texts' new lengths.
+    """Return column and text position ``[B, Q]`` of the new tokens ``k`` ``[B, Hkv, Q, D]``, and the new text lengths ``[B]``.
 
-    A token that the model's ``mask`` hides from itself is padding, at text position -1. An empty ``mask`` has no padding.
+    A token that the model's ``mask`` hides from itself is padding and has text position -1. With an empty ``mask``, there is no
+    padding.
     """
     args = (*k.shape[::2], columns, texts, from_text(mask) if mask else None, captures)
     return in_few_kernels(_cache_tokens, *args) if k.shape[2] == 1 else _cache_tokens(*args)
@@ -128,7 +133,7 @@ def _(k: Tensor, columns: Tensor, texts: Tensor, mask: str, captures: list[Tenso
 
 @torch.library.custom_op("sparse_compile::page_positions", mutates_args=())
 def page_positions(page_texts: Tensor, column: Tensor, text: Tensor) -> Tensor:
-    """``page_texts`` of the rows in use, with the new tokens at their columns: ``[B, columns]``."""
+    """Return ``page_texts`` ``[B, columns]`` of the rows in use, with the text positions of new tokens at their columns."""
     return page_texts[: column.shape[0]].scatter(1, column, text.to(page_texts.dtype))
 
 

@@ -1,4 +1,4 @@
-"""Lookups into tensors of dynamic size, written so that FlexAttention's C++ kernel compiles."""
+"""Read captured tensors of dynamic size in a way that FlexAttention's C++ template can compile."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sparse_compile.passes.torch_private import look_up_unchecked
 class Lookups:
     """The tensors that a kernel captures, and how its mods read them.
 
-    The C++ template knows the sizes of q, k and v alone: a size or stride of another tensor fails with ``ks2 was not
-    declared`` (torch 2.13). On CPU a tensor of dynamic size is therefore captured flat, with its strides as a tensor.
+    The C++ template knows only the sizes of q, k and v. A size or stride of another tensor fails with ``ks2 was not declared``
+    (torch 2.13). On CPU, a tensor of dynamic size is therefore captured flat, with its strides as a tensor.
     """
 
     def __init__(self, captures: Sequence[Tensor]) -> None:
@@ -25,7 +25,7 @@ class Lookups:
             self.tensors += tuple(flatten(tensor)) if _is_flattened(tensor) else (tensor,)
 
     def read(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-        """What stands for the captures inside a mod that is given ``tensors``."""
+        """Return the captures as a mod reads them. ``tensors`` are the tensors that the kernel passes to the mod."""
         remaining = iter(tensors)
         return tuple(
             _Flat(next(remaining), next(remaining), c) if _is_flattened(c) else next(remaining) for c in self._captures
@@ -37,12 +37,12 @@ def _is_flattened(tensor: Tensor) -> bool:
 
 
 class _Flat:
-    """Reads like the tensor it was made of, for one index on every axis. No index is negative or too large."""
+    """A flattened tensor that is read like the original, with one index on every axis. Indices must be in bounds."""
 
     def __init__(self, flat: Tensor, strides: Tensor, like: Tensor) -> None:
         self._flat, self._strides = flat, strides
         self.dtype = like.dtype
-        # What matters of a size is whether it is 1; a symbol of the graph outside is no size in here.
+        # It only matters whether a size is 1. A symbol of the outer graph cannot be used here, so 2 stands for it.
         self.shape = tuple(size if isinstance(size, int) else 2 for size in like.shape)
 
     def dim(self) -> int:
@@ -50,13 +50,13 @@ class _Flat:
 
     def __getitem__(self, index: tuple[Tensor, ...]) -> Any:
         at: Any = sum(x * self._strides[axis] for axis, x in enumerate(index))
-        # A plain index would check and wrap around the size.
+        # Plain indexing would check bounds and wrap negative indices, for which it needs the size.
         return look_up_unchecked(self._flat, at)
 
 
 @torch.library.custom_op("sparse_compile::flatten", mutates_args=())
 def flatten(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The elements of ``x`` in one row, and its strides in that row, int64."""
+    """Return the elements of ``x`` in one row, and the strides of its axes in that row, int64."""
     row = x.clone(memory_format=torch.contiguous_format)
     return row.view(-1), torch.tensor(row.stride(), dtype=torch.int64, device=x.device)
 
@@ -68,7 +68,7 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("sparse_compile::materialize", mutates_args=())
 def materialize(x: Tensor) -> Tensor:
-    """A copy that Inductor cannot see through."""
+    """Return a copy of ``x`` that Inductor has to materialize, because it cannot look into this op."""
     return x.clone(memory_format=torch.contiguous_format)
 
 

@@ -1,4 +1,4 @@
-"""Attention as one opaque op that compiles and runs its own kernel, so that any inner compiler can take the rest of a graph."""
+"""Run attention as one opaque op that compiles its own kernel, so that any inner compiler can compile the rest of a graph."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from sparse_compile.passes.ops.flex_attention import FlexAttention
 from sparse_compile.passes.storage.graph_text import from_text
 from sparse_compile.passes.torch_private import allow_in_graph
 
-KERNELS = 256  # that stay compiled: one for each mask, shape of tables and kind of step in use
+KERNELS = 256  # the most that stay compiled: one for each mask, table shape and kind of step in use
 
 
 @torch.library.custom_op("sparse_compile::attention", mutates_args=())
 def attention_op(
     q: Tensor, k: Tensor, v: Tensor, prepared: list[Tensor], captures: list[Tensor], scores: list[Tensor], spec: str
 ) -> Tensor:
-    """``FlexAttention(spec)``: ``[B, Hq, Q, Dv]`` in the memory order ``[B, Q, Hq, Dv]``, without gradients.
+    """Run ``FlexAttention(spec)``: ``[B, Hq, Q, Dv]`` in the memory order ``[B, Q, Hq, Dv]``, without gradients.
 
-    The kernel is compiled by Inductor at the first call with a shape; a CUDA graph that records the op has warmed it up before.
+    Inductor compiles the kernel at the first call with a shape. Before a CUDA graph records the op, its warm-up run makes that
+    call.
     """
     out = kernel_of(spec)(q, k, v, list(prepared), tuple(captures), *scores)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
@@ -39,13 +40,13 @@ def _(
 
 @lru_cache(maxsize=KERNELS)
 def kernel_of(text: str) -> Callable[..., Tensor]:
-    """The compiled kernel of a spec."""
+    """Return the compiled kernel of a spec."""
 
     def attend(*operands: Any) -> Tensor:
         out: Tensor = _attend(text, *operands)
         return out
 
-    # Dynamo counts recompiles per code object: a code object for each kernel keeps one from using up those of another.
+    # Dynamo counts recompiles per code object. With a code object for each kernel, none uses up the limit of another.
     own = FunctionType(attend.__code__.replace(), attend.__globals__, "attention", None, attend.__closure__)
     return torch.compile(own, fullgraph=True)
 
@@ -58,5 +59,5 @@ def _attend(text: str, *operands: Any) -> Tensor:
 
 @lru_cache(maxsize=KERNELS)
 def module_of(text: str) -> FlexAttention:
-    """The attention of a spec."""
+    """Return the attention module of a spec."""
     return FlexAttention(from_text(text))

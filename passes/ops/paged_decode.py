@@ -1,4 +1,4 @@
-"""Attention of a decode step to what a cache holds, by the kernel that reads it in place."""
+"""Attend to cached keys in a decode step, with the kernel that reads pages and rings in place."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def _shape(operands: PagedDecode[Tensor]) -> Tensor:
     return q.new_empty(*q.shape[:3], dim)
 
 
-# ``[B, Hq, 1, Dv]``, on CUDA only. FlexAttention's decode kernel does the same of plain pages under any mask and score mod, and
-# takes half as long again: its splits are merged by two more kernels, which cannot start early.
+# Returns ``[B, Hq, 1, Dv]``, on CUDA only. FlexAttention's decode kernel does the same for plain pages, under any mask and
+# score mod. It takes one and a half times as long, because two more kernels merge its splits, and these cannot start early.
 paged_decode = StructuredOp("paged_decode", PagedDecode, _attend, fake=_shape)

@@ -1,7 +1,7 @@
-"""Pages of a cache that are kept in fewer bits, while a compiled graph runs: new tokens are encoded, and read back.
+"""Quantize new tokens of a cache and read quantized pages back, while a compiled graph runs.
 
-The latest tokens stay as they came in a tail, a ring over columns: the group of tokens that is being filled is encoded anew
-from there with every token, so that no number is ever encoded from its own code.
+The latest tokens stay unquantized in a tail, a ring over columns. With every new token, the token group that is being filled is
+quantized again from the tail. No number is therefore ever quantized from an already quantized one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class CheckedAppend(NamedTuple, Generic[T]):
-    """What to append. With ``finite``, numbers that are infinite or NaN are an error."""
+    """Tokens to append. With ``finite``, infinite or NaN numbers raise ``ValueError``."""
 
     new: Append[T]
     finite: bool
@@ -43,7 +43,7 @@ quantized_append = StructuredOp(
 
 
 def append(new: Append[Tensor]) -> None:
-    """Append tokens to quantized pages: on CUDA one launch for a token of each sequence, otherwise plain PyTorch."""
+    """Append tokens to quantized pages: one launch on CUDA if each sequence has one token, otherwise plain PyTorch."""
     if new.k.is_cuda and new.k.shape[2] == 1:
         from sparse_compile.passes.kernels.append_token import launch_append  # torch for CPU comes without Triton
 
@@ -77,13 +77,16 @@ def append_in_torch(new: Append[Tensor]) -> None:
 def _window(
     tail: Tensor, new: Tensor, columns: Tensor, texts: Tensor | None, group: int, slots: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The columns of the groups that new tokens went to, the numbers there (older ones of the tail), and which are a token."""
+    """Return the columns of the token groups that receive new tokens, the numbers there, and which columns hold a token.
+
+    Older numbers come from the tail. The third value is None, for all columns, if a group is one token.
+    """
     tokens = new.shape[2]
     if group == 1:
         return columns + torch.arange(tokens, device=new.device), new, None
     count = min((tokens + group - 2) // group + 1, slots // group)
     number = columns // group + torch.arange(count, device=new.device)
-    number = number.clamp(max=slots // group - 1)  # the last one twice, rather than one that was left before
+    number = number.clamp(max=slots // group - 1)  # repeat the last group instead of starting at an older one
     column = (number.unsqueeze(1) * group + torch.arange(group, device=new.device)).flatten()
     older = tail[: new.shape[0]].index_select(2, column % tail.shape[2])
     at = (column - columns).clamp(0, tokens - 1)
@@ -98,7 +101,7 @@ def _copy(buffer: Tensor, batch: int, at: Tensor, new: Tensor) -> None:
 
 
 class ReadQuantized(NamedTuple, Generic[T]):
-    """Quantized numbers to read, of as many rows as ``new`` ``[B, H, Q, D]`` has; if ``exact``, the new tokens as they came."""
+    """Quantized rows to read, as many as ``new`` ``[B, H, Q, D]`` has. With ``exact``, new tokens are returned unquantized."""
 
     quantized: QuantizedTensor[T]
     new: T
@@ -126,5 +129,5 @@ def _read_shape(operands: ReadQuantized[Tensor]) -> Tensor:
     return new.new_empty(new.shape[0], data.shape[1], data.shape[2], new.shape[3])
 
 
-# ``[B, H, N, D]`` in the dtype of the new tokens.
+# Returns ``[B, H, N, D]`` in the dtype of the new tokens.
 read_quantized = StructuredOp("read_quantized", ReadQuantized, _read, fake=_read_shape)

@@ -1,4 +1,4 @@
-"""Attention under a dense mask: the oracle of the fused kernels, and what runs where they cannot."""
+"""Attention under a dense mask: the oracle of the fused kernels, and the fallback where they cannot run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class DenseMask(nn.Module):
         device: torch.device,
         *captures: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The positions of the first query and key ``[1]``, and the mask."""
+        """Return the positions of the first query and key ``[1]``, and the mask."""
         first_query, first_key = starts(q_start, kv_start, q_shift, device)
         mask = bind(self.mask, tensor_names(self.mask), captures, first_query, first_key)
         if self.heads > 1:
@@ -46,16 +46,16 @@ class DenseMask(nn.Module):
 
 
 class ListedPairs(nn.Module):
-    """A dense mask, less the pairs of blocks that tables do not list."""
+    """A dense mask without the pairs of blocks that tables do not list."""
 
     def __init__(self, block: tuple[int, int]) -> None:
         super().__init__()
         self.block = block
 
     def forward(self, visible: Tensor, count: Tensor, index: Tensor, heads: int) -> Tensor:
-        """``visible`` ``[B | 1, H | 1, Q, KV]`` where ``index`` ``[B, T, rows, n]`` lists ``count`` ``[B, T, rows]`` blocks.
+        """Return ``visible`` ``[B | 1, H | 1, Q, KV]`` without pairs of unlisted blocks: ``[B, heads, Q, KV]``.
 
-        Returns ``[B, heads, Q, KV]``.
+        ``index`` ``[B, T, rows, n]`` lists ``count`` ``[B, T, rows]`` blocks of keys for each block of queries.
         """
         (q_block, kv_block), (q_len, kv_len) = self.block, visible.shape[2:]
         blocks = (kv_len + kv_block - 1) // kv_block
@@ -71,14 +71,14 @@ class ListedPairs(nn.Module):
 
 
 class ReferenceAttention(nn.Module):
-    """Attention under a dense mask: slow, plain, with gradients everywhere. The oracle of the fused kernels."""
+    """Attention under a dense mask: slow and simple, with gradients for every operand. The oracle of the fused kernels."""
 
     def __init__(self, scale: float, score_mod: ScoreMod | None) -> None:
         super().__init__()
         self.scale, self.score_mod = scale, score_mod
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: tuple[Tensor, ...], *captures: Tensor) -> Tensor:
-        """``[B, Hq, Q, Dv]``; a query that sees no key gives zeros."""
+        """Return ``[B, Hq, Q, Dv]``. A query that sees no key gives zeros."""
         first_query, first_key, visible = prepared
         mod = bind_scores(self.score_mod, captures, first_query, first_key)
         return reference_attention(q, k, v, visible, scale=self.scale, score_mod=mod, q_start=first_query, kv_start=first_key)
@@ -92,7 +92,7 @@ def score_tensor_names(mod: ScoreMod | None) -> tuple[Captured, ...]:
 
 
 def split_sink(mod: ScoreMod | None) -> tuple[ScoreMod | None, SinkLogits | None]:
-    """What changes scores, and the learned sink that joins the softmax afterwards."""
+    """Split a score mod into the part that changes scores, and the learned sink that joins the softmax afterwards."""
     parts = mod.parts() if mod is not None else ()
     sink = parts[-1] if parts and isinstance(parts[-1], SinkLogits) else None
     pointwise = parts[:-1] if sink is not None else parts
@@ -117,7 +117,7 @@ def reference_attention(
     q_start: Tensor | int = 0,
     kv_start: Tensor | int = 0,
 ) -> Tensor:
-    """Attention with every score written out.
+    """Compute attention by SDPA under a dense mask, or with all scores in memory where SDPA cannot apply the score mod.
 
     ``q`` is ``[B, Hq, Q, D]``, ``k`` and ``v`` are ``[B, Hkv, KV, D]`` with ``Hq`` a multiple of ``Hkv``, ``visible`` is
     bool and broadcasts to ``[B, Hq, Q, KV]``. ``q_start`` and ``kv_start`` are the positions of the first query and
@@ -125,7 +125,7 @@ def reference_attention(
     """
     group = q.shape[1] // k.shape[1]
     if group > 1 and score_mod is None and isinstance(q.shape[2], int) and q.shape[2] == 1:
-        # One query: the heads of a group are rows that share their keys, and nothing needs repeating.
+        # With one query, the heads of a group become rows that share their keys, so keys need not be repeated.
         rows = q.unflatten(1, (k.shape[1], group)).squeeze(3)
         seen = visible.unflatten(1, (k.shape[1], group)).squeeze(3) if visible.shape[1] > 1 else visible
         out = nn.functional.scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale)
@@ -141,14 +141,14 @@ def reference_attention(
     h = torch.arange(q.shape[1], device=q.device).view(1, -1, 1, 1)
     pointwise, sink = split_sink(score_mod)
     if isinstance(pointwise, Bias) and sink is None:
-        # One additive term: SDPA takes it as a float mask and never holds the scores.
+        # SDPA takes one additive term as a float mask, and never holds the scores in memory.
         added = pointwise(torch.zeros((), dtype=q.dtype, device=q.device), b, h, i, j)
         hidden = torch.full((), -torch.inf, dtype=q.dtype, device=q.device)
         return nn.functional.scaled_dot_product_attention(q, k, v, torch.where(visible, added.to(q.dtype), hidden), scale=scale)
     scores = (q @ k.transpose(-1, -2)).float() * scale
     if pointwise is not None:
         scores = pointwise(scores, b, h, i, j)
-    # A row of -inf only has no softmax: give it any scores, and no weights.
+    # A row of only -inf has no softmax. Its scores become 0 here, and its weights become 0 below.
     scores = scores.masked_fill(~visible, -torch.inf).masked_fill(~visible.any(dim=-1, keepdim=True), 0)
     if sink is not None:
         logits = Captured.of(sink.logits).tensor.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)

@@ -1,1 +1,1 @@
-"""Find attention calls in a graph, however a model writes them."""
+"""Find attention calls in a graph, in every form in which models write them."""

@@ -1,6 +1,6 @@
-"""Write out ``nn.MultiheadAttention`` and the fused ``nn.TransformerEncoderLayer`` around a plain attention call.
+"""Write out ``nn.MultiheadAttention`` and the fused ``nn.TransformerEncoderLayer`` as plain operations around attention.
 
-Dynamo keeps both as single nodes: ``F.multi_head_attention_forward``, and in evaluation ``_transformer_encoder_layer_fwd``.
+Dynamo records each as a single node: ``F.multi_head_attention_forward``, and in eval mode ``_transformer_encoder_layer_fwd``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LAYER = (
 
 
 def unfuse_modules(gm: GraphModule) -> int:
-    """Replace every such node that can be written out exactly; returns how many."""
+    """Replace every fused node that can be written out exactly; returns how many."""
     changed = 0
     for node in list(gm.graph.nodes):
         if op_name(node) == "multi_head_attention_forward":
@@ -47,21 +47,21 @@ def _given(node: Node, names: list[str]) -> dict[str, Any]:
 
 
 def _attend(q: Any, k: Any, v: Any, heads: int, mask: Any, *, causal: bool = False, dropout: float = 0.0) -> Any:
-    """Attention of ``[N, L, E]`` tensors; ``mask`` is what ``scaled_dot_product_attention`` takes."""
+    """Attention over ``[N, L, E]`` tensors, with a mask for ``scaled_dot_product_attention``."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
     return out.transpose(1, 2).flatten(2)
 
 
 def _multi_head_attention(gm: GraphModule, node: Node) -> int:
-    """``F.multi_head_attention_forward``, whose tensors are ``[L, N, E]``, unless its weights are used or keys are added."""
+    """Write out ``F.multi_head_attention_forward`` over ``[L, N, E]``, unless its weights are used or keys are added."""
     given = _given(node, ATTENTION)
     users = list(node.users)
     weights_used = any(user.target is not operator.getitem or (user.args[1] == 1 and user.users) for user in users)
     extended = given["add_zero_attn"] or any(given[name] is not None for name in ("bias_k", "bias_v", "static_k", "static_v"))
     if weights_used or extended or len(shape_of(given["query"]) or ()) != 3:
         return 0
-    # As torch does: is_causal replaces the mask it comes with, unless padding or weights need the mask itself.
+    # As in torch, is_causal replaces the mask, unless padding or the weights need the mask itself.
     causal = bool(given["is_causal"]) and given["key_padding_mask"] is None and given["need_weights"] is False
     mask = None if causal else given["attn_mask"]
     dropout = 0.0 if given["training"] is False else given["dropout_p"]
@@ -106,7 +106,7 @@ def _multi_head_attention(gm: GraphModule, node: Node) -> int:
 
 
 def _as_sdpa(mask: Any, *, additive: bool, dtype: torch.dtype) -> Any:
-    """A mask of ``nn.MultiheadAttention`` (true means hidden) as ``scaled_dot_product_attention`` takes it."""
+    """Convert a mask of ``nn.MultiheadAttention`` (true means hidden) to one for ``scaled_dot_product_attention``."""
     if value_of(mask.node).is_floating_point():
         return mask
     shown = mask.logical_not()
@@ -116,7 +116,7 @@ def _as_sdpa(mask: Any, *, additive: bool, dtype: torch.dtype) -> Any:
 
 
 def _encoder_layer(gm: GraphModule, node: Node) -> int:
-    """``torch._transformer_encoder_layer_fwd``: a whole layer over ``[N, L, E]``; its mask is true where hidden."""
+    """Write out ``torch._transformer_encoder_layer_fwd``, a whole layer over ``[N, L, E]`` whose mask is true where hidden."""
     given = _given(node, LAYER)
     source = value_of(given["src"])
     if not isinstance(source, Tensor) or source.is_nested or source.dim() != 3:
@@ -126,7 +126,7 @@ def _encoder_layer(gm: GraphModule, node: Node) -> int:
     def forward(x: Any, qkv: list[Any], out: list[Any], norms: list[list[Any]], ffn: list[list[Any]], mask: Any) -> Any:
         if mask is not None:
             mask = mask.to(torch.bool).logical_not()
-            if kind == 1:  # key padding [N, L]; type 0 is [L, L], type 2 [N, heads, L, L]
+            if kind == 1:  # key padding [N, L]; type 0 is [L, L], and type 2 is [N, heads, L, L]
                 mask = mask.unsqueeze(1).unsqueeze(1)
 
         def attention(x: Any) -> Any:
@@ -160,5 +160,5 @@ def _encoder_layer(gm: GraphModule, node: Node) -> int:
 
 
 def unfuse(rewrite: Rewrite) -> int:
-    """Write out the fused modules of ``torch.nn`` around their attention, so that the next pass can read it."""
+    """Write out the fused modules of ``torch.nn``, so that the next pass can read their attention."""
     return unfuse_modules(rewrite.gm)

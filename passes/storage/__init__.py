@@ -1,1 +1,1 @@
-"""What a layer of a cache holds and how: values that graphs, passes and caches share."""
+"""Describe what a layer of a cache holds, and in which format. Graphs, passes and caches share these values."""

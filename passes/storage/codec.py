@@ -1,9 +1,11 @@
-"""Keys and values in fewer bits: what is kept of them, by torchao's primitives.
+"""Quantize and dequantize keys and values with torchao's primitives.
 
-``int8`` and ``int4`` are codes of equal steps above the least number of a group: ``code * scale + offset``. Keys are grouped by
-channel over neighbouring tokens, because some of their channels are far larger than others in all tokens; values by token over
-neighbouring channels (KIVI, https://arxiv.org/abs/2402.02750). ``fp8`` is e4m3 with a scale for each token. Scales and offsets
-are float16, which rounds eight times finer than bfloat16. ``bench/results/quantized-error.csv`` has what decided the groups.
+``int8`` and ``int4`` store unsigned integers, which stand for ``integer * scale + offset``. They are equal steps above the
+smallest number of a group. A group of keys is one channel of neighboring tokens, because some key channels are far larger than
+others in all tokens. A group of values is neighboring channels of one token (KIVI, https://arxiv.org/abs/2402.02750).
+
+``fp8`` is e4m3 with a scale for each token. Scales and offsets are float16, which rounds eight times finer than bfloat16. The
+group sizes were chosen by the errors in ``bench/results/quantized-error.csv``.
 """
 
 from __future__ import annotations
@@ -20,15 +22,21 @@ from sparse_compile.passes.storage.graph_text import rides_in_graphs
 T = TypeVar("T")
 KINDS = ("int8", "int4", "fp8")
 LEVELS = {"int8": 255, "int4": 15}
-LARGEST = 65504.0  # of float16
+LARGEST = 65504.0  # the largest finite float16
 
 
 class QuantizedTensor(NamedTuple, Generic[T]):
-    """What is kept of a tensor ``[B, H, N, D]``: tensors, or their nodes. Plain numbers are ``data`` alone.
+    """The stored form of a tensor ``[B, H, N, D]``. ``T`` is a tensor or a graph node. An unquantized tensor has only ``data``.
 
-    ``data`` is uint8 ``[B, H, N, D]``; of ``int4`` ``[B, H, N, D / 2]``, with channel ``c`` in the lower half of a byte and
-    ``c + D / 2`` in the upper one; of ``fp8`` the bits of float8_e4m3fn, as torch copies no fp8 by index. ``scale`` and
-    ``offset`` are float16, one for each group; ``fp8`` has no ``offset``.
+    ``data`` is uint8:
+
+    | format | shape              | content                                                                         |
+    |--------|--------------------|---------------------------------------------------------------------------------|
+    | int8   | ``[B, H, N, D]``   | one integer in a byte                                                           |
+    | int4   | ``[B, H, N, D/2]`` | channel ``c`` in the lower half of a byte, channel ``c + D / 2`` in the upper   |
+    | fp8    | ``[B, H, N, D]``   | the bits of float8_e4m3fn, because torch cannot copy fp8 by index               |
+
+    ``scale`` and ``offset`` are float16, one for each group. ``fp8`` has no ``offset``.
     """
 
     data: T
@@ -36,14 +44,18 @@ class QuantizedTensor(NamedTuple, Generic[T]):
     offset: T | None = None
 
     def used(self) -> list[T]:
-        """Those that there are."""
+        """The fields that are not None."""
         return [part for part in self if part is not None]
 
 
 @rides_in_graphs
 @dataclass(frozen=True)
 class Format:
-    """``kind`` is one of ``KINDS``, or empty for numbers as they come; ``tokens`` x ``channels`` share a scale (0: all)."""
+    """The format of stored keys or values.
+
+    ``kind`` is one of ``KINDS``, or empty if they are not quantized. ``tokens`` x ``channels`` numbers share a scale; 0
+    ``channels`` means all channels of the head.
+    """
 
     kind: str = ""
     tokens: int = 1
@@ -54,15 +66,15 @@ class Format:
 
     @property
     def count(self) -> int:
-        """How many parts there are."""
+        """The number of tensors that a ``QuantizedTensor`` of this format has."""
         return {"": 1, "fp8": 2}.get(self.kind, 3)
 
     def block(self, dim: int) -> tuple[int, int, int, int]:
-        """The sizes of a group, as torchao wants them."""
+        """The sizes of a group along each axis, as torchao expects them."""
         return 1, 1, self.tokens, self.channels or dim
 
     def parts(self, heads: int, slots: int, dim: int, dtype: torch.dtype) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape, less the batch, and dtype of each part; ``dtype`` is that of plain numbers."""
+        """Yield the shape without the batch axis, and the dtype, of each tensor. ``dtype`` is that of unquantized data."""
         _, _, tokens, channels = self.block(dim)
         yield (heads, slots, dim // 2 if self.kind == "int4" else dim), torch.uint8 if self.kind else dtype
         for _ in range(self.count - 1):
@@ -70,7 +82,10 @@ class Format:
 
 
 def quantize(x: Tensor, valid: Tensor | None, form: Format) -> QuantizedTensor[Tensor]:
-    """The codes of ``x`` ``[B, H, N, D]``, N in whole groups; tokens that are not ``valid`` ``[B | 1, N]`` have no say."""
+    """Quantize ``x`` ``[B, H, N, D]``, where N is a whole number of groups.
+
+    Tokens that are not ``valid`` ``[B | 1, N]`` (None: all are) do not affect scales and offsets.
+    """
     from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
 
     if not form.kind:
@@ -81,7 +96,7 @@ def quantize(x: Tensor, valid: Tensor | None, form: Format) -> QuantizedTensor[T
         x = x if seen is None else torch.where(seen, x, 0)
         scale, _ = choose_qparams_affine(x, MappingType.SYMMETRIC, block, torch.float8_e4m3fn, eps=2.0**-24)
         scale = _rounded_up(scale).view(_per_group(x, block))
-        # torchao's `quantize_affine` rounds to whole steps first, which are for integers; what is left is a cast.
+        # A division and a cast, because torchao's `quantize_affine` rounds to integers before it casts.
         return QuantizedTensor((x / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8), scale)
     grouped = _grouped(x if seen is None else torch.where(seen, x, torch.inf), block)
     least = grouped.amin(dim=(3, 5))
@@ -92,10 +107,10 @@ def quantize(x: Tensor, valid: Tensor | None, form: Format) -> QuantizedTensor[T
     if max(block) > 1:
         limits = {"quant_min": 0, "quant_max": levels, "eps": 2.0**-24}
         scale, _ = choose_qparams_affine(above, MappingType.ASYMMETRIC, block, torch.uint8, **limits)
-    else:  # which torchao takes for one group in all
+    else:  # torchao treats this block size as a single group over the whole tensor
         scale = (above / levels).clamp(min=2.0**-24)
     scale = _rounded_up(scale).view(offset.shape)
-    none = torch.zeros_like(scale, dtype=torch.int32)  # what is below the offset is so by its rounding
+    none = torch.zeros_like(scale, dtype=torch.int32)  # numbers below the offset are there only because the offset was rounded
     data = quantize_affine(above, block, scale.float(), none, torch.uint8, 0, levels)
     if form.kind == "int4":
         low, high = data.chunk(2, dim=-1)
@@ -104,7 +119,7 @@ def quantize(x: Tensor, valid: Tensor | None, form: Format) -> QuantizedTensor[T
 
 
 def dequantize(quantized: QuantizedTensor[Tensor], form: Format, dtype: torch.dtype) -> Tensor:
-    """The numbers ``[B, H, N, D]`` that ``quantized`` stand for."""
+    """Return the numbers ``[B, H, N, D]`` that ``quantized`` stands for, in ``dtype``."""
     from torchao.quantization.quant_primitives import dequantize_affine
 
     if quantized.scale is None:
@@ -124,7 +139,10 @@ def dequantize(quantized: QuantizedTensor[Tensor], form: Format, dtype: torch.dt
 
 
 def _rounded_up(scale: Tensor) -> Tensor:
-    """In float16, and not far less than it is, as tiny ones would be: the largest number of a group has to have a code."""
+    """Round a scale to float16, but never far below its value, as rounding to nearest would do for tiny scales.
+
+    With a scale that is too small, the largest number of a group would not be representable.
+    """
     scale = scale.clamp(max=LARGEST)
     near = scale.half()
     return torch.where(near.float() < scale * (1 - 2**-10), (near.view(torch.int16) + 1).view(torch.float16), near)
@@ -135,11 +153,11 @@ def _per_group(x: Tensor, block: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _grouped(x: Tensor, block: tuple[int, ...]) -> Tensor:
-    """``[B, H, groups of tokens, tokens, groups of channels, channels]``."""
+    """Reshape to ``[B, H, groups of tokens, tokens, groups of channels, channels]``."""
     grouped: Tensor = x.unflatten(3, (-1, block[3])).unflatten(2, (-1, block[2]))
     return grouped
 
 
 def _spread(x: Tensor, block: tuple[int, ...]) -> Tensor:
-    """A number for each group, at each of its places."""
+    """Repeat the number of each group for every element of the group."""
     return x.repeat_interleave(block[2], dim=2).repeat_interleave(block[3], dim=3)

@@ -1,7 +1,7 @@
 """Write values as text, so that a graph can carry them as arguments of its ops.
 
-Every value that rides in a graph uses this one encoding: plans, formats, masks, score mods and the specifications of kernels.
-It is JSON, so equal values are equal text, and reading it never runs code.
+Every such value uses this one encoding: plans, formats, masks, score mods and kernel specifications. The text is JSON, so equal
+values give equal text, and reading it never runs code.
 """
 
 from __future__ import annotations
@@ -22,19 +22,23 @@ _RIDERS: dict[str, type[Any]] = {kind.__name__: kind for kind in SCORE_MODS}
 
 
 def rides_in_graphs(kind: type[T]) -> type[T]:
-    """Register a frozen dataclass, so that ``from_text`` can build it again from its fields."""
+    """Register a frozen dataclass, so that ``from_text`` can rebuild it from its fields."""
     _RIDERS[kind.__name__] = kind
     return kind
 
 
 def to_text(value: Any) -> str:
-    """``value`` as text. It is made of numbers, text, tuples, masks, score mods and registered dataclasses."""
+    """Return ``value`` as text.
+
+    ``value`` may consist of numbers, text, None, tuples, masks, score mods, captured tensors and registered dataclasses.
+    Anything else raises ``TypeError``.
+    """
     return json.dumps(_encode(value))
 
 
 @lru_cache(maxsize=4096)
 def from_text(text: str) -> Any:
-    """Read ``to_text`` back. Tensors are real and on the CPU, also while a graph is traced."""
+    """Rebuild the value from the output of ``to_text``. Its tensors are real and on the CPU, even while a graph is traced."""
     with real_tensors():
         return _decode(json.loads(text))
 

@@ -1,4 +1,4 @@
-"""The examples of README.md and of every docstring run, and say what they show."""
+"""The examples in README.md and in every docstring run, and print what they show."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparse_compile import masks
 ROOT = Path(__file__).parents[2]
 
 
-# The CPU build of torch comes without Triton, which all of this package imports but for two files.
+# The CPU build of torch has no Triton, which all files but two in this package import.
 IN_TRITON = re.compile(r"sparse_compile\.passes\.kernels\.(?!launch|limits)")
 
 
@@ -33,7 +33,7 @@ def modules() -> list[ModuleType]:
 
 
 def names_of_examples() -> dict[str, Any]:
-    """What the examples of docstrings may use without saying so: the language, a tiny model and tokens."""
+    """The names that docstring examples may use without an import: the mask language, a tiny model, and tokens."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, pad_token_id=0
@@ -60,7 +60,7 @@ def test_examples_of_docstrings_run(module: ModuleType) -> None:
 
 
 def test_public_names_have_examples() -> None:
-    """Everything the language exports by a name of its own shows how it is used."""
+    """Every public name of the mask language has an example in its docstring."""
     for name in sc.__all__:
         thing = getattr(sc, name)
         if isinstance(thing, ModuleType):

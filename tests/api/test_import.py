@@ -1,4 +1,4 @@
-"""Importing sparse_compile costs little beyond torch and brings no optional dependency with it."""
+"""Importing sparse_compile adds little to the import of torch, and imports no optional dependency."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
 
 
 def import_once() -> tuple[float, set[str]]:
-    """Seconds and modules that ``import sparse_compile`` adds to ``import torch``, in a process of its own."""
+    """Return the seconds and modules that ``import sparse_compile`` adds to ``import torch``, in a new process."""
     out = subprocess.run([sys.executable, "-W", "error", "-c", SCRIPT], check=True, capture_output=True, text=True).stdout
     seconds, modules = json.loads(out)
     return seconds, {module.split(".")[0] for module in modules}

@@ -1,4 +1,4 @@
-"""The report: every attention call of every graph, as a table, as JSON, as values."""
+"""The report: every attention call of every graph, as a table, as JSON, and as values."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_compiles_and_recompiles_are_counted() -> None:
 
 
 class TwoCalls(nn.Module):
-    """One call that is rewritten and one that cannot be."""
+    """One call that is rewritten, and one that cannot be rewritten."""
 
     def forward(self, x: Tensor) -> Tensor:
         plain = F.scaled_dot_product_attention(x, x, x, is_causal=True)
@@ -108,7 +108,7 @@ def test_a_call_that_is_left_is_in_the_report_with_its_reason() -> None:
 
 
 class Broken(nn.Module):
-    """Three calls in two graphs."""
+    """Three attention calls in two graphs."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.scaled_dot_product_attention(x, x, x, is_causal=True)
@@ -118,7 +118,7 @@ class Broken(nn.Module):
 
 
 def test_every_call_of_every_graph_is_a_row() -> None:
-    """Counted by a backend that only looks."""
+    """The expected numbers come from a backend that only counts calls."""
     seen: list[int] = []
 
     def count(gm: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -136,7 +136,7 @@ def test_every_call_of_every_graph_is_a_row() -> None:
 
 
 def test_a_graph_that_is_traced_again_for_the_same_code_is_counted_once() -> None:
-    """Dynamo throws a first trace away to make a float a constant: the rows of that trace go with it."""
+    """Dynamo discards a first trace to make a float a constant, and the report drops the rows of that trace."""
 
     def attend(x: Tensor, scale: float) -> Tensor:
         return F.scaled_dot_product_attention(x, x, x, scale=scale)
@@ -178,7 +178,7 @@ def test_a_module_path_begins_at_the_model_whatever_holds_it(holder: str) -> Non
 
 
 def test_many_layers_share_a_line_by_their_ranges() -> None:
-    """Layers 0, 1 and 3 see one mask, layer 2 another."""
+    """Layers 0, 1 and 3 have one mask, and layer 2 has another."""
     decoder = Decoder("llama", {**DECODERS[0].config, "num_hidden_layers": 4})
     backend = sc.Backend(sc.Policy(causal & sliding_window(5), layers={2: STREAMING}), inner="eager")
     run(backend, decoder)

@@ -1,4 +1,4 @@
-"""The same promises on CUDA: Triton kernels against the dense reference, gradients, CUDA graphs."""
+"""Check compiled models on CUDA: Triton kernels against the dense reference, gradients, and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from support.on_gpu import ON_GPU
 
 pytestmark = [
     *ON_GPU,
-    pytest.mark.filterwarnings(r"ignore:\s*Online softmax is disabled"),  # torch's own, of mixtures of experts
-    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),  # of autotuning
-    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),  # of the packages that flash-attn-4 imports
+    pytest.mark.filterwarnings(r"ignore:\s*Online softmax is disabled"),  # from torch, in mixtures of experts
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),  # from autotuning
+    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),  # from packages that flash-attn-4 imports
 ]
 STREAMING = causal & (sink(4) | sliding_window(64))
 LENGTH = 300
@@ -38,7 +38,7 @@ def long(decoder: Decoder) -> Any:
 @pytest.mark.parametrize("decoder", [d for d in DECODERS if d.name not in ("mpt", "opt")], ids=str)
 @pytest.mark.parametrize("policy", [None, STREAMING], ids=["exact", "sparse"])
 def test_kernels_equal_the_reference(decoder: Decoder, policy: Mask | None) -> None:
-    """Head dimensions below 16 are padded by no one: the kernel takes what the model has, or the call goes to the reference."""
+    """Nothing pads head dimensions below 16: the kernel accepts the model's own, or the call goes to the reference."""
     model = long(decoder)
     ids, padding = tokens(length=200).cuda(), left_padding(length=200, pad=37).cuda()
     backend = sc.Backend(policy)
@@ -135,13 +135,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def decode_step(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-    """As transformers decodes over a static cache: a mask from a position that is a tensor."""
+    """Decode as transformers does over a static cache: the mask follows from a position that is a tensor."""
     seen = torch.arange(k.shape[2], device=k.device)[None] <= (position + torch.arange(1, device=k.device))[:, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[None, None], enable_gqa=True)
 
 
 def bf16_errors(run: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *more: Tensor, start: int = 0) -> tuple[float, float]:
-    """Errors of ``run`` and of SDPA under a dense mask, both in bf16, against fp32."""
+    """Return the errors of ``run`` and of SDPA under a dense mask, both in bf16, against float64."""
     heads, group = q.shape[1], q.shape[1] // k.shape[1]
     visible = mask.for_heads(heads).dense(q.shape[2], k.shape[2], q_offset=start, heads=heads, device="cuda")
     k_all, v_all = (x.repeat_interleave(group, 1) for x in (k, v))
@@ -153,7 +153,7 @@ def bf16_errors(run: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *more: Te
 @pytest.mark.parametrize("group", [1, 3, 4, 6, 7, 8])
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 def test_bf16_is_as_close_to_fp32_as_stock(dim: int, group: int) -> None:
-    """Every kernel at every head dimension and group, at lengths off block boundaries; what FLASH cannot take, Triton does."""
+    """Run every head dimension and group size, at lengths off block boundaries. Triton runs what FLASH does not support."""
     torch.manual_seed(0)
     kv_heads, length = 2, 333
     duo = per_head([causal, STREAMING])
@@ -234,7 +234,7 @@ def test_max_autotune_and_autotuned_kernels_run() -> None:
 
 @pytest.mark.parametrize("policy", [None, STREAMING, per_head([causal, STREAMING])], ids=["exact", "sparse", "per head"])
 def test_no_dense_mask_and_no_repeated_heads_at_64k(policy: Mask | None) -> None:
-    """Masked as transformers masks: a bool ``[1, 1, 64K, 64K]`` would be 4 GiB, the repeated keys and values 256 MiB."""
+    """Mask as transformers does. A bool mask ``[1, 1, 64K, 64K]`` would take 4 GiB, and repeated keys and values 256 MiB."""
     length, heads, kv_heads, dim = 1 << 16, 8, 2, 128
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ def test_no_dense_mask_and_no_repeated_heads_at_64k(policy: Mask | None) -> None
         run(q, k, v)
     own = q.nbytes * (
         1 if policy is None or policy == STREAMING else 3
-    )  # the output; of groups, also their queries and outputs
+    )  # the output; head groups also need their own queries and outputs
     assert torch.cuda.max_memory_allocated() - before < own + (24 << 20)
 
     step: Any = torch.compile(decode_step, backend=sc.Backend(policy), dynamic=False)

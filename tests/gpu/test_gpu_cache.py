@@ -1,4 +1,4 @@
-"""``SparseCache`` on CUDA: Triton kernels against the dense reference, one CUDA graph for all steps, nothing that waits."""
+"""Check ``SparseCache`` on CUDA: Triton kernels against the dense reference, and one CUDA graph for all steps without syncs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def decoder(name: str) -> Any:
 
 
 def run(name: str, policy: sc.Policy | Mask | None, chunks: list[int], ids: Tensor, inner: str, **options: Any) -> Tensor:
-    """The logits of a text in chunks, through a cache that holds more rows than are used."""
+    """Return the logits of a text in chunks, with a cache that has more rows than are used."""
     torch._dynamo.reset()
     model = decoder(name)
     sizes = {"max_length": 256, "max_batch": 3, "page_size": 8, "dtype": torch.float32, "device": "cuda"}
@@ -52,7 +52,7 @@ def test_kernels_equal_the_reference(name: str, policy: sc.Policy | Mask | None)
 def test_modes_equal_the_reference(options: dict[str, Any]) -> None:
     ids, chunks = tokens(batch=1, length=120).cuda(), [70, 40, *[1] * 10]
     got, wanted = (run("llama", STREAMING, chunks, ids, inner, **options) for inner in ("inductor", "eager"))
-    assert (got - wanted).abs().max() < 1e-4  # sink scores are matrix products of their own
+    assert (got - wanted).abs().max() < 1e-4  # sink scores come from separate matrix products
 
 
 def test_generate_over_padded_rows_equals_the_reference() -> None:
@@ -75,7 +75,7 @@ def test_a_thousand_steps_are_one_graph_without_syncs() -> None:
 
 
 def test_a_decode_step_reads_the_heads_it_was_given() -> None:
-    """FlexAttention's decode template forgets where a view of the queries begins (torch 2.11)."""
+    """FlexAttention's decode template ignores the storage offset of a view of the queries (torch 2.11)."""
     torch.manual_seed(0)
     q = torch.randn(1, 8, 1, 64, device="cuda")
     k, v = torch.randn(2, 1, 2, 300, 64, device="cuda").unbind()

@@ -1,4 +1,4 @@
-"""Weights that torchao made small, on CUDA: under Inductor and in CUDA graphs, over a cache in bf16, int8 and int4."""
+"""Check weights that torchao quantized on CUDA: under Inductor and in CUDA graphs, with caches in bf16, int8 and int4."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.oracles.cache import LAYERS, llama, random_tokens
 from support.sessions.cache import ones
 
 pytestmark = ON_GPU
-# With set_inductor_config they would change Inductor for the whole process; int4 packed this way needs no other package.
+# With set_inductor_config, they would change Inductor for the whole process. This packing of int4 needs no other package.
 CONFIGS: dict[str, Any] = {
     "int8": Int8WeightOnlyConfig(set_inductor_config=False),
     "int4": Int4WeightOnlyConfig(
@@ -32,12 +32,12 @@ CONFIGS: dict[str, Any] = {
     "fp8 activations": Float8DynamicActivationFloat8WeightConfig(set_inductor_config=False),
 }
 CHUNKS = [200, *ones(20)]
-NEAR = {None: 0.03, "int8": 0.04, "int4": 0.3}  # of the norm, by the format of the cache
-ROUNDED = 0.2  # activations in fp8 double what Inductor rounds otherwise: stock compilation is 0.14 away as well
+NEAR = {None: 0.03, "int8": 0.04, "int4": 0.3}  # largest relative error of the logits, by the format of the cache
+ROUNDED = 0.2  # fp8 activations double the rounding errors of Inductor: stock compilation also differs by 0.14
 
 
 def small(name: str) -> Any:
-    """A small Llama in bfloat16 with weights in fewer bits."""
+    """Return a small Llama in bfloat16 with quantized weights."""
     model = llama(hidden_size=256, intermediate_size=256, initializer_range=0.1).to("cuda", torch.bfloat16)
     quantize_(model, CONFIGS[name], lambda module, path: isinstance(module, torch.nn.Linear) and "lm_head" not in path)
     return model

@@ -1,4 +1,4 @@
-"""Masks of positions that models build in many ways are lifted back into the language, and whatever is lifted is exact."""
+"""Models build masks of positions in many ways. They are all lifted into the mask language, and the lifted mask is exact."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def from_triu_of_minus_infinity() -> Tensor:
 
 
 def from_one_minus_mask() -> Tensor:
-    """What many models do to a mask of ones and zeros."""
+    """``1 - mask`` over a mask of ones and zeros, as in many models."""
     mask = torch.tril(torch.ones(N, N))[None, None, :, :]
     return (1.0 - mask) * torch.finfo(torch.float32).min
 
 
 def from_two_fills() -> Tensor:
-    """The mask of the PyTorch tutorials."""
+    """A mask as in the PyTorch tutorials."""
     mask = torch.tril(torch.ones(N, N)) == 0
     return torch.zeros(N, N).masked_fill(mask, float("-inf")).masked_fill(~mask, 0.0)
 
@@ -146,7 +146,7 @@ def test_what_has_no_words_is_used_as_it_is(name: str) -> None:
 
 
 def test_what_has_words_is_kept_beside_what_has_none() -> None:
-    """Blocks beyond the causal part are skipped although the rest of the mask is a tensor."""
+    """Blocks outside the causal part are skipped, although the rest of the mask is a tensor."""
     result = compare(attend(lambda: from_tril() & ((i_and_j()[0] - i_and_j()[1]) % 3 == 0)), *qkv(N))
     assert_read(result, "causal & explicit")
 
@@ -158,7 +158,7 @@ def test_a_constant_beside_the_mask_is_a_bias() -> None:
 
 @pytest.mark.parametrize("build", [window_both_ways_by_two_comparisons, CASES["look-ahead of two"].build, window_both_ways])
 def test_a_window_moves_no_positions(build: Build) -> None:
-    """With ``j <= i + 2`` the first query still stands at position 0, and a policy counts from there."""
+    """With ``j <= i + 2``, the first query is still at position 0, and a policy counts from there."""
     policy = causal & (sink(1) | sliding_window(2))
     q, k, v = qkv(N)
     wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=build() & policy.dense(N, N))
@@ -196,7 +196,7 @@ def test_a_policy_counts_from_the_first_key(build: Build) -> None:
 
 
 def test_a_position_read_from_a_tensor_is_a_position() -> None:
-    """Decode with a static cache: the query stands at ``past``, which is known at run time only."""
+    """In a decode step with a static cache, the query is at position ``past``, which is known at run time only."""
 
     def build(past: Tensor) -> Tensor:
         return torch.arange(N)[None] <= (torch.arange(3) + past)[:, None]
@@ -211,7 +211,7 @@ def test_a_position_read_from_a_tensor_is_a_position() -> None:
 
 
 def test_keys_that_begin_later_are_counted_from_there() -> None:
-    """A cache that dropped its first keys: key 0 of the tensor is key ``kv_start`` of the text."""
+    """If a cache dropped its first keys, key 0 of the tensor is key ``kv_start`` of the text."""
 
     def build() -> Tensor:
         return torch.arange(4, 4 + N)[None] <= torch.arange(N, N + 4)[:, None]
@@ -225,7 +225,7 @@ def test_keys_that_begin_later_are_counted_from_there() -> None:
 
 @pytest.mark.parametrize("name", ["j <= i", "window", "sink or window", "chunks", "around", "two fills", "band"])
 def test_masks_of_a_dynamic_length_are_lifted(name: str) -> None:
-    """The same builders over a length that is a symbol."""
+    """The same builders, with a symbol as the length."""
     builders: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
         "j <= i": lambda i, j, n: j <= i,
         "window": lambda i, j, n: (j <= i) & (j > i - 4),

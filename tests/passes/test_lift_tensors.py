@@ -34,7 +34,7 @@ def test_padding_on_keys_is_lifted(name: str) -> None:
 
 
 def test_padding_multiplied_by_a_large_number_is_a_bias() -> None:
-    """``(1 - mask) * min`` hides keys only if the mask holds ones and zeros, which nobody knows while compiling."""
+    """``(1 - mask) * min`` hides keys only if the mask holds ones and zeros, which is not known while compiling."""
 
     def extended(mask: Tensor) -> Tensor:
         return (1.0 - mask[:, None, None, :].to(torch.float32)) * torch.finfo(torch.float32).min
@@ -54,7 +54,7 @@ def test_documents_are_lifted() -> None:
 
 
 def test_prefix_lengths_are_lifted() -> None:
-    """PrefixLM, and valid lengths of padded keys."""
+    """PrefixLM, and padded keys with valid lengths."""
     lengths = torch.tensor([3, 7])
     build: Build = lambda n: (torch.arange(N)[None, :] < n[:, None])[:, None, None, :]  # noqa: E731  # reads as the table above
     assert_read(compare(attend(build), *qkv(N), lengths), "prefix")
@@ -84,7 +84,7 @@ CONFIG._attn_implementation = "sdpa"
 
 
 def hf_mask(attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
-    """The mask of a transformers decoder, for a prompt."""
+    """The mask of a transformers decoder for a prompt."""
     embeddings = torch.zeros(2, N, 32)
     if position_ids is None:
         position_ids = torch.arange(N).unsqueeze(0)
@@ -99,7 +99,7 @@ def hf_mask(attention_mask: Tensor | None, position_ids: Tensor | None) -> Tenso
 
 
 def test_packed_sequences_vanish_over_default_positions() -> None:
-    """What ``find_packed_sequence_indices`` does whenever a graph is traced."""
+    """``find_packed_sequence_indices`` does this whenever a graph is traced."""
 
     def build() -> Tensor:
         positions = torch.arange(N).unsqueeze(0)
@@ -108,18 +108,18 @@ def test_packed_sequences_vanish_over_default_positions() -> None:
         return from_tril() & (documents[:, None, :, None] == documents[:, None, None, :])
 
     assert_read(compare(attend(build), *qkv(N)), "causal")
-    result = compare(attend(lambda: hf_mask(None, None)), *qkv(N))  # eagerly transformers gives no mask at all
+    result = compare(attend(lambda: hf_mask(None, None)), *qkv(N))  # in eager mode, transformers makes no mask at all
     assert result.masks == ["causal"]
     assert (result.got - F.scaled_dot_product_attention(*qkv(N), is_causal=True)).abs().max() < 1e-5
 
 
 def test_packed_sequences_stay_over_positions_that_start_again() -> None:
-    """Transformers compares position ids, which are a tensor here, for causality as well."""
+    """Transformers compares position ids for causality as well, and here these are a tensor."""
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]] * 2)
     result = compare(attend(lambda p: hf_mask(None, p)), *qkv(N), positions)
     assert result.error == 0
     assert result.reasons == []
-    # transformers 5.17 compares indices for causality, later ones the position ids themselves
+    # transformers 5.17 compares indices for causality; later versions compare the position ids themselves
     assert result.masks in (["document & explicit"], ["causal & document"])
 
 
@@ -146,7 +146,7 @@ def alibi(slopes: Tensor) -> Tensor:
 
 
 def alibi_of_keys(slopes: Tensor) -> Tensor:
-    """MPT and BLOOM: the bias of a key does not depend on the query, as the softmax does not notice."""
+    """MPT and BLOOM add a bias that depends on the key only, because a constant for each query does not change the softmax."""
     return slopes.view(1, -1, 1, 1) * torch.arange(1 - N, 1).view(1, 1, 1, N) + hidden(from_tril())
 
 
@@ -157,7 +157,7 @@ def test_a_slope_per_head_is_a_bias_beside_the_lifted_mask(build: Build) -> None
 
 
 def test_relative_positions_are_a_bias() -> None:
-    """T5: a learned table by bucket, permuted to heads first."""
+    """T5 reads a learned table by bucket, and permutes the heads to the front."""
 
     def build(table: Tensor) -> Tensor:
         i, j = i_and_j()
@@ -177,6 +177,6 @@ def test_a_bias_and_a_policy_act_together() -> None:
 
 
 def test_names_of_tensors_are_in_the_report() -> None:
-    """``padding(name)`` names the tensor of the graph that is read."""
+    """``padding(name)`` shows the name of the tensor of the graph that is read."""
     result = compare(attend(lambda valid: valid.bool()[:, None, None, :]), *qkv(N), valid())
     assert words(result.report.sites[0].model_mask) == "padding" != result.report.sites[0].model_mask

@@ -1,4 +1,4 @@
-"""Models of many architectures through the backend: exact without a policy, equal to the oracle with one."""
+"""Models of many architectures through the backend: exact without a policy, and equal to the oracle with a policy."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from support.models import DECODERS, VOCABULARY, Decoder, left_padding, tokens
 from support.oracles import attention as oracle
 
 PROMPT, STEPS = 24, 4
-# Small enough that it hides something everywhere; the issue's sink(4) | sliding_window(64) sees all of a tiny prompt.
+# Small enough to hide keys in every model; sink(4) | sliding_window(64) would show all of a tiny prompt.
 STREAMING = causal & (sink(4) | sliding_window(6))
-NO_STATIC_CACHE = {"falcon alibi", "mpt", "opt"}  # transformers' own models fail, or break their graph, with a static cache
+NO_STATIC_CACHE = {"falcon alibi", "mpt", "opt"}  # with a static cache, these models of transformers fail or break their graph
 PATCHED = {"falcon alibi", "mpt"}  # models without an attention interface
 
 
@@ -42,7 +42,7 @@ def whole(model: Any, ids: Tensor, padding: Tensor | None = None) -> Tensor:
 
 
 def stepwise(model: Any, cache: Any, ids: Tensor, padding: Tensor | None = None) -> Tensor:
-    """Logits of prefill and decode steps, concatenated."""
+    """Return the logits of prefill and decode steps, concatenated."""
     logits = []
     with torch.no_grad():
         for start, stop in [(0, PROMPT)] + [(PROMPT + k, PROMPT + k + 1) for k in range(STEPS)]:
@@ -111,7 +111,7 @@ def test_a_policy_equals_the_oracle(decoder: Decoder, setting: str, monkeypatch:
 
 
 def with_oracle(decoder: Decoder, patch: pytest.MonkeyPatch) -> Any:
-    """The same model, attending as the oracle does."""
+    """Return the same model with the attention of the oracle."""
     model = decoder.build()
     if decoder.name not in PATCHED:
         model.set_attn_implementation("oracle")
@@ -149,7 +149,7 @@ def test_the_policy_of_the_issue_is_exact_while_it_sees_everything() -> None:
 
 @pytest.mark.parametrize("decoder", [d for d in DECODERS if d.name in ("llama", "mistral", "gemma3_text")], ids=str)
 def test_a_policy_never_reveals_what_the_model_hides(decoder: Decoder) -> None:
-    """A policy that shows everything changes nothing: padding, causality and the model's own window stay."""
+    """A policy that shows every key changes nothing: padding, causality and the model's own window still apply."""
     model = decoder.build()
     padding = left_padding()
     for policy in (full | sink(1), sliding_window(1000), ~(causal & ~causal)):

@@ -1,4 +1,4 @@
-"""Attention as one op that compiles itself, under compilers that know nothing of FlexAttention."""
+"""Attention as one op that compiles itself, under compilers that do not support FlexAttention."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_with_gradients_it_is_the_dense_reference() -> None:
 
 
 def test_a_partitioning_compiler_takes_all_but_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch-tensorrt does: what an engine supports becomes one, and the op it does not know stays with PyTorch."""
+    """Torch-tensorrt turns supported nodes into engines like this, and leaves the op that it does not know to PyTorch."""
     engines: list[GraphModule] = []
     left: list[str] = []
 

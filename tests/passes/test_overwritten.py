@@ -1,4 +1,4 @@
-"""Tensors that change between a mask and its attention: what was read before the change stays read before it."""
+"""Tensors that are overwritten between a mask and its attention: reads from before the write stay before it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.masks.builders import N, attend, from_tril, hidden, valid
 
 
 def length_advanced(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
-    """A static cache: the mask is computed, the length advanced, then attention runs. Twice, as two layers with two caches."""
+    """Compute the mask, advance the length, then attend, as with a static cache. Two calls share the mask, as two layers do."""
     mask = torch.arange(N)[None] <= (torch.arange(3) + length)[:, None]
     length.add_(3)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -22,7 +22,7 @@ def length_advanced(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
 
 
 def length_advanced_between(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
-    """Each layer computes its mask from a length that the layer before has advanced."""
+    """Each layer computes its mask from a length that the previous layer has advanced."""
     keys = torch.arange(N)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys[None] <= (torch.arange(3) + length)[:, None])
     length.add_(3)
@@ -41,7 +41,7 @@ def test_a_length_advanced_before_attention_is_still_lifted() -> None:
 
 
 CHANGED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    # the mask, and what happens to what it was computed from
+    # return the mask, and then overwrite a tensor that it was computed from
     "padding filled": lambda m, p: first(p[:, None, None, :] & from_tril(), p.fill_(True)),
     "padding assigned": lambda m, p: first(p[:, None, None, :] & from_tril(), p.index_fill_(1, torch.tensor([0, 1]), False)),
     "mask filled before": lambda m, p: first(m, m.fill_(True)),
