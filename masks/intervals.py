@@ -74,7 +74,7 @@ class Intervals:
         if min(len(self.columns), len(other.columns)) == 1:
             return Intervals(tuple(met), rows)
         unordered = Intervals(tuple(met), rows)
-        ordered = normalise(unordered.start, unordered.stop)
+        ordered = normalize(unordered.start, unordered.stop)
         # Lists of n and m disjoint intervals have at most n + m - 1 non-empty intersections, and empty ones are last.
         return Intervals(ordered.columns[: len(self.columns) + len(other.columns) - 1], ordered.rows)
 
@@ -87,7 +87,7 @@ class Intervals:
                     later = larger(later, stop)
                     return Intervals(((start, stop), (later, larger(later, end))), rows)
         unordered = Intervals(columns, rows)
-        return normalise(unordered.start, unordered.stop)
+        return normalize(unordered.start, unordered.stop)
 
     def __invert__(self) -> Intervals:
         starts = (-INF, *(stop for _, stop in self.columns))
@@ -152,7 +152,7 @@ def _column(edge: Edge) -> Edge:
     return edge if isinstance(edge, int) else edge.unsqueeze(-1)
 
 
-def normalise(start: Tensor, stop: Tensor) -> Intervals:
+def normalize(start: Tensor, stop: Tensor) -> Intervals:
     """Sort intervals ``[..., rows, n]`` and cut off overlaps with earlier ones. Empty ones go last and can be dropped there."""
     start, stop = torch.broadcast_tensors(start, stop)
     if start.shape[-1] == 1:

@@ -1,7 +1,7 @@
-"""Everything private to torch that this library touches. ``tests/test_rooms.py`` keeps it out of every other file.
+"""All private torch APIs that this library uses. ``tests/api/test_rooms.py`` forbids them in every other file.
 
-torch 2.11 to 2.15 have all of it. Functions import what they need when they are called: importing this file costs nothing
-beyond torch, and ``import sparse_compile`` stays fast.
+torch 2.11 to 2.15 have all of them. Each function imports what it needs when it is called. Importing this file therefore costs
+nothing beyond torch, and ``import sparse_compile`` stays fast.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @contextmanager
 def real_tensors() -> Iterator[None]:
-    """Compute with real tensors on the CPU, also while a graph is traced or another device is the default."""
+    """Compute with real tensors on the CPU, even while a graph is traced or another device is the default."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     with unset_fake_temporarily(), torch.device("cpu"):
@@ -29,14 +29,17 @@ def real_tensors() -> Iterator[None]:
 
 
 def fake_tensors(*, allow_real_inputs: bool = False) -> Any:
-    """A mode in which tensors have a shape and no memory."""
+    """Return a mode in which tensors have a shape but no memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=allow_real_inputs)
 
 
 def mode_of(values: Iterator[Any]) -> AbstractContextManager[Any]:
-    """The mode of the first fake tensor among ``values``: the mode that Dynamo traced in."""
+    """Return the mode of the first fake tensor among ``values``, which is the mode that Dynamo traced in.
+
+    Without a fake tensor, return a context that does nothing.
+    """
     from torch._subclasses.fake_tensor import FakeTensor
 
     return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), nullcontext())
@@ -46,24 +49,33 @@ def mode_of(values: Iterator[Any]) -> AbstractContextManager[Any]:
 
 
 def overload(op: Any) -> Callable[..., Any]:
-    """What a graph calls of an op that ``torch.library.custom_op`` made."""
-    found: Callable[..., Any] = op._opoverload
-    return found
+    """Return the op overload that a graph node calls, for an op made by ``torch.library.custom_op``."""
+    target: Callable[..., Any] = op._opoverload
+    return target
 
 
 def op_schema(target: Any) -> Any:
-    """The schema of a node's target, or None if the target is no op of the dispatcher."""
+    """Return the schema of a node's target, or None if the target is not an op of the dispatcher."""
     return target._schema if isinstance(target, torch._ops.OpOverload) else None
 
 
+def written_arguments(target: Any) -> tuple[int, ...]:
+    """Return the positions of the arguments that an op of the dispatcher writes in place; none for other targets."""
+    schema = op_schema(target)
+    arguments = schema.arguments if schema is not None else ()
+    return tuple(
+        at for at, argument in enumerate(arguments) if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
 def look_up_unchecked(flat: Tensor, at: Tensor) -> Tensor:
-    """``flat[at]`` without a check of the index and without wrapping negative ones around a size."""
-    found: Tensor = torch.ops.aten._unsafe_masked_index(flat, torch.ones_like(at, dtype=torch.bool), [at], 0)
-    return found
+    """Return ``flat[at]`` without a bounds check and without wrapping negative indices."""
+    values: Tensor = torch.ops.aten._unsafe_masked_index(flat, torch.ones_like(at, dtype=torch.bool), [at], 0)
+    return values
 
 
 def flex_attention_op() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """FlexAttention's higher-order op, which takes block tables that ``flex_attention`` would not."""
+    """Return FlexAttention's higher-order op. It accepts block tables that the public ``flex_attention`` rejects."""
     from torch._higher_order_ops.flex_attention import flex_attention
 
     op: Callable[..., tuple[Tensor, Tensor, Tensor]] = flex_attention
@@ -71,19 +83,19 @@ def flex_attention_op() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
 
 def cpu_has_avx2() -> bool:
-    """Whether the CPU has the instructions that FlexAttention's C++ template needs."""
+    """Whether the CPU has AVX2, which FlexAttention's C++ template needs."""
     return bool(torch.cpu._is_avx2_supported())
 
 
 def flatten(value: Any) -> tuple[list[Any], Any]:
-    """The leaves of nested tuples, lists and dictionaries, and the structure that ``unflatten`` puts them back into."""
+    """Return the leaves of nested tuples, lists and dictionaries, and the structure from which ``unflatten`` rebuilds them."""
     from torch.utils._pytree import tree_flatten
 
     return tree_flatten(value)
 
 
 def unflatten(leaves: Sequence[Any], structure: Any) -> Any:
-    """The value whose leaves and structure ``flatten`` returned."""
+    """Rebuild a value from the leaves and structure that ``flatten`` returned."""
     from torch.utils._pytree import tree_unflatten
 
     return tree_unflatten(leaves, structure)
@@ -93,13 +105,13 @@ def unflatten(leaves: Sequence[Any], structure: Any) -> Any:
 
 
 def allow_in_graph(function: F) -> F:
-    """Let AOTAutograd trace ``function`` where Dynamo itself would refuse to."""
+    """Let AOTAutograd trace ``function`` where Dynamo itself would refuse to trace it."""
     allowed: F = torch._dynamo.allow_in_graph(function)
     return allowed
 
 
 def name_source(gm: GraphModule, name: str) -> None:
-    """Tell AOTAutograd where a tensor comes from that is no input of the model; without a source it refuses the graph."""
+    """Give AOTAutograd a source for a tensor that is not an input of the model. It rejects a graph without one."""
     from torch._dynamo.source import ConstantSource
 
     sources = getattr(gm, "_param_name_to_source", None)
@@ -108,17 +120,17 @@ def name_source(gm: GraphModule, name: str) -> None:
 
 
 def compile_id() -> Any:
-    """Dynamo's number of the code that is being compiled, and of the attempt; None outside a compilation."""
+    """Return Dynamo's id of the code that is being compiled and of the attempt, or None outside a compilation."""
     return torch._guards.CompileContext.current_compile_id()
 
 
 def recompile_limit() -> int:
-    """How often Dynamo compiles the same code before it runs it un-compiled."""
+    """Return how often Dynamo compiles the same code before it runs that code uncompiled."""
     return int(torch._dynamo.config.recompile_limit)
 
 
 def without_recompile_limit() -> AbstractContextManager[Any]:
-    """Let the same code be compiled as often as it takes."""
+    """Return a context in which Dynamo recompiles the same code without a practical limit (65,536 times)."""
     patched: AbstractContextManager[Any] = torch._dynamo.config.patch(
         recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16
     )
@@ -126,20 +138,20 @@ def without_recompile_limit() -> AbstractContextManager[Any]:
 
 
 def mark_static(tensor: Tensor) -> None:
-    """Keep the address of ``tensor`` in CUDA graphs, and its sizes as numbers in every graph."""
+    """Make the address of ``tensor`` static in CUDA graphs, and its sizes constant in every graph."""
     torch._dynamo.mark_static_address(tensor)
     torch._dynamo.mark_static(tensor)
 
 
 def compiled_call(model: nn.Module) -> Callable[..., Any]:
-    """What ``model.compile()`` made the model call."""
+    """Return the function that the model calls since ``model.compile()``."""
     run = model._compiled_call_impl
     assert run is not None
     return run
 
 
 def set_compiled_call(model: nn.Module, run: Callable[..., Any]) -> None:
-    """Let a compiled model call ``run``."""
+    """Make a compiled model call ``run``."""
     model._compiled_call_impl = run
 
 
@@ -147,14 +159,14 @@ def set_compiled_call(model: nn.Module, run: Callable[..., Any]) -> None:
 
 
 def inductor_modes() -> Mapping[str, Mapping[str, Any]]:
-    """The modes of ``torch.compile``, each with the Inductor options that it stands for."""
+    """Return the modes of ``torch.compile``, each with its Inductor options."""
     import torch._inductor
 
     return torch._inductor.list_mode_options()
 
 
 def has_inductor_option(name: str) -> bool:
-    """Whether this version of Inductor knows an option."""
+    """Whether this version of Inductor has the option ``name``."""
     import torch._inductor.config
 
     return hasattr(torch._inductor.config, name)
@@ -169,15 +181,15 @@ def inductor_compile(gm: GraphModule, examples: Sequence[Any], options: dict[str
 
 
 def inner_backend(name: str) -> Callable[..., Callable[..., Any]]:
-    """A backend of ``torch.compile`` by the name it is registered under."""
+    """Return the ``torch.compile`` backend that is registered under ``name``."""
     from torch._dynamo.backends.registry import lookup_backend
 
-    found: Callable[..., Callable[..., Any]] = lookup_backend(name)
-    return found
+    backend: Callable[..., Callable[..., Any]] = lookup_backend(name)
+    return backend
 
 
 def cache_bypasses() -> int:
-    """How many graphs the caches of AOTAutograd and Inductor could not take so far."""
+    """Return how many graphs AOTAutograd and Inductor could not store in their caches so far."""
     from torch._dynamo.utils import counters
 
     return int(counters["aot_autograd"]["autograd_cache_bypass"] + counters["inductor"]["fxgraph_cache_bypass"])

@@ -1,4 +1,4 @@
-"""What users call: compile a model in place, explain it, or hand the backend to ``torch.compile``."""
+"""The functions that users call: compile a model in place, explain it, or pass the backend to ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from sparse_compile.report import Report
 def backend(
     gm: GraphModule, inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """The backend itself: ``torch.compile(model, backend=sparse_compile.backend)``, exact, or sparse by ``options``.
+    """Compile one graph for ``torch.compile(model, backend=sparse_compile.backend)``: exactly, or under a policy.
 
-    ``options`` may hold ``policy``, ``inner``, ``kernel``, ``strict`` and ``inductor`` as in ``Backend``, which also keeps
-    the report.
+    ``options`` may hold ``policy``, ``inner``, ``kernel``, ``strict`` and ``inductor``, as in ``Backend``. Use ``Backend``
+    instead if you want the report.
     """
     return Backend()(gm, inputs, mode=mode, options=options)
 
@@ -38,9 +38,10 @@ def compile(
 ) -> Any:
     """Compile ``model`` in place and return it, so that ``model.generate()`` runs compiled too.
 
-    ``torch.compile(model).generate()`` would run un-compiled, silently. Options are those of ``Backend``; the report is
-    ``model.sparse_compile_report``. If Dynamo gives up on the model and runs it un-compiled, a ``SparseCompileWarning`` says
-    so (an error with ``strict=True``). Raises ``ValueError`` if the policy names layers or heads the model does not have.
+    ``torch.compile(model).generate()`` would silently run un-compiled. The options are those of ``Backend``, and the report is
+    ``model.sparse_compile_report``. If Dynamo gives up on the model and runs it un-compiled, this warns with
+    ``SparseCompileWarning``; with ``strict=True`` it raises ``SparseCompileError``. Raises ``ValueError`` if the policy names
+    layers or heads that the model does not have.
 
         >>> model = sc.compile(model, causal & (sink(4) | sliding_window(64)), inner="eager")
         >>> model.generate(tokens, max_new_tokens=2).shape
@@ -51,7 +52,7 @@ def compile(
         check_policy(chosen.policy, model)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
-        # generate() compiles decode steps with Inductor on its own for static caches, around and instead of us.
+        # For static caches, generate() compiles decode steps with Inductor itself, which would bypass this backend.
         generation.disable_compile = True
     model.compile(backend=chosen, mode=mode, dynamic=dynamic, **_isolation())
     torch_private.set_compiled_call(model, _watched(torch_private.compiled_call(model), chosen))
@@ -70,9 +71,9 @@ def check_policy(policy: Policy, model: nn.Module) -> None:
 
 
 def _isolates() -> bool:
-    """Whether ``torch.compile`` can count the recompiles of one model alone, as it can from torch 2.13 on.
+    """Whether ``torch.compile`` can count the recompiles of each model separately, as it can from torch 2.13 on.
 
-    Recompiles are limited per code object, and all models of a class share one.
+    Otherwise the recompile limit applies to a code object, which all models of a class share.
     """
     return "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
@@ -83,13 +84,13 @@ def _isolation() -> dict[str, Any]:
 
 
 def _watched(run: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
-    """``run``, noticing calls in which no compiled graph took part."""
+    """Wrap ``run`` to report calls that run no compiled graph."""
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         before = backend.calls
         result = run(*args, **kwargs)
         if backend.calls == before and not torch.compiler.is_compiling():
-            message = "the model ran un-compiled: Dynamo skipped it or reached its recompile limit, and no policy was applied"
+            message = "the model ran un-compiled, without its policy, because Dynamo skipped it or reached its recompile limit"
             backend.report_trouble(message)
         return result
 
@@ -101,23 +102,23 @@ def explain(
 ) -> Report:
     """Run ``model(*args, **kwargs)`` once through the passes, without code generation, and return the report.
 
-    The kernels in the report are those that ``Backend(policy)`` would use, on ``device`` (``"cpu"``, ``"cuda"``) if that is
-    given; the model itself runs on the dense reference, without gradients, and is left as it was. A cache that is passed
-    takes the tokens, as in any run. Raises as ``Backend`` does.
+    The report lists the kernels that ``Backend(policy)`` would use, on ``device`` (``"cpu"`` or ``"cuda"``; by default the
+    model's own). The model itself runs on the dense reference without gradients, and stays un-compiled. A cache in the
+    arguments takes the tokens, as in any run. Raises like ``Backend``.
 
         >>> report = sc.explain(model, tokens, policy=causal & sliding_window(4))
         >>> [site.action for site in report.sites]
         ['sparse', 'sparse']
     """
     chosen = planner(policy, model, device)
-    # Each explanation is a backend of its own; before torch 2.13 they would use up the recompiles of the model's code.
+    # Each explanation is a separate backend; before torch 2.13 it would use up the recompiles of the model's code.
     with torch.no_grad(), torch_private.without_recompile_limit():
         _watched(torch.compile(model, backend=chosen, **_isolation()), chosen)(*args, **kwargs)
     return chosen.report
 
 
 def planner(policy: Policy | Mask | None, model: nn.Module, device: str | None = None) -> Backend:
-    """A backend that reports what ``Backend(policy)`` would do, and runs the dense reference."""
+    """Return a backend that reports what ``Backend(policy)`` would do, but runs the dense reference."""
     chosen = Backend(policy, hooks=Hooks(dry=True, device=device, isolated=_isolates()))
     if chosen.policy is not None:
         check_policy(chosen.policy, model)

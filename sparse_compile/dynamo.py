@@ -1,4 +1,4 @@
-"""The ``torch.compile`` backend: run the passes over each graph, hand it to the inner compiler, keep the report."""
+"""The ``torch.compile`` backend: run the passes over each graph, pass it to the inner compiler, and keep the report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparse_compile.passes import torch_private
 from sparse_compile.policy import Policy, as_policy
 from sparse_compile.report import Report
 
-if TYPE_CHECKING:  # the passes import sympy and Dynamo, which cost a second: not before something is compiled
+if TYPE_CHECKING:  # the passes import sympy and Dynamo, which takes a second, so they load at the first compile
     from sparse_compile.passes.ir.attention import Attention
     from sparse_compile.passes.ir.left import Refused
     from sparse_compile.passes.ir.rewrite import CacheUse, Pass, Rewrite
@@ -28,20 +28,20 @@ OPTIONS = ("policy", "inner", "kernel", "strict", "inductor")
 
 
 class SparseCompileWarning(UserWarning):
-    """Something will not run as asked."""
+    """Something will not run as requested."""
 
 
 class SparseCompileError(RuntimeError):
-    """Something cannot run as asked, and ``strict=True`` forbids to go on without it."""
+    """Something cannot run as requested, and ``strict=True`` makes that an error."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the rest of this library changes about a backend; users need none of it.
+    """Settings of a backend for the rest of this library; users need none of them.
 
-    ``passes`` run once calls are understood, and ``trains`` says that they bring tensors to train: calibration adds both. With
-    ``dry`` the backend plans kernels for its report and runs the dense reference, on ``device`` if that is given: ``explain``.
-    ``isolated`` says that Dynamo counts recompiles of this backend alone.
+    ``passes`` run after the lift, and ``trains`` says that they add tensors that are trained; calibration sets both. With
+    ``dry``, the backend chooses kernels for its report, on ``device`` if it is given, but runs the dense reference; ``explain``
+    sets it. ``isolated`` says that Dynamo counts the recompiles of this backend separately.
     """
 
     passes: tuple[Pass, ...] = ()
@@ -54,16 +54,31 @@ class Hooks:
 class Backend:
     """A ``torch.compile`` backend that rewrites attention, with a policy and a report of its own.
 
-    Without a policy the model's results do not change. ``policy`` is a ``Policy`` or a bare mask.
+    Without a policy, the model's results do not change. ``policy`` is a ``Policy`` or a single mask.
 
-    ``inner`` compiles the rest of the graph. Under ``inductor`` attention is part of the graph; under ``aot_eager``,
-    ``cudagraphs`` and ``tensorrt`` (torch-tensorrt) it is one op that compiles its own kernel, without gradients; ``eager``
-    runs the dense reference. ``inductor`` holds options: those of Inductor, or of torch-tensorrt.
+    ``inner`` compiles the rest of the graph:
 
-    ``kernel`` is ``auto``, the fastest that can run a call, or forces one: ``flash`` (FlexAttention's FLASH, flash-attn-4),
-    ``triton``, ``flex`` (what FlexAttention generates for the device), ``sdpa``, ``reference`` (dense). ``autotune`` chooses
-    as ``auto`` does and lets Inductor time tiles, for GPUs that ``passes/options.py`` has no measured ones for. With
-    ``strict``, an attention call that stays as it is is an error.
+    | ``inner``                                   | attention                                                 |
+    |---------------------------------------------|-----------------------------------------------------------|
+    | ``inductor``                                | is part of the graph                                      |
+    | ``aot_eager``, ``cudagraphs``, ``tensorrt`` | is one op that compiles its own kernel, without gradients |
+    | ``eager``                                   | runs the dense reference                                  |
+
+    ``tensorrt`` is torch-tensorrt. ``inductor`` holds the options of Inductor or, with ``tensorrt``, those of torch-tensorrt.
+
+    ``kernel`` chooses the kernel of a call:
+
+    | ``kernel``    | runs                                                                                      |
+    |---------------|-------------------------------------------------------------------------------------------|
+    | ``auto``      | the fastest kernel that can run the call                                                  |
+    | ``autotune``  | the same, with tiles that Inductor times; for GPUs without tiles in ``choose/tuning.py``  |
+    | ``flash``     | FlexAttention's FLASH backend (flash-attn-4)                                              |
+    | ``triton``    | FlexAttention's Triton kernels                                                            |
+    | ``flex``      | the kernels that FlexAttention generates for the device                                   |
+    | ``sdpa``      | ``scaled_dot_product_attention``                                                          |
+    | ``reference`` | the dense reference                                                                       |
+
+    With ``strict``, an attention call that stays as it is raises an error.
 
         >>> backend = sc.Backend(causal & sliding_window(64), inner="eager")
         >>> model = torch.compile(model, backend=backend)
@@ -94,9 +109,10 @@ class Backend:
         self.inner, self.kernel, self.strict = inner, kernel, strict
         self.inductor = dict(inductor or {})
         self.hooks = hooks or Hooks()
-        self._graphs: dict[tuple[int | None, int], int] = {}  # our number of each graph, by Dynamo's of its code and compile
+        # The number of a graph in the report, by Dynamo's numbers of its code and of its compile.
+        self._graphs: dict[tuple[int | None, int], int] = {}
         self.report = Report()
-        self.calls = 0  # of compiled graphs; ``compile`` uses it to notice a model that runs un-compiled
+        self.calls = 0  # how often compiled graphs ran; ``compile`` uses it to detect a model that runs un-compiled
 
     @property
     def __name__(self) -> str:
@@ -110,7 +126,7 @@ class Backend:
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Callable[..., Any]:
-        """Compile one graph; ``torch.compile`` calls this."""
+        """Compile one graph. ``torch.compile`` calls this."""
         from sparse_compile.passes.inner_compiler import check_mode, compile_inner
         from sparse_compile.passes.ir.left import Refused
 
@@ -132,24 +148,25 @@ class Backend:
 
         def run(*args: Any) -> Any:
             self.calls += 1
-            told = [(args[use.argument].sparse_cache_host_state, *_sizes(use, args), use) for use in uses]
-            for host_state, batch, tokens, use in told:
+            updates = [(args[use.argument].sparse_cache_host_state, *_sizes(use, args), use) for use in uses]
+            for host_state, batch, tokens, use in updates:
                 host_state.admit(batch, tokens, use.layers, empty=use.empty)
-            # A cache would tie the graph of every step to those before, and a backward pass would miss what it holds.
+            # With gradients, a cache would tie the autograd graph of each step to all earlier steps, and a backward pass would
+            # miss the content of the cache.
             with torch.no_grad() if uses else nullcontext():
                 result = compiled(*args)
-            for host_state, batch, tokens, use in told:
+            for host_state, batch, tokens, use in updates:
                 host_state.note(batch, tokens, use.layers, last=use.last)
             return result
 
         return run
 
     def _config(self, rewrite: Rewrite) -> dict[str, Any]:
-        """The Inductor options: what the kernel choice and the kind of graph ask for, and over it what the user does."""
+        """The Inductor options for the kernel choice and the kind of graph. Options of the user override them."""
         from sparse_compile.passes.inner_compiler import for_steps
         from sparse_compile.passes.ir.kv_source import Cached
 
-        # Matrix products stay as they are: the user asked for attention to be tuned.
+        # autotune tunes attention only, so matrix products stay with ATen.
         tune = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"} if self.kernel == "autotune" else {}
         steps = [call for call in rewrite.calls if isinstance(call.kv, Cached) and call.phase == "decode"]
         if self.inner == "inductor" and any(call.device.type == "cuda" for call in steps):
@@ -157,7 +174,7 @@ class Backend:
         return tune | self.inductor
 
     def _with(self, options: Mapping[str, Any]) -> Backend:
-        """This backend with other options, reporting into the same report."""
+        """A backend with other options that writes to the same report."""
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
             raise ValueError(f"unknown option {unknown[0]!r}: sparse_compile takes {', '.join(OPTIONS)}")
@@ -183,13 +200,13 @@ class Backend:
             self._check_layers({call.layer for call in rewrite.calls})
         if self.policy is not None and self.policy.names_layers() and any(not call.module for call in rewrite.calls):
             self.report_trouble(
-                "the policy names layers or modules, but some attention calls belong to none that Dynamo knows, as happens "
-                "behind a graph break: they get the default mask. Remove the graph break, or give one mask for all"
+                "the policy names layers or modules, but Dynamo recorded no module for some attention calls, as happens behind "
+                "a graph break, so these calls get the default mask. Remove the graph break, or use one mask for all layers"
             )
         return rewrite
 
     def _check_layers(self, seen: set[int | None]) -> None:
-        """Refuse a policy that names a layer beyond the model, as far as one whole graph can tell: if it holds all from 0."""
+        """Raise for a policy that names a layer beyond the model. Only a graph with all layers from 0 on can tell."""
         layers = {layer for layer in seen if layer is not None}
         if self.policy is not None and len(layers) > 1 and layers == set(range(len(layers))):
             self.policy.check_layers(len(layers))
@@ -209,24 +226,24 @@ class Backend:
             report.recompiles += earlier > 0
             self._graphs[frame, attempt] = report.compiles
         graph = self._graphs[frame, attempt]
-        # Dynamo may throw a graph away and trace the same code again, to make a float a constant, say: the last one counts.
+        # Dynamo may discard a graph and trace the same code again, such as to make a float a constant. The last trace counts.
         report.sites = [site for site in report.sites if site.graph != graph] + site_rows(rewrite, graph)
         if self.hooks.isolated:
             attempt = earlier
         if rewrite.left and self.strict:
             reasons = "; ".join(f"{call.node.name}: {call.reason}" for call in rewrite.left)
-            raise SparseCompileError(f"strict=True, and {len(rewrite.left)} attention calls stay as they are: {reasons}")
+            raise SparseCompileError(f"strict=True, but {len(rewrite.left)} attention calls stay as they are: {reasons}")
         limit = torch_private.recompile_limit()
         if attempt + 1 >= limit:
             message = (
-                f"this code was compiled {attempt + 1} times, which is torch._dynamo.config.recompile_limit={limit}: "
+                f"this code was compiled {attempt + 1} times, which reaches torch._dynamo.config.recompile_limit={limit}: "
                 "the next new shape runs un-compiled, without sparse_compile and without its policy. "
-                "Mark changing sizes as dynamic (dynamic=True) or raise the limit."
+                "Compile with dynamic=True, so that sizes may change, or raise the limit."
             )
             self.report_trouble(message)
 
     def report_trouble(self, message: str) -> None:
-        """Something will not run as asked: an error if strict, else a warning and a note in the report."""
+        """Note in the report that something will not run as requested, and warn; with ``strict``, raise instead of warning."""
         if message not in self.report.notes:
             self.report.notes.append(message)
         if self.strict:
@@ -235,7 +252,7 @@ class Backend:
 
 
 def _refusing(why: Refused) -> Callable[..., Any]:
-    """A graph that says why it cannot run. Raised while compiling, the error would reach the user as torch's."""
+    """Return a graph that raises the error of ``why`` when it runs. Torch would wrap an error raised while compiling."""
 
     def run(*args: Any) -> Any:
         raise why.error from None
@@ -244,7 +261,7 @@ def _refusing(why: Refused) -> Callable[..., Any]:
 
 
 def _sizes(use: CacheUse, args: Sequence[Any]) -> tuple[int, int]:
-    """Rows and new tokens that a run of a graph brings to a cache."""
+    """The number of rows and of new tokens that a run of a graph adds to a cache."""
 
     def read(size: int | tuple[int, int | None]) -> int:
         if isinstance(size, int):

@@ -1,4 +1,4 @@
-"""What the backend did: one row for every attention call of every graph."""
+"""The report of a backend: one row for every attention call of every graph."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ Action = Literal["exact", "sparse", "left"]
 class Site:
     """One attention call of one compiled graph.
 
-    ``module`` is the path of the module that makes the call and ``layer`` the first number in it. ``q_len`` and ``kv_len``
-    are text, symbols where a length is dynamic. ``model_mask`` is the mask recovered from the model, ``policy_mask`` what
-    the policy added. ``action`` is ``exact`` (rewritten, same result), ``sparse`` (a policy removed keys) or ``left`` (not
-    touched); ``reason`` says why a call was left, ran a slower kernel, or went without its policy. ``kv_nbytes`` are the
-    resident bytes of the layer in a ``SparseCache``, ``kv_head_nbytes`` those of each KV head, and ``kv_dense_nbytes`` what
-    a dense cache of ``kv_tokens`` tokens in all its rows would hold; None without one.
+    ``module`` is the path of the module that makes the call, and ``layer`` is the first number in it. ``q_len`` and ``kv_len``
+    are text: numbers, or symbols for dynamic lengths. ``model_mask`` is the mask that was recovered from the model, and
+    ``policy_mask`` is the mask that the policy adds. ``action`` is ``exact`` (rewritten with the same result), ``sparse`` (a
+    policy removed keys) or ``left`` (not changed). ``reason`` says why a call was left, runs a slower kernel, or runs without
+    its policy. ``kv_nbytes`` are the resident bytes of the layer in a ``SparseCache``, and ``kv_head_nbytes`` those of each KV
+    head. ``kv_dense_nbytes`` are the bytes of a dense cache of the same ``kv_tokens`` tokens, all rows together. The bytes are
+    None (empty for heads) without a ``SparseCache``.
     """
 
     module: str
@@ -45,16 +46,16 @@ class Site:
     kv_head_nbytes: tuple[int, ...] = ()
     kv_dense_nbytes: int | None = None
     kv_tokens: int = 0
-    refused: tuple[tuple[str, str], ...] = ()  # kernels that would be faster, each with the reason why it does not run
-    block: tuple[int, int] = (1, 1)  # the queries that choose keys together, and the keys of a page
+    refused: tuple[tuple[str, str], ...] = ()  # each faster kernel, with the reason why it does not run
+    block: tuple[int, int] = (1, 1)  # queries that select keys together, and keys in a page
     mask: Mask | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def density(self) -> float | None:
-        """Visible pairs over all pairs at the traced lengths; None for calls left alone.
+        """Visible pairs divided by all pairs at the traced lengths; None for calls that were left.
 
-        Padding and other tensors that are only known at run time count as fully visible, and a page_topk as all that it may
-        read.
+        Padding and other tensors that are known only at run time count as fully visible. A page_topk counts with its full
+        budget.
         """
         if self.mask is None:
             return None
@@ -62,7 +63,7 @@ class Site:
         return largest_density(self.mask, q_len, kv_len, start, self.heads, self.block)
 
     def as_dict(self) -> dict[str, Any]:
-        """The row as JSON values."""
+        """Return the row as JSON values."""
         content = {k: v for k, v in asdict(self).items() if k not in ("mask", "traced", "block", "refused")}
         lengths = {"traced_q_len": self.traced[0], "traced_kv_len": self.traced[1]}
         refused = [{"kernel": kernel, "reason": reason} for kernel, reason in self.refused]
@@ -73,8 +74,8 @@ class Site:
 class Report:
     """Every attention call of every graph that a backend compiled, and how often it compiled.
 
-    ``compiles`` counts graphs, ``recompiles`` those that replaced an earlier graph of the same code (new lengths, say).
-    ``str(report)`` is a table in which equal rows of several layers share a line; ``sites`` has them all.
+    ``compiles`` counts graphs, and ``recompiles`` counts those that compile the same code again, for example for new lengths.
+    ``str(report)`` is a table in which equal rows of several layers share a line. ``sites`` has one row for each call.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -93,7 +94,7 @@ class Report:
         return [site for site in self.sites if site.action == "left"]
 
     def why(self, site: Site) -> str:
-        """Say which kernel runs an attention call, and why each faster one does not, a line for each."""
+        """Say which kernel runs an attention call, and why each faster kernel does not, with one line for each."""
         where = f"{site.module or '(top)'}, {site.phase}"
         if site.action == "left":
             return f"{where}: left as it is, because {site.reason}"
@@ -101,7 +102,7 @@ class Report:
         return "\n".join([*lines, *(f"  not {kernel}: {reason}" for kernel, reason in site.refused)])
 
     def to_json(self) -> str:
-        """Everything as JSON text."""
+        """Return the whole report as JSON text."""
         content = {
             "compiles": self.compiles,
             "recompiles": self.recompiles,
@@ -119,10 +120,10 @@ class Report:
             head = ("graph", "module", "calls", "phase", "q x kv", "model mask", "policy", "density", "kernel")
             lines += _table([head, *[row[:-1] for row in rows]])
             lines += _reasons(self.sites)
-        kept = {site.module: site for site in self.sites if site.kv_nbytes is not None}
-        if kept:
-            held, dense = (sum(getattr(site, name) for site in kept.values()) for name in ("kv_nbytes", "kv_dense_nbytes"))
-            tokens = max(site.kv_tokens for site in kept.values())
+        cached = {site.module: site for site in self.sites if site.kv_nbytes is not None}
+        if cached:
+            held, dense = (sum(getattr(site, name) for site in cached.values()) for name in ("kv_nbytes", "kv_dense_nbytes"))
+            tokens = max(site.kv_tokens for site in cached.values())
             each = f"{held / tokens:,.0f} bytes for each of {tokens:,} tokens, {held / dense:.2f} of dense"
             lines.append(f"  SparseCache: {held / 2**20:.1f} MiB of keys and values, dense {dense / 2**20:.1f} MiB; {each}")
         lines += [f"  note: {note}" for note in self.notes]
@@ -130,7 +131,7 @@ class Report:
 
 
 def _merged(sites: list[Site]) -> list[tuple[Site, int, str]]:
-    """Sites that differ only in their layer, as one: the first, how many, and the module path with the layers in it."""
+    """Merge sites that differ only in their layer; returns the first, their number, and the module path with all layers."""
     groups: dict[tuple[Any, ...], list[Site]] = {}
     for site in sites:
         path = re.sub(r"\d+", "*", site.module, count=1)
@@ -147,14 +148,14 @@ def _merged(sites: list[Site]) -> list[tuple[Site, int, str]]:
 
 
 def _reasons(sites: list[Site]) -> list[str]:
-    """Every reason once, with the graphs and how many calls it holds for."""
-    found: dict[str, list[Site]] = {}
+    """List every reason once, with its graphs and the number of its calls."""
+    by_reason: dict[str, list[Site]] = {}
     for site in sites:
         if site.reason:
-            found.setdefault(site.reason, []).append(site)
+            by_reason.setdefault(site.reason, []).append(site)
     return [
         f"  graph {_ranges(sorted({site.graph for site in members}))}, {len(members)} calls: {reason}"
-        for reason, members in found.items()
+        for reason, members in by_reason.items()
     ]
 
 

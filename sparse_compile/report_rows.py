@@ -1,4 +1,4 @@
-"""Turn what the passes did to a graph into rows of the report."""
+"""Turn the result of the passes over a graph into rows of the report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparse_compile.report import Site
 
 
 def site_rows(rewrite: Rewrite, graph: int) -> list[Site]:
-    """One row per attention call, in the order of the graph."""
+    """Return one row for each attention call: the rewritten calls in the order of the graph, then those that were left."""
     rows = [_rewritten(call, rewrite, graph) for call in rewrite.calls] + [_left(call, graph) for call in rewrite.left]
     return rows
 
@@ -29,7 +29,7 @@ def _rewritten(call: Attention, rewrite: Rewrite, graph: int) -> Site:
     at, held = call.positions, rewrite.held.get(call.node, HeldBytes())
     q_len, kv_len = hint_of(call.q_len), hint_of(call.kv_len)
     estimates = has_selector(call.policy) and call.phase != "decode"
-    lossy = "lossy: blocks of queries choose keys by their mean (page_topk in a prefill)" if estimates else ""
+    lossy = "lossy: in a prefill, page_topk selects keys for blocks of queries, by their mean query" if estimates else ""
     reasons = dict.fromkeys([call.note, lossy, *(choice.why for choice in choices)])
     return Site(
         module=call.module,
@@ -58,7 +58,7 @@ def _rewritten(call: Attention, rewrite: Rewrite, graph: int) -> Site:
 
 
 def _block(groups: Sequence[HeadGroup[Any]]) -> tuple[int, int]:
-    """Which queries choose keys together, and by how many."""
+    """The number of queries that select keys together, and the number of keys in a page."""
     sources = [group.call.kv for group in groups if group.call.chooses_pages]
     sizes = [kv.selection.page_size for kv in sources if isinstance(kv, Selected)]
     return (1, max(sizes)) if sizes else (BLOCK, BLOCK)

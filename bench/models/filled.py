@@ -102,7 +102,7 @@ def randomize(cache: Any) -> None:
             buffer.normal_()
         for part in layer.quantized:
             _draw_codes(part)
-        leading = [at for at, storage in enumerate(layer.plan.storages) if getattr(storage, "selecting", None) is not None]
+        leading = [at for at, storage in enumerate(layer.plan.storages) if storage.selection is not None]
         for at, (summary, page) in zip(leading, layer.summaries(), strict=True):
             for head in range(summary.shape[1]):
                 score = layer.plan.storages[at].selection.selector.score
@@ -133,7 +133,7 @@ def summary_bytes(cache: Any) -> int:
     """
     total = 0.0
     for layer in cache.layers:
-        chosen = [s.selection.selector.every for s in layer.plan.storages if getattr(s, "selecting", None) is not None]
+        chosen = [s.selection.selector.every for s in layer.plan.storages if s.selection is not None]
         total += sum(summary.nbytes / every for (summary, _), every in zip(layer.summaries(), chosen, strict=True))
     return int(total)
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparse_compile.masks.intervals import Bounds, Intervals, normalise
+from sparse_compile.masks.intervals import Bounds, Intervals, normalize
 from sparse_compile.masks.mask import Index, Mask
 from sparse_compile.masks.patterns.positional import at_least
 
@@ -96,7 +96,7 @@ class Neighborhood(Mask):
         some, every = lo < size, hi < size  # queries beyond the grid see nothing
         lo, hi = lo.clamp(max=size - 1), hi.clamp(max=size - 1)
         start, stop = self._hull(0, lo, hi)
-        maybe = normalise(torch.where(some.unsqueeze(-1), start, stop), stop)
+        maybe = normalize(torch.where(some.unsqueeze(-1), start, stop), stop)
         return Bounds(maybe, self._everyone(lo, hi, every))
 
     def _hull(self, axis: int, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""Let heads mix: ``gate * full + (1 - gate) * streaming`` in place of attention, with a gate for each KV head.
+"""Mix full and streaming attention: ``gate * full + (1 - gate) * streaming``, with a gate for each KV head.
 
-The gates are leaves of autograd, which DuoAttention trains to find the heads that need everything (arXiv:2410.10819).
+The gates are autograd leaves. DuoAttention trains them to find the heads that need every key (arXiv:2410.10819).
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ from sparse_compile.passes.ir.rewrite import Rewrite
 
 
 class Mix(nn.Module):
-    """The mixture of two outputs ``[B, Hq, Q, Dv]`` by the gates of a layer."""
+    """Mix two outputs ``[B, Hq, Q, Dv]`` by the gates of a layer."""
 
     def __init__(self, group: int) -> None:
         super().__init__()
         self.group = group
 
     def forward(self, everything: Tensor, streaming: Tensor, gates: Tensor) -> Tensor:
-        """``gates`` is ``[Hkv]``, between 0 and 1. They begin at 1, where ``clamp`` has no gradient in torch 2.15."""
+        """Return the mixture. ``gates`` ``[Hkv]`` are between 0 and 1.
+
+        Gates begin at 1, where ``clamp`` has no gradient in torch 2.15, so they are not clamped here.
+        """
         share = gates.repeat_interleave(self.group).view(1, -1, 1, 1)
         return (share * everything + (1 - share) * streaming).to(everything.dtype)
 
 
 def mix_gates(rewrite: Rewrite, *, gates: Sequence[nn.Parameter], streaming: Mask) -> int:
-    """Cut every causal call of a layer into one that sees what it saw and one under ``streaming``, and mix them.
+    """Split every causal call of a layer into an unchanged call and one under ``streaming``, and mix their outputs.
 
     ``gates[layer]`` is ``[Hkv]``. Raises ``Refused`` for a layer or a number of heads that has no gates, and for a layer
     that attends twice.
@@ -48,8 +51,8 @@ def mix_gates(rewrite: Rewrite, *, gates: Sequence[nn.Parameter], streaming: Mas
             have = [gate.numel() for gate in gates]
             raise Refused(
                 ValueError(
-                    f"{call.name} has {call.kv_heads} KV heads, and gates are {have} by layer, one causal "
-                    "attention each: gates are trained for decoders whose modules are numbered by layer"
+                    f"{call.name} has {call.kv_heads} KV heads, and gates are {have} by layer, one causal attention each: "
+                    "train gates for a decoder whose layers are numbered modules with one attention each"
                 )
             )
         layers.add(layer)
@@ -59,7 +62,7 @@ def mix_gates(rewrite: Rewrite, *, gates: Sequence[nn.Parameter], streaming: Mas
 
 
 def _mixed(rewrite: Rewrite, call: Attention, gates: nn.Parameter, streaming: Mask) -> Attention:
-    """Put the mixture where the output of ``call`` was; returns the call that streams."""
+    """Replace the output of ``call`` by the mixture; returns the streaming call."""
     graph, node = rewrite.gm.graph, call.node
     rewrite.gm.add_submodule(f"sparse_mix_{call.layer}", Mix(call.group))
     attach(rewrite.gm, f"sparse_gates_{call.layer}", gates)

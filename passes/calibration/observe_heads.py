@@ -1,6 +1,6 @@
-"""Watch attention: for every head, how much its weights put where, summed up while a compiled graph runs.
+"""Observe attention: sum up, for every head, where its weights go while a compiled graph runs.
 
-Weights are computed anew from queries and keys, a block of queries at a time: no N x N matrix is ever held.
+The weights are computed again from queries and keys, one block of queries at a time, so no N x N matrix is ever held.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from sparse_compile.passes.torch_private import overload
 
 
 def watch_attention(rewrite: Rewrite, *, look: Look, sums: Callable[[int, int, int], tuple[Tensor, Tensor]]) -> int:
-    """Before every causal call of a layer, add what its heads do to ``sums(layer, heads, keys)``.
+    """Before every causal call of a layer, add the statistics of its heads to the tensors ``sums(layer, heads, keys)``.
 
-    Those are float64: totals ``[Hq, len(STATISTICS), 2]`` with the number of queries they are of, and pages ``[Hq, pages, 2]``.
-    Raises ``Refused`` for a call whose weights depend on tensors beside queries and keys, or that continues a text.
+    These tensors are float64: totals ``[Hq, len(STATISTICS), 2]`` and pages ``[Hq, pages, 2]``, each a sum and the number of
+    queries in it. Returns the number of calls. Raises ``Refused`` for a call that continues a text, or whose weights depend on
+    tensors other than queries and keys.
     """
     seen = 0
     for call in rewrite.calls:
@@ -52,7 +53,7 @@ def watch_attention(rewrite: Rewrite, *, look: Look, sums: Callable[[int, int, i
 def _check(call: Attention) -> None:
     where = call.name
     if call.layer is None:
-        raise ValueError(f"{where} belongs to no numbered layer, and heads are told apart by layer")
+        raise ValueError(f"{where} needs to be in a numbered layer, because heads are told apart by layer")
     at = call.positions
     if expr_of(at.q_start) != 0 or expr_of(at.kv_start) != 0 or at.q_shift is not None:
         raise ValueError(f"{where} continues a text ({at}): observe whole texts, without a cache")

@@ -1,4 +1,4 @@
-"""Give every attention call the mask that the policy has for it."""
+"""Assign the mask of the policy to every attention call."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from sparse_compile.passes.torch_private import real_tensors
 
 
 def assign_policy(rewrite: Rewrite) -> int:
-    """Give every call the mask that the policy has for it. The model's own mask stays a conjunct.
+    """Assign the mask of the policy to every call. The model's own mask still applies as well.
 
-    Returns how many calls got one. Raises ``ValueError`` for a mask written for another number of heads.
+    Returns the number of calls that got a mask. Raises ``ValueError`` for a mask that was written for another number of heads,
+    and for a ``page_topk`` that no prefill can follow.
     """
     rewrite.calls = [_assigned(call, rewrite.assign(call)) for call in rewrite.calls]
     return sum(call.policy != full for call in rewrite.calls)
@@ -28,15 +29,15 @@ def _assigned(call: Attention, mask: Mask | None) -> Attention:
     if mask is None or mask == full:
         return call
     if not call.is_self_attention:
-        return replace(call, note="cross-attention: its keys have no place in the text of the queries")
-    mask.for_heads(call.heads)  # a head count that fits neither query nor KV heads is an error now, not at run time
+        return replace(call, note="cross-attention: no policy applies, because its keys are not in the text of the queries")
+    mask.for_heads(call.heads)  # raises now, not at run time, if the head count fits neither query nor KV heads
     if call.phase != "decode" and has_selector(mask):
         _check_selectors(call, mask)
     return replace(call, policy=mask)
 
 
 def _check_selectors(call: Attention, mask: Mask) -> None:
-    """Raise ``ValueError`` for selectors that no prefill can follow."""
+    """Raise ``ValueError`` for a selector whose pages or budget do not work in a prefill."""
     for whole in unions_by_kv_head(mask, call.heads, call.kv_heads):
         selector = selector_of(whole)
         if selector is not None:

@@ -1,4 +1,4 @@
-"""Choose the kernel of a call: ask the kernels from the fastest on, and keep every refusal."""
+"""Choose the kernel of a call: try the kernels from the fastest on, and record every refusal."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sparse_compile.passes.ir.target import K, KernelChoice, Refusal, Target
 
 
 def choose_kernel(call: Attention, target: Target, kernels: Sequence[K]) -> KernelChoice[K]:
-    """The fastest of ``kernels`` that runs ``call``, by the ranks that ``bench`` measured.
+    """Return the fastest of ``kernels`` that can run ``call``. The ranks come from the measurements in ``bench``.
 
-    The last kernel runs everything. Raises ``ValueError`` with the reason if ``target`` demands a kernel that cannot run.
+    The last kernel runs every call. Raises ``ValueError`` with the reason if ``target`` forces a kernel that cannot run it.
     """
     if not target.is_free:
         return _demanded(call, target, kernels)
@@ -31,20 +31,20 @@ def choose_kernel(call: Attention, target: Target, kernels: Sequence[K]) -> Kern
 
 
 def _ranked(call: Attention, target: Target, kernels: Sequence[K]) -> list[K]:
-    """The kernels for this device and kind of call, from the fastest on."""
+    """The kernels for the device and the kind of ``call``, from the fastest on."""
     device = target.device_of(call)
     ranks = [(kernel.rank(call, target), at) for at, kernel in enumerate(kernels) if kernel.device in (None, device)]
     return [kernels[at] for _, at in sorted((rank, at) for rank, at in ranks if rank is not None)]
 
 
 def _demanded(call: Attention, target: Target, kernels: Sequence[K]) -> KernelChoice[K]:
-    """The kernel that ``target`` names; of several that go by this name, the one for the device."""
+    """The kernel that ``target`` forces. If several share the name, the one for the device."""
     named = [kernel for kernel in kernels if target.kernel in (kernel.name, *kernel.aliases)]
     kernel = next((kernel for kernel in named if kernel.device == target.device_of(call)), named[0])
     reason = kernel.why_not(call, target)
     if reason:
         raise ValueError(f"kernel={target.kernel!r} cannot run {call.name}: {reason}; use kernel='auto'")
-    return KernelChoice(kernel, "asked for" if kernel is kernels[-1] else "")
+    return KernelChoice(kernel, "forced by kernel=" if kernel is kernels[-1] else "")
 
 
 def capability() -> tuple[int, int] | None:

@@ -19,9 +19,9 @@ from sparse_compile.passes.torch_private import mode_of, name_source
 
 
 def emit_int(graph: Graph, expr: sympy.Expr, point: Node) -> int | Node | None:
-    """Something that holds the integer ``expr`` before ``point``: an int, a node, or None if it cannot be had there.
+    """The integer ``expr`` as an int, or as a node that can be used before ``point``; None if it cannot be computed there.
 
-    New nodes go where the graph currently inserts.
+    New nodes go to the graph's current insertion point.
     """
     expr = sympy.expand(expr)
     if expr.is_Integer:
@@ -30,8 +30,8 @@ def emit_int(graph: Graph, expr: sympy.Expr, point: Node) -> int | Node | None:
         if node is point:
             break
         if isinstance(value := value_of(node), torch.SymInt) and value.node.expr == expr:
-            found: Node = node
-            return found
+            holder: Node = node
+            return holder
     if not isinstance(expr, sympy.Add | sympy.Mul):
         return None
     combine: Callable[[Any, Any], Any] = operator.add if isinstance(expr, sympy.Add) else operator.mul
@@ -52,7 +52,7 @@ def _call(graph: Graph, function: Callable[[Any, Any], Any], a: Any, b: Any) -> 
 
 
 def attach(gm: GraphModule, name: str, tensor: Tensor) -> None:
-    """Give the graph a tensor that is no input of the model, under a name that is free or holds an equal one."""
+    """Add a tensor that is no input of the model to the graph. If ``name`` is taken, it must hold an equal tensor already."""
     if hasattr(gm, name):
         return
     if isinstance(tensor, nn.Parameter):
@@ -63,9 +63,9 @@ def attach(gm: GraphModule, name: str, tensor: Tensor) -> None:
 
 
 def inline(node: Node, function: Callable[..., Any], *args: Any) -> Any:
-    """Write out ``function(*args)`` as nodes before ``node``, with example values, and return the node of its result.
+    """Write ``function(*args)`` as nodes before ``node``, with example values, and return the node of the result.
 
-    Arguments that are nodes stand for their tensors; ``function`` calls torch operations and tensor methods only.
+    Arguments that are nodes stand for their tensors. ``function`` may call torch operations and tensor methods only.
     """
     graph = node.graph
     tracer = GraphAppendingTracer(graph)
@@ -78,7 +78,7 @@ def inline(node: Node, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def emit(point: Node, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-    """One node ``function(*args, **kwargs)`` before ``point``, with its example value."""
+    """Add one node ``function(*args, **kwargs)`` before ``point``, with its example value."""
     with point.graph.inserting_before(point):
         new = point.graph.call_function(function, args, kwargs)
     _describe([new], point)
@@ -86,7 +86,7 @@ def emit(point: Node, function: Callable[..., Any], *args: Any, **kwargs: Any) -
 
 
 def _describe(nodes: list[Node], like: Node) -> None:
-    """Give new nodes example values, and the module of ``like``."""
+    """Give new nodes example values and the module stack of ``like``."""
     for new in nodes:
         new.meta["nn_module_stack"] = like.meta.get("nn_module_stack")
         with fake_mode_of(like.graph):
@@ -94,7 +94,7 @@ def _describe(nodes: list[Node], like: Node) -> None:
 
 
 def fake_mode_of(graph: Graph) -> AbstractContextManager[Any]:
-    """The mode that example values belong to, which Dynamo traced in; the mode that is active by now is another one."""
+    """The fake mode of the example values, in which Dynamo traced. The mode that is active now is another one."""
     return mode_of(value_of(node) for node in graph.nodes)
 
 
@@ -113,9 +113,9 @@ def _run(node: Node) -> Any:
 
 
 def erase_dead(gm: GraphModule, candidates: Iterable[Node]) -> int:
-    """Erase those of ``candidates`` that nobody uses any more, and what only they used; returns how many.
+    """Erase the ``candidates`` without users, and then the nodes that only they used; returns how many.
 
-    ``eliminate_dead_code`` would also remove in-place calls such as ``length.add_(1)``, whose results nobody uses.
+    ``eliminate_dead_code`` would also remove in-place calls such as ``length.add_(1)``, whose results have no users.
     """
     erased = 0
     queue = list(dict.fromkeys(candidates))

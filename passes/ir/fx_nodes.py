@@ -1,4 +1,4 @@
-"""What passes ask of an FX graph: names of operations, shapes, order, aliases, and integers as sympy expressions."""
+"""Read an FX graph: operation names, shapes, order, aliases, and integers as sympy expressions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from sparse_compile.passes.torch_private import op_schema
+from sparse_compile.passes.torch_private import op_schema, written_arguments
 
 # Operations whose result may share memory with their first argument.
 ALIASING = frozenset(
@@ -25,10 +25,10 @@ IN_PLACE_OPERATORS = frozenset("setitem iadd isub imul itruediv ifloordiv imod i
 
 
 def op_name(node: Any) -> str:
-    """The operation of a node by its plain name (``add``, ``getitem``, ``softmax``), the same for functions and methods.
+    """The plain name of a node's operation (``add``, ``getitem``, ``softmax``), the same for functions and methods.
 
-    Operators are named as methods are: torch 2.11 records ``a == b`` as ``__eq__``, 2.13 as ``eq``. Attributes are named as
-    what they are: 2.13 records ``k.mT`` as ``getattr(k, "mT")``, 2.15 as an op.
+    Operators get the name of the method: torch 2.11 records ``a == b`` as ``__eq__``, 2.13 as ``eq``. Attributes get their
+    own name: torch 2.13 records ``k.mT`` as ``getattr(k, "mT")``, 2.15 as an op. The name is empty for other nodes.
     """
     if not isinstance(node, Node) or node.op not in ("call_method", "call_function"):
         return ""
@@ -41,30 +41,30 @@ def op_name(node: Any) -> str:
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument by position or by keyword."""
+    """An argument of a call, whether it was passed by position or by keyword."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def value_of(node: Any) -> Any:
-    """The example value Dynamo recorded for a node; other things stand for themselves."""
+    """The example value that Dynamo recorded for a node; anything that is no node is returned as it is."""
     return node.meta.get("example_value") if isinstance(node, Node) else node
 
 
 def shape_of(node: Node) -> tuple[Any, ...] | None:
-    """The shape of a tensor node, with SymInts where it is dynamic; None if the node is no tensor."""
+    """The shape of a tensor node, with SymInts for dynamic sizes; None if the node is no tensor."""
     value = value_of(node)
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def sizes_of(node: Node) -> tuple[Any, ...]:
-    """The shape of a node that is known to be a tensor."""
+    """The shape of a node that must be a tensor."""
     shape = shape_of(node)
     assert shape is not None, f"{node} is no tensor"
     return shape
 
 
 def result_shape(node: Node) -> tuple[Any, ...]:
-    """The shape of a tensor node; a scalar's for what is no tensor."""
+    """The shape of a tensor node; ``()``, the shape of a scalar, for any other node."""
     return shape_of(node) or ()
 
 
@@ -74,7 +74,7 @@ def expr_of(size: Any) -> sympy.Expr:
 
 
 def hint_of(size: Any) -> int:
-    """The number behind an int or SymInt in the example that was traced."""
+    """The value of an int or SymInt in the traced example; 0 if a SymInt has none."""
     if isinstance(size, torch.SymInt):
         hint = size.node.hint
         return int(hint) if hint is not None else 0
@@ -101,13 +101,13 @@ def is_in_place(node: Node) -> bool:
 
 
 class Order:
-    """The order of a graph's nodes, and what is written where. Valid until the graph changes."""
+    """The order of a graph's nodes, and which memory is written between two of them. Valid until the graph changes."""
 
     def __init__(self, graph: Graph) -> None:
         self._at = {node: k for k, node in enumerate(graph.nodes)}
 
     def knows(self, node: Node) -> bool:
-        """Whether ``node`` was there when the order was taken."""
+        """Whether ``node`` was in the graph when this order was taken."""
         return node in self._at
 
     def before(self, a: Node, b: Node) -> bool:
@@ -115,25 +115,28 @@ class Order:
         return self._at[a] < self._at[b]
 
     def last(self, nodes: Iterable[Node]) -> Node | None:
-        """The node that runs last."""
+        """The one of ``nodes`` that runs last; None if there are none."""
         return max(nodes, key=self._at.__getitem__, default=None)
 
     def written(self, node: Node, *, since: Node, until: Node, unless: Iterable[Node] = ()) -> bool:
-        """Whether the memory of ``node`` may be written to after ``since`` and before ``until``, other than by ``unless``."""
+        """Whether any node but those in ``unless`` may write to the memory of ``node`` after ``since`` and before ``until``."""
         return any(self._at[since] < self._at[user] < self._at[until] for user in writers(node) if user not in unless)
 
 
 def writers(node: Node) -> list[Node]:
-    """The nodes that write to the memory of ``node``, at any time."""
+    """The nodes of the whole graph that write to the memory of ``node``."""
     return [user for alias in _aliases(node) for user in alias.users if is_in_place(user) and _writes(user, alias)]
 
 
 def _writes(user: Node, alias: Node) -> bool:
+    positions = written_arguments(user.target)
+    if positions:
+        return any(user.args[at] is alias for at in positions if at < len(user.args))
     return user.kwargs.get("out") is alias or (bool(user.args) and user.args[0] is alias)
 
 
 def memory_of(node: Node) -> Node:
-    """The node that made the memory of ``node``, or may have made it."""
+    """The node that allocated the memory of ``node``, or may have allocated it."""
     while (op_name(node) in ALIASING or is_in_place(node)) and node.args and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
@@ -142,18 +145,18 @@ def memory_of(node: Node) -> Node:
 def _aliases(node: Node) -> set[Node]:
     """The nodes that may share memory with ``node``."""
     root = memory_of(node)
-    found, queue = {root}, [root]
+    aliases, queue = {root}, [root]
     while queue:
         for user in queue.pop().users:
             shares = op_name(user) in ALIASING or is_in_place(user)
-            if user not in found and shares and user.args and user.args[0] in found:
-                found.add(user)
+            if user not in aliases and shares and user.args and user.args[0] in aliases:
+                aliases.add(user)
                 queue.append(user)
-    return found
+    return aliases
 
 
 def module_path(node: Node) -> str:
-    """The path of the module a node belongs to, as ``named_modules`` spells it; empty outside any."""
+    """The path of the module that a node belongs to, spelled as in ``named_modules``; empty outside of all modules."""
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
         return ""
@@ -165,5 +168,5 @@ def module_path(node: Node) -> str:
 
 
 def layer_index(path: str) -> int | None:
-    """The layer a module path names: its first number."""
+    """The layer that a module path names, which is its first number; None if it has no number."""
     return next((int(part) for part in path.split(".") if part.isdigit()), None)

@@ -1,4 +1,4 @@
-"""Pick some heads of a tensor of a graph, and put the outputs of several groups of heads together again."""
+"""Select heads of a tensor in a graph, and join the outputs of head groups."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_compile.passes.ir.fx_emit import inline
 
 
 def pick_heads(point: Node, x: Node, heads: Sequence[int] | None) -> Node:
-    """Some heads of ``x`` ``[B, H, N, D]``, before ``point``; a view where they are neighbours."""
+    """Select ``heads`` of ``x`` ``[B, H, N, D]`` before ``point`` (None: all); a view if they are consecutive."""
     if heads is None:
         return x
     runs = consecutive(heads)
@@ -26,24 +26,25 @@ def pick_heads(point: Node, x: Node, heads: Sequence[int] | None) -> Node:
 
 
 def join_heads(point: Node, groups: Sequence[Sequence[int]], outs: Sequence[Node]) -> Node:
-    """The outputs of all groups as one tensor ``[B, H, N, D]``, heads in ascending order, before ``point``.
+    """Join the outputs of all groups into one tensor ``[B, H, N, D]`` with heads in ascending order, before ``point``.
 
-    Nodes need example values: without one AOTAutograd takes a method call for something that it cannot cache.
+    The nodes get example values, because AOTAutograd cannot cache a method call without one.
 
-    In memory heads lie inside positions, as kernels leave them: a model may ask for a view of ``[B, Q, H * D]``.
+    In memory, all heads of a position lie together, as kernels write them, because a model may take a view
+    ``[B, Q, H * D]`` of the result.
     """
     place = {head: (k, at) for k, heads in enumerate(groups) for at, head in enumerate(heads)}
-    pieces: list[list[int]] = []  # group, first head of it, end
+    runs: list[list[int]] = []  # group, and the first and end place of a run of heads in it
     for head in sorted(place):
         group, at = place[head]
-        if pieces and pieces[-1][0] == group and pieces[-1][2] == at:
-            pieces[-1][2] = at + 1
+        if runs and runs[-1][0] == group and runs[-1][2] == at:
+            runs[-1][2] = at + 1
         else:
-            pieces.append([group, at, at + 1])
+            runs.append([group, at, at + 1])
 
     def join(*outs: Any) -> Any:
         by_position = [out.transpose(1, 2) for out in outs]
-        return torch.cat([by_position[group][:, :, start:stop] for group, start, stop in pieces], dim=2).transpose(1, 2)
+        return torch.cat([by_position[group][:, :, start:stop] for group, start, stop in runs], dim=2).transpose(1, 2)
 
     joined: Node = inline(point, join, *outs)
     return joined

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
-"""What a decode step appends on CUDA: a token, the codes of the groups that it belongs to, and the digest of its page.
+"""Append one token of each sequence on CUDA: store it, quantize the groups that it belongs to, and summarize its page.
 
-``code_ops`` and ``formats`` say what is computed. Codes have the bits that they would have from a prefill, so that every
-operation is the one that torch takes on CUDA, which divides by a number of Python by multiplying with its inverse.
+``ops/quantized_append.py`` and ``storage/codec.py`` define the results. The quantized bits must equal those of a prefill. Every
+operation is therefore the one that torch uses on CUDA; torch divides by a Python number by multiplying with its inverse.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from sparse_compile.passes.kernels.launch import on_its_device, starts_early
 from sparse_compile.passes.kernels.operands import Append
 from sparse_compile.passes.storage.codec import LEVELS, Format, QuantizedTensor
 
-# Numbers of a group of keys that a program encodes: with more it would need registers that scoring pages is short of.
+# How many numbers of a key group one program quantizes. With more, it would need registers that page scoring cannot spare.
 TILE_SIZE = 1024
 
 
 @on_its_device
 def launch_append(new: Append[Tensor]) -> None:
-    """Append one token of each sequence, ``k`` and ``v`` ``[B, H, 1, *]``, in one launch."""
+    """Append one token of each sequence, ``k`` and ``v`` ``[B, H, 1, *]``, in one launch. All state must be contiguous."""
     tensors = [
         new.key_tail,
         new.value_tail,
@@ -62,7 +62,7 @@ def launch_append(new: Append[Tensor]) -> None:
 
 
 def new_token(k: Tensor, v: Tensor) -> dict[str, Any]:
-    """One token of each sequence, with its strides."""
+    """Return the kernel arguments for one token of each sequence: the tensors and their strides."""
     strides = {
         f"{name}_{axis}": x.stride(at) for name, x in (("k", k), ("v", v)) for axis, at in (("b", 0), ("h", 1), ("d", 3))
     }
@@ -72,7 +72,7 @@ def new_token(k: Tensor, v: Tensor) -> dict[str, Any]:
 def quantized_pointers(
     keys: QuantizedTensor[Tensor] | None, values: QuantizedTensor[Tensor] | None
 ) -> dict[str, Tensor | None]:
-    """The tensors of quantized keys and values; None for each if nothing is quantized."""
+    """Return the tensors of quantized keys and values as kernel arguments. All are None if nothing is quantized."""
     named = (("key", keys), ("value", values))
     return {
         f"{name}_{part}": None if quantized is None else getattr(quantized, part)
@@ -82,7 +82,11 @@ def quantized_pointers(
 
 
 def group_sizes(keys: Format, values: Format, dim: int, dim_v: int) -> dict[str, Any]:
-    """How tokens of these sizes are encoded: by the first of PARTS programs, which leaves keys in groups to the others."""
+    """Return the constants for quantizing a token of these sizes.
+
+    The first of PARTS programs quantizes the values, and keys that have a group for each token. The other programs quantize
+    keys in groups of several tokens.
+    """
     assert keys.channels == (1 if keys.kind in LEVELS else 0) and values.tokens == 1
     size = dim // 2 if keys.kind == "int4" else dim
     rows = triton.next_power_of_2(keys.tokens)
@@ -140,7 +144,7 @@ def store_token(new, new_d, buffer, column, row, slots, DIM):
 def encode_tile(
     tile, new, new_d, tail, data, scales, offsets, texts, column, row, batch, text_b, slots, length, KIND, DIM, TOKENS, BLOCK,
 ):  # fmt: skip
-    """Some channels of the group of TOKENS that the newest one belongs to; the others of them are in ``tail``."""
+    """Quantize some channels of the newest token's group of TOKENS tokens. The older tokens of the group are in ``tail``."""
     BYTES: tl.constexpr = DIM // 2 if KIND == "int4" else DIM
     number = tl.arange(0, triton.next_power_of_2(TOKENS))
     group = row * (slots // TOKENS) + column // TOKENS
@@ -151,25 +155,25 @@ def encode_tile(
         seen &= tl.load(texts + batch * text_b + at, mask=seen, other=-1) >= 0
     tail += row * length * DIM
     byte = tile * BLOCK + tl.arange(0, BLOCK)
-    there = byte < BYTES
+    in_head = byte < BYTES
     scales += group * DIM
     offsets += group * DIM
     quantized = tl.zeros([number.shape[0], BLOCK], tl.int32)
-    for half in tl.range(2 if KIND == "int4" else 1):  # a loop, as each copy of its code would be 10 KiB
+    for half in tl.range(2 if KIND == "int4" else 1):  # not unrolled: each copy of the code takes 10 KiB
         channel = byte + half * BYTES
-        found = _encode_channels(new, new_d, tail, scales, offsets, column, at, seen, length, channel, there, KIND, DIM)
-        quantized |= found << (half * 4)
+        integers = _encode_channels(new, new_d, tail, scales, offsets, column, at, seen, length, channel, in_head, KIND, DIM)
+        quantized |= integers << (half * 4)
     target = data + (group * TOKENS + number)[:, None] * BYTES + byte[None, :]
-    tl.store(target, quantized.to(tl.uint8), mask=inside[:, None] & there[None, :])
+    tl.store(target, quantized.to(tl.uint8), mask=inside[:, None] & in_head[None, :])
 
 
 @triton.jit
 def _encode_channels(new, new_d, tail, scales, offsets, column, at, seen, length, channel, there, KIND, DIM):
-    """The codes of a group of tokens; its scales and offsets are stored."""
+    """Quantize some channels of a group of tokens, store the scales and offsets, and return the integers."""
     source = tail + (at % length)[:, None] * DIM + channel[None, :]
     older = tl.load(source, mask=(seen & (at < column))[:, None] & there[None, :], other=0)
     fresh = tl.load(new + channel * new_d, mask=there, other=0).to(older.dtype)
-    # Not from the tail: another program stores it.
+    # The newest token does not come from the tail, because another program stores it there.
     x = tl.where((at == column)[:, None], fresh[None, :], older).to(tl.float32)
     quantized, scale, offset = _codes(x, seen[:, None], 0, False, KIND)
     tl.store(scales + channel, scale, mask=there)
@@ -179,7 +183,7 @@ def _encode_channels(new, new_d, tail, scales, offsets, column, at, seen, length
 
 @triton.jit
 def encode_token(new, new_d, data, scales, offsets, column, row, slots, KIND, DIM, CHANNELS):
-    """A token in groups of CHANNELS, or as it comes."""
+    """Store a token: unquantized if KIND is empty, with one scale in fp8, else quantized in groups of CHANNELS."""
     place = row * slots + column
     if KIND == "":
         store_token(new, new_d, data, column, row, slots, DIM)
@@ -191,9 +195,9 @@ def encode_token(new, new_d, data, scales, offsets, column, row, slots, KIND, DI
         SPAN: tl.constexpr = triton.next_power_of_2(CHANNELS)
         group, member = tl.arange(0, COUNT), tl.arange(0, SPAN)
         channel = group[:, None] * CHANNELS + member[None, :]
-        there = (group < GROUPS)[:, None] & (member < CHANNELS)[None, :]
-        x = tl.load(new + channel * new_d, mask=there, other=0).to(tl.float32)
-        quantized, scale, offset = _codes(x, there, 1, CHANNELS == 1, KIND)
+        valid = (group < GROUPS)[:, None] & (member < CHANNELS)[None, :]
+        x = tl.load(new + channel * new_d, mask=valid, other=0).to(tl.float32)
+        quantized, scale, offset = _codes(x, valid, 1, CHANNELS == 1, KIND)
         tl.store(scales + place * GROUPS + group, scale, mask=group < GROUPS)
         tl.store(offsets + place * GROUPS + group, offset, mask=group < GROUPS)
         if KIND == "int4":
@@ -205,12 +209,12 @@ def encode_token(new, new_d, data, scales, offsets, column, row, slots, KIND, DI
             packed |= tl.gather(quantized, high // CHANNELS * SPAN + high % CHANNELS, 0) << 4
             tl.store(data + place * (DIM // 2) + byte, packed.to(tl.uint8), mask=half)
         else:
-            tl.store(data + place * DIM + channel, quantized.to(tl.uint8), mask=there)
+            tl.store(data + place * DIM + channel, quantized.to(tl.uint8), mask=valid)
 
 
 @triton.jit
 def _encode_floats(new, new_d, data, scales, place, DIM):
-    """A token in e4m3, with one scale."""
+    """Quantize a token to e4m3 with one scale."""
     channel = tl.arange(0, triton.next_power_of_2(DIM))
     x = tl.load(new + channel * new_d, mask=channel < DIM, other=0).to(tl.float32)
     _, largest = tl.reduce((x, tl.abs(x)), 0, _range)
@@ -222,26 +226,26 @@ def _encode_floats(new, new_d, data, scales, place, DIM):
 
 @triton.jit
 def _codes(x, seen, AXIS, SINGLE, KIND):
-    """Codes of groups along AXIS as int32, their scales and offsets; with SINGLE a group is one number."""
+    """Quantize groups along AXIS: return integers as int32, scales and offsets. With SINGLE, a group is one number."""
     LEVELS: tl.constexpr = 15 if KIND == "int4" else 255
     infinite = float("inf")
     least, most = tl.reduce((tl.where(seen, x, infinite), tl.where(seen, x, -infinite)), AXIS, _range)
     offset = _within(tl.where(least == infinite, 0.0, least), 65504.0).to(tl.float16)
     zero = offset.to(tl.float32)
-    # What numbers are above the offset grows with them, in rounded numbers as well.
+    # Rounded subtraction is monotonic, so the extremes of ``x - zero`` come from the extremes of ``x``.
     lowest, highest = least - zero, most - zero
     reach = highest if SINGLE else tl.where(highest < 0, 0.0, highest) - tl.where(lowest > 0, 0.0, lowest)
     scale = _rounded_up(reach * (1.0 / LEVELS))
     inverse = tl.div_rn(1.0, scale.to(tl.float32))
     steps = (x - tl.expand_dims(zero, AXIS)) * tl.expand_dims(inverse, AXIS)
-    # Limits first: they keep the product from being fused with the sum, whose last bits are the nearest whole number.
+    # The clamp keeps the product from being fused with the sum below. The last bits of that sum are the nearest integer.
     limited = tl.minimum(tl.maximum(tl.where(seen, steps, 0.0), 0.0), 1.0 * LEVELS)
     return (limited + 8388608.0).to(tl.int32, bitcast=True) & 255, scale, offset
 
 
 @triton.jit
 def _range(low, high, low_, high_):
-    """As torch does, and Triton's own minima do not: what is not a number stays so."""
+    """Combine minima and maxima so that NaN propagates, as in torch. Triton's own reductions drop NaN."""
     every: tl.constexpr = tl.PropagateNan.ALL
     return tl.minimum(low, low_, propagate_nan=every), tl.maximum(high, high_, propagate_nan=every)
 
@@ -253,7 +257,7 @@ def _within(x, limit):
 
 @triton.jit
 def _rounded_up(scale):
-    """As its namesake of ``formats``, from the least scale on."""
+    """Round a scale to float16 as ``_rounded_up`` of ``storage/codec.py`` does, after clamping it to at least ``2**-24``."""
     least: tl.constexpr = 2.0**-24
     scale = tl.where(scale < least, least, tl.where(scale > 65504.0, 65504.0, scale))
     near = scale.to(tl.float16)
@@ -263,20 +267,20 @@ def _rounded_up(scale):
 
 @triton.jit
 def summarize(keys, fresh, summary, texts, column, row, batch, text_b, pages, tail, DIM, WIDTH, PAGE, PAGE_SIZE, MINMAX):
-    """Write the digest of the logical page that holds ``column``, whose key is ``fresh`` unless that is None."""
+    """Write the summary of the logical page that holds ``column``. ``fresh`` is the key of that column; None reads ``keys``."""
     ROWS: tl.constexpr = triton.next_power_of_2(PAGE)
     CHANNELS: tl.constexpr = triton.next_power_of_2(DIM)
     channel = tl.arange(0, CHANNELS)
     logical = column // PAGE
     at = logical * PAGE + tl.arange(0, ROWS)
     seen = (tl.arange(0, ROWS) < PAGE) & (at <= column)
-    there = seen[:, None] & (channel[None, :] < DIM)
+    valid = seen[:, None] & (channel[None, :] < DIM)
     source = keys + (row * tail + at % tail)[:, None] * DIM + channel[None, :]
     if fresh is None:
-        block = tl.load(source, mask=there, other=0).to(tl.float32)
-    else:  # other threads may not see yet that it was stored
+        block = tl.load(source, mask=valid, other=0).to(tl.float32)
+    else:  # other threads may not see the stored key yet
         newest = (at == column)[:, None]
-        block = tl.load(source, mask=there & (at < column)[:, None], other=0).to(tl.float32)
+        block = tl.load(source, mask=valid & (at < column)[:, None], other=0).to(tl.float32)
         block = tl.where(newest, fresh[None, :].to(tl.float32), block)
     if texts is not None:
         seen &= tl.load(texts + batch * text_b + at, mask=seen, other=-1) >= 0

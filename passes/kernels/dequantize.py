@@ -1,12 +1,12 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call, assignment"
-# ruff: noqa: RUF005 (Triton has no starred tuples, and those that are added to change their type)
-"""Quantised keys and values in a kernel: their bytes become numbers in the registers that the tensor cores read.
+# ruff: noqa: RUF005 (Triton has no starred tuples, and a tuple that grows changes its type)
+"""Dequantize keys and values inside a kernel: turn bytes into numbers in the registers that the tensor cores read.
 
-Bytes are loaded as units of 16 bits, two channels or four, which ``ldmatrix`` lays out for tensor cores as it does numbers of
-16 bits; each unit then becomes one number in each of several parts, and every part has a product of its own. Converting in
-Triton's words would move each number through shared memory once more, and take an instruction for each.
+Bytes are loaded as units of 16 bits, which hold two or four channels. ``ldmatrix`` lays units out for the tensor cores as it
+does 16-bit numbers. Each unit then becomes one number in each of several parts, and every part has a matrix product of its own.
+Triton's own conversions would move each number through shared memory once more, and take an instruction for each number.
 
-With ``FAST`` parts are float16, made two at a time by PTX; otherwise float32, in words that any device understands.
+With ``FAST``, parts are float16, and PTX makes two numbers at a time. Otherwise they are float32, which works on any device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ PARTS = {"": 1, "int8": 2, "fp8": 2, "int4": 4}
 
 @triton.jit
 def channels_of(unit, part: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, PAIRED: tl.constexpr):
-    """The channel that a part has of each unit. ``PAIRED`` parts have two of the four channels of an even unit and the next."""
+    """Return the channel that ``part`` takes from each unit.
+
+    With ``PAIRED``, an even unit and the next one hold four neighboring channels, and a part takes two of them. In int4, this
+    holds in each half of the head.
+    """
     if PARTS == 1:
         return unit
     elif PAIRED:
@@ -30,9 +34,10 @@ def channels_of(unit, part: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr
 
 @triton.jit
 def read_keys(quantized, scales, offsets, KIND: tl.constexpr, FAST: tl.constexpr):
-    """Keys, in parts that are ``PAIRED`` if ``FAST``; those of fp8 without their scale.
+    """Return keys in parts, which are ``PAIRED`` if ``FAST``. The scale of fp8 is not applied.
 
-    ``scales`` and ``offsets`` are words ``[tokens, units]`` of two float16, of the channels of each unit; int4 has two of each.
+    ``scales`` and ``offsets`` are words ``[tokens, units]`` of two float16, for the channels of each unit. int4 has two such
+    tensors of each.
     """
     if KIND == "":
         return (quantized,)
@@ -57,7 +62,7 @@ def read_keys(quantized, scales, offsets, KIND: tl.constexpr, FAST: tl.constexpr
 
 @triton.jit
 def read_values(quantized, KIND: tl.constexpr, FAST: tl.constexpr):
-    """Values in parts, without scale and offset; integers are too small, by ``steps_in_one``."""
+    """Return values in parts, without scale and offset. Integers are too small by the factor ``steps_in_one``."""
     if KIND == "":
         return (quantized,)
     elif KIND == "fp8":
@@ -75,7 +80,7 @@ def read_values(quantized, KIND: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def steps_in_one(part: tl.constexpr, FAST: tl.constexpr):
-    """What the integers of a part of ``read_values`` are to be multiplied by."""
+    """Return the factor by which the integers of a part of ``read_values`` must be multiplied."""
     if not FAST:
         return 1.0
     elif part < 2:
@@ -100,14 +105,15 @@ def _separate(quantized, KIND: tl.constexpr):
 
 @triton.jit
 def _decode(code):
-    """e4m3 has the bits of a float16, less the last seven, and an exponent that is 8 less; NaN becomes 480."""
+    """Decode e4m3: its bits are a float16 without the last seven, whose exponent is 8 too small. NaN becomes 480."""
     code = code.to(tl.int32)
     bits = ((code & 128) << 8) | ((code & 127) << 7)
     return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256
 
 
-# PTX for two units, four bytes. With 0x64 above it a byte is the float16 1024 + byte, with 0 it is byte * 2**-24. Keys that are
-# PAIRED are made of two neighbouring units, which tensor cores (``mma``) want in one register: then scales need no shuffling.
+# PTX for two units, which are four bytes. A byte with 0x64 as the high byte is the float16 1024 + byte; with 0 as the high byte
+# it is byte * 2**-24. PAIRED keys are made of two neighboring units, because tensor cores (``mma``) need these in one register.
+# Scales then need no shuffling.
 
 
 @triton.jit
@@ -129,7 +135,7 @@ def _paired_int8(quantized, scale, offset):
 
 @triton.jit
 def _paired_int4(quantized, scale, offset, upper_scale, upper_offset):
-    """Upper halves of bytes are 1024 + 16 * code there, so they are divided by 16."""
+    """Dequantize int4. The upper half of a byte appears as 1024 + 16 * integer, so it is divided by 16."""
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 bias, sixteenth, upper_bias, first, second;
@@ -216,15 +222,18 @@ def read_query(
     q, member, q_h, q_d, scale,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr, UNITS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """The query in the parts of its keys, and what scores are multiplied by. Float16 has all of it near its upper end."""
+    """Return the query in parts that match those of the keys, and the factor by which scores are multiplied.
+
+    Float16 parts are scaled by a power of two, so that the largest number of each row is near the upper end of the range.
+    """
     unit = tl.arange(0, UNITS)
-    there = (member < GROUP)[:, None] & (unit < DIM // PARTS)[None, :]
+    valid = (member < GROUP)[:, None] & (unit < DIM // PARTS)[None, :]
     factor = tl.zeros([ROWS], tl.float32) + scale
     peak = tl.zeros([ROWS], tl.float32)
     parts, query = (), ()
     for part in tl.static_range(PARTS):
         channel = channels_of(unit, part, PARTS, DIM, FAST)
-        x = tl.load(q + member[:, None] * q_h + channel[None, :] * q_d, mask=there, other=0)
+        x = tl.load(q + member[:, None] * q_h + channel[None, :] * q_d, mask=valid, other=0)
         if PARTS > 1:
             x = x.to(tl.float32)
             peak = tl.maximum(peak, tl.max(tl.abs(x), axis=1))
@@ -245,7 +254,7 @@ def read_words(
     source, row, index, there, unit,
     DIM: tl.constexpr, PARTS: tl.constexpr, WARPS: tl.constexpr, TOKENS: tl.constexpr, WITHIN: tl.constexpr,
 ):  # fmt: skip
-    """Scales of keys, for each token and unit a word of two. Words, unlike float16, can be copied while others are computed."""
+    """Load scales of keys: a word of two for each token and unit. Words, unlike float16, can be copied during computation."""
     ACROSS: tl.constexpr = index.shape[0] // WITHIN
     UNITS: tl.constexpr = unit.shape[0]
     there = there[:, None] & (unit < DIM // PARTS)[None, :]
@@ -261,7 +270,7 @@ def read_words(
 
 @triton.jit
 def read_scales(source, row, column, there, GROUPS: tl.constexpr):
-    """Scales of tokens, a tile ahead: one for each group of channels, or words of two where their number is even."""
+    """Load scales of tokens, one tile ahead: one for each group of channels, or words of two if there is an even number."""
     WORDS: tl.constexpr = GROUPS // 2 if GROUPS % 2 == 0 else GROUPS
     scales = ()
     for word in tl.static_range(WORDS):
@@ -271,7 +280,7 @@ def read_scales(source, row, column, there, GROUPS: tl.constexpr):
 
 @triton.jit
 def spread(scales, seen, repeat):
-    """The scale of each row and token, by the group that the row is for; 0 if the token is not seen."""
+    """Return the scale of each row and token, 0 if the token is not seen. ``repeat`` is each row's group of channels."""
     x = tl.where(seen, scales[0], 0)[None, :]
     if scales[0].dtype == tl.int32:
         for pair in tl.static_range(1, len(scales)):

@@ -1,7 +1,8 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
-"""Page selection on CUDA: kernels that score pages, or append a token, score and pick; ``masks.pages`` says what they compute.
+"""Select pages on CUDA. One kernel scores pages, and another appends a token, scores pages and selects them in one launch.
 
-None waits for the device, and all read there how far decoding is, so that CUDA graphs can hold them. Times are of an H200.
+``masks/selection/page_scoring.py`` defines the results. No launch waits for the device, and all kernels read the current column
+from device memory, so CUDA graphs can record them. Times were measured on an H200.
 """
 
 from __future__ import annotations
@@ -27,18 +28,20 @@ from sparse_compile.passes.kernels.launch import on_its_device, starts_early
 from sparse_compile.passes.kernels.operands import SelectPages
 from sparse_compile.passes.kernels.topk_pages import MOST_PAGES, aligned, pick_fitting, pick_into
 
-# Three programs of two tiles on each multiprocessor keep 192 KiB on their way: 11 us for 34 MB of digests, 34 for 134 MB.
+# Three programs with two tiles each keep 192 KiB of loads in flight on a multiprocessor. 34 MB of page summaries take 11 us,
+# and 134 MB take 34 us.
 TILE_BYTES, PROGRAMS = 32768, 3
 
-# Up to so many pages the last program that scores a row picks as well: with more it needs registers that scoring is short of.
+# Up to this many pages, the last program that scores a row also selects its pages. For more pages, selection would need
+# registers that scoring cannot spare.
 FUSED_PAGES = 4096
 
 
 @on_its_device
 def launch_score_pages(new: SelectPages[Tensor]) -> None:
-    """Summarize the logical page of the newest key anew; when scoring is due, score the full pages.
+    """Summarize the logical page of the newest key again. If scoring is due, score the full pages.
 
-    The page that is being filled, and those that will be before the next scoring, get inf. Keys are not NaN.
+    The page that is being filled, and the pages that will be filled before the next scoring, get inf. Keys must not be NaN.
     """
     splits, sizes = _scoring(new)
     _score_pages[(splits + 1, new.q.shape[0] * new.keys.shape[1])](**_scored(new), **sizes, num_warps=4, num_stages=2)
@@ -46,7 +49,10 @@ def launch_score_pages(new: SelectPages[Tensor]) -> None:
 
 @on_its_device
 def launch_select_pages(new: SelectPages[Tensor], *, always: bool) -> None:
-    """Append the token and do as ``launch_score_pages``; choose pages if that scored, if classes changed, or ``always``."""
+    """Append the token, then do what ``launch_score_pages`` does.
+
+    Pages are selected if they were scored, if their classes changed, or if ``always``.
+    """
     batch, heads, pages, width = new.q.shape[0], new.keys.shape[1], new.scores.shape[2], new.table.shape[3]
     quantized = quantized_pointers(new.key_quantized, new.value_quantized)
     state = (new.keys, new.values, new.summary, new.scores, new.counts, new.table, *quantized.values())
@@ -55,7 +61,7 @@ def launch_select_pages(new: SelectPages[Tensor], *, always: bool) -> None:
     classes, changed = new.classes.expand(batch, heads, pages), None if always else new.changed
     encoding = group_sizes(new.key_form, new.value_form, new.k.shape[3], new.v.shape[3])
     splits, sizes = _scoring(new, encoding["PARTS"])
-    older = pages - 1  # among which a pick chooses
+    older = pages - 1  # selection chooses from these: the newest page is always listed
     fused, early = older <= FUSED_PAGES, starts_early(new.q.device)
     _select_pages[(splits + encoding["PARTS"], batch * heads)](
         **_scored(new),
@@ -90,7 +96,7 @@ def launch_select_pages(new: SelectPages[Tensor], *, always: bool) -> None:
 
 
 def _scored(new: SelectPages[Tensor]) -> dict[str, Any]:
-    """The operands of scoring."""
+    """Return the kernel arguments that scoring needs."""
     return {
         "q": new.q,
         "keys": new.keys,
@@ -109,7 +115,7 @@ def _scored(new: SelectPages[Tensor]) -> dict[str, Any]:
 
 
 def _scoring(new: SelectPages[Tensor], others: int = 1) -> tuple[int, dict[str, Any]]:
-    """Among how many programs the tiles of a row are divided, beside ``others``, and the constants of scoring."""
+    """Return how many programs share the tiles of a row, besides ``others``, and the constants of scoring."""
     q, summary, how = new.q, new.summary, new.how
     (batch, heads, dim), pages = (q.shape[0], new.keys.shape[1], new.keys.shape[3]), new.scores.shape[2]
     width, per_page = summary.shape[3], how.page_size // how.page
@@ -118,7 +124,7 @@ def _scoring(new: SelectPages[Tensor], others: int = 1) -> tuple[int, dict[str, 
     block = max(rows // per_page, 1)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     splits = PROGRAMS * processors // (batch * heads)
-    splits -= others if splits > 8 else 0  # leave room for those: one that describes was 0.7 of 15 us of 32 heads
+    splits -= others if splits > 8 else 0  # leave room for the others: summarizing took 0.7 of 15 us with 32 heads
     splits = max(1, min(splits, triton.cdiv(pages, block)))
     return splits, {
         "HEADS": heads,
@@ -142,9 +148,9 @@ def _score(
     q, summary, scores, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages, programs,
     GROUP, ROWS, DIM, WIDTH, CHANNELS, PAGE, PER, MINMAX, POOL, BLOCK,
 ):  # fmt: skip
-    """Write the scores of this program's tiles of full pages, as one of ``programs`` from the second on."""
+    """Write the scores of this program's tiles of full pages. ``programs`` programs share the tiles, from program 1 on."""
     KEYS: tl.constexpr = triton.next_power_of_2(PAGE)
-    # q twice for minima and maxima: its negative parts meet the minima, its positive ones the maxima.
+    # Minmax summaries need q twice: its negative numbers multiply the minima, and its positive ones the maxima.
     member = tl.arange(0, ROWS)
     channel = tl.arange(0, CHANNELS)
     source = q + batch * q_b + (head * GROUP + member)[:, None] * q_h + (channel % DIM)[None, :] * q_d
@@ -154,16 +160,16 @@ def _score(
     summary += row * pages * PER * WIDTH
     for tile in tl.range(tl.program_id(0) - 1, tl.cdiv(newest, BLOCK), programs):
         logical = tile * (BLOCK * PER) + tl.arange(0, BLOCK * PER)
-        # Never the newest page, which another program describes now.
-        there = (logical < newest * PER)[:, None] & (channel < WIDTH)[None, :]
-        block = tl.load(summary + logical.to(tl.int64)[:, None] * WIDTH + channel[None, :], mask=there, other=0)
-        found = tl.dot(block, tl.trans(query), input_precision="ieee")  # [logical pages, ROWS]
+        # Never read the newest page, because another program is summarizing it.
+        valid = (logical < newest * PER)[:, None] & (channel < WIDTH)[None, :]
+        block = tl.load(summary + logical.to(tl.int64)[:, None] * WIDTH + channel[None, :], mask=valid, other=0)
+        products = tl.dot(block, tl.trans(query), input_precision="ieee")  # [logical pages, ROWS]
         if POOL == "max":
-            pooled = tl.max(tl.where((member < GROUP)[None, :], found, float("-inf")), axis=1)
+            pooled = tl.max(tl.where((member < GROUP)[None, :], products, float("-inf")), axis=1)
         else:
-            pooled = tl.sum(tl.where((member < GROUP)[None, :], found, 0), axis=1)
+            pooled = tl.sum(tl.where((member < GROUP)[None, :], products, 0), axis=1)
             pooled = pooled / GROUP if POOL == "mean" else pooled
-        if texts is not None:  # what holds padding alone counts for nothing
+        if texts is not None:  # a logical page that holds only padding gets -inf
             key = tl.arange(0, KEYS)
             held = texts + batch * text_b + (logical * PAGE)[:, None] + key[None, :]
             known = (logical < newest * PER)[:, None] & (key < PAGE)[None, :]
@@ -175,7 +181,7 @@ def _score(
 
 @triton.jit
 def _open(scores, newest, pages, AHEAD, COUNT):
-    """Rank the page that is being filled, and those that will be, above every score."""
+    """Rank the page that is being filled, and those that will be filled next, above every score."""
     ahead = tl.arange(0, AHEAD)
     infinite = tl.full([AHEAD], float("inf"), tl.float32)
     tl.store(scores + newest + ahead, infinite, mask=(ahead < COUNT) & (newest + ahead < pages))
@@ -205,7 +211,7 @@ def _score_pages(
                tl.num_programs(0) - 1, GROUP, ROWS, DIM, WIDTH, CHANNELS, PAGE, PER, MINMAX, POOL, BLOCK)  # fmt: skip
 
 
-# As for `_pick_pages`, the offsets of scores and classes must not be known to be multiples of more than four.
+# As in `_pick_pages`, Triton must not know that the offsets of scores and classes are multiples of more than four.
 @triton.jit(do_not_specialize=["class_b", "class_h", "pages", "budget", "width"])
 def _select_pages(
     q, k, v, keys, values, summary, scores, counts, table,
@@ -235,7 +241,7 @@ def _select_pages(
         source = tl.multiple_of(source, 4)
     k += batch * k_b + head * k_h
     v += batch * v_b + head * v_h
-    # First, as after the others this code, run or not, takes 0.9 of 29.8 us.
+    # This branch comes first: after the others, its code would cost 0.9 of 29.8 us, whether or not it runs.
     if KEY_GROUP > 1 and split >= first_encoding:
         encode_tile(split - first_encoding, k, k_d, keys, key_data, key_scale, key_offset, texts, now.to(tl.int32), row, batch,
                     text_b, slots, tail, KEYS, DIM, KEY_GROUP, TILE)  # fmt: skip
@@ -253,9 +259,9 @@ def _select_pages(
     elif due:
         _score(q, summary, scores + source, texts, newest, row, batch, head, q_b, q_h, q_d, text_b, pages,
                first_encoding - 1, GROUP, ROWS, DIM, WIDTH, CHANNELS, PAGE, PER, MINMAX, POOL, BLOCK)  # fmt: skip
-    if PICK and split < first_encoding:  # no choice waits for those that encode
+    if PICK and split < first_encoding:  # selection does not wait for the programs that quantize keys
         if due:
-            # The last program of a row picks. They count themselves in the upper half of `counts`, which the pick clears.
+            # The last program of a row selects. Programs count themselves in the upper half of `counts`; selection clears it.
             tl.debug_barrier()
             turn = tl.atomic_add(counts + row, 1 << 16, sem="acq_rel") >> 16
             picks = turn == first_encoding - 1

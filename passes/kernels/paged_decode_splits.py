@@ -1,6 +1,6 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call, assignment"
-# ruff: noqa: RUF005 (Triton has no starred tuples, and those that are added to change their type)
-"""Kernels of ``kept_attention``: one split of one KV head, and the merge of all splits of a query head."""
+# ruff: noqa: RUF005 (Triton has no starred tuples, and a tuple that grows changes its type)
+"""The kernels of ``paged_decode``: one attends to one split of a KV head, and one merges all splits of a query head."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def attend_split(
     KEY_GROUP: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, FAST: tl.constexpr,
     WARPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:  # only then: the merging programs read what came before this launch without waiting for it
+    if EARLY:  # wait first: the merging programs start after this, and read data from before this launch without waiting
         gdc_wait()
         gdc_launch_dependents()
     BLOCKS: tl.constexpr = (GROUP + MEMBERS - 1) // MEMBERS
@@ -65,7 +65,7 @@ def attend_split(
                 share = _share(held, splits, TILE, LEAST)
                 start, step = split * share, TILE
                 stop = tl.minimum(start + share, held)
-            else:  # the first page to load is known before the count is
+            else:  # the first page to load is known before the count is loaded
                 start, step = split * TILE, splits * TILE
                 held = tl.load(counts + place) * PAGE_SIZE
                 stop = held
@@ -80,10 +80,10 @@ def attend_split(
 
 @triton.jit
 def _place(row, rings, PAGED: tl.constexpr, RINGED: tl.constexpr):
-    """The row of a KV head within its part, and whether that is the ring."""
+    """Return the row of a KV head within its storage group, and whether that group is the ring."""
     if PAGED == 0 or RINGED == 0:
         return row, RINGED > 0
-    else:  # count the bits below
+    else:  # count the bits of ``rings`` below this head
         batch, head = row // (PAGED + RINGED), row % (PAGED + RINGED)
         in_ring = ((rings >> head) & 1) != 0
         below = rings & ((tl.full([], 1, tl.int64) << head) - 1)
@@ -95,7 +95,7 @@ def _place(row, rings, PAGED: tl.constexpr, RINGED: tl.constexpr):
 
 @triton.jit
 def _share(held, splits, TILE: tl.constexpr, LEAST: tl.constexpr):
-    """How many keys a split takes of ``held``, in whole groups that share a scale."""
+    """Return how many of the ``held`` keys a split takes: whole groups that share a scale, and at least one tile."""
     return tl.maximum(tl.cdiv(tl.cdiv(held, splits), LEAST) * LEAST, TILE)
 
 
@@ -108,7 +108,7 @@ def _attend(
     KEY_GROUP: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr,
     PAGE_SIZE: tl.constexpr, WARPS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """One split of one KV head: tiles from ``start`` to ``stop``, a ``step`` apart."""
+    """Attend to one split of one KV head: the tiles from ``start`` to ``stop``, ``step`` keys apart."""
     TOKENS: tl.constexpr = TILE // WARPS
     ROWS: tl.constexpr = MEMBERS * REPEATS
     KEY_UNITS: tl.constexpr = DIM // KEY_PARTS
@@ -118,15 +118,15 @@ def _attend(
     OFFSETS: tl.constexpr = 0 if VALUES == "fp8" else SCALES
     member = first + tl.arange(0, ROWS) % MEMBERS
     repeat = tl.arange(0, ROWS) // MEMBERS
-    # Tensor cores give 8 keys in turn to each warp. In this order those of a warp are neighbours, and share scales.
+    # Tensor cores give 8 keys to each warp in turn. In this order, the keys of a warp are neighbors and share scales.
     at = tl.arange(0, TILE)
     token = at // 8 % WARPS * TOKENS + at // (8 * WARPS) * 8 + at % 8
-    # All that the first keys wait for is read at once, whether or not this program has any.
+    # Load everything that the first keys depend on at once, whether or not this program has any keys.
     page = _page(table, start, token, width, PAGE_SIZE, TILE)
     group_start = token
     if KEY_GROUP > 0:
-        WITHIN: tl.constexpr = max(1, TOKENS // KEY_GROUP)  # groups of the keys of a warp, or of this many warps:
-        ACROSS: tl.constexpr = max(1, TILE // KEY_GROUP // WITHIN)
+        WITHIN: tl.constexpr = max(1, TOKENS // KEY_GROUP)  # groups in the keys of one warp; 1 if warps share a group
+        ACROSS: tl.constexpr = max(1, TILE // KEY_GROUP // WITHIN)  # warps, or sets of warps that share a group
         group_start = tl.arange(0, WITHIN * ACROSS)
         group_start = (group_start % ACROSS * WITHIN + group_start // ACROSS) * KEY_GROUP
     group_page = _page(table, start, group_start, width, PAGE_SIZE, TILE)
@@ -156,33 +156,33 @@ def _attend(
                 seen &= position >= 0
                 if RING:
                     seen &= (position <= now) & ((position < sink) | (position > now - recent))
-            there = seen[:, None] & (unit < KEY_UNITS)[None, :]
-            key = tl.load(keys + column[:, None] * KEY_UNITS + unit[None, :], mask=there, other=0)
-            there = seen[:, None] & (output < VALUE_UNITS)[None, :]
-            value = tl.load(values + column[:, None] * VALUE_UNITS + output[None, :], mask=there, other=0)
+            valid = seen[:, None] & (unit < KEY_UNITS)[None, :]
+            key = tl.load(keys + column[:, None] * KEY_UNITS + unit[None, :], mask=valid, other=0)
+            valid = seen[:, None] & (output < VALUE_UNITS)[None, :]
+            value = tl.load(values + column[:, None] * VALUE_UNITS + output[None, :], mask=valid, other=0)
             scales, offsets = (), ()
             if KEY_GROUP > 0:
                 index = _column(begin, group_start, group_page, PAGE_SIZE, TILE, LISTED) // KEY_GROUP
-                there, row = begin + group_start < stop, place * (tokens // KEY_GROUP)
-                scales = read_words(key_scales, row, index, there, unit, DIM, KEY_PARTS, WARPS, TOKENS, WITHIN)
-                offsets = read_words(key_offsets, row, index, there, unit, DIM, KEY_PARTS, WARPS, TOKENS, WITHIN)
+                valid, row = begin + group_start < stop, place * (tokens // KEY_GROUP)
+                scales = read_words(key_scales, row, index, valid, unit, DIM, KEY_PARTS, WARPS, TOKENS, WITHIN)
+                offsets = read_words(key_offsets, row, index, valid, unit, DIM, KEY_PARTS, WARPS, TOKENS, WITHIN)
             key_parts = read_keys(key, scales, offsets, KEYS, FAST)
-            found = tl.dot(query[0], tl.trans(key_parts[0]), input_precision="ieee")
+            scores = tl.dot(query[0], tl.trans(key_parts[0]), input_precision="ieee")
             for part in tl.static_range(1, KEY_PARTS):
-                found = tl.dot(query[part], tl.trans(key_parts[part]), found, input_precision="ieee")
-            found *= factor[:, None]
+                scores = tl.dot(query[part], tl.trans(key_parts[part]), scores, input_precision="ieee")
+            scores *= factor[:, None]
             if KEYS == "fp8":
-                found *= key_scale[0].to(tl.float32)[None, :]
-            found = tl.where(seen[None, :], found, float("-inf"))
-            # Weights are multiplied by the scales of values, and what is largest after that is kept below 2**15.
-            largest = found
+                scores *= key_scale[0].to(tl.float32)[None, :]
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            # Weights are multiplied by the scales of values. The maximum includes the scales, so products stay below 2**15.
+            largest = scores
             if VALUE_PARTS > 1:
                 scale_of = spread(value_scale, seen, repeat)
-                largest = found + _log2(tl.maximum(scale_of, 5.9604644775390625e-08))
+                largest = scores + _log2(tl.maximum(scale_of, 5.9604644775390625e-08))
             new = tl.maximum(most, tl.max(largest, axis=1))
             finite = tl.where(new == float("-inf"), 0, new)
             fade = tl.exp2(most - finite)
-            weight = tl.exp2(found - (finite - 15)[:, None])
+            weight = tl.exp2(scores - (finite - 15)[:, None])
             most = new
             total = total * fade[:, None, None] + _fold(weight, WARPS, TOKENS)
             if OFFSETS > 0:
@@ -197,7 +197,7 @@ def _attend(
                 result = results[part] * fade[:, None]
                 added = added + (tl.dot(weight, value_parts[part], result, input_precision="ieee"),)
             results = added
-            # Pages and scales of the next keys.
+            # Load the pages and scales of the next tile.
             after = begin + step
             page = _page(table, after, token, width, PAGE_SIZE, TILE)
             group_page = _page(table, after, group_start, width, PAGE_SIZE, TILE)
@@ -208,7 +208,7 @@ def _attend(
         total = tl.sum(tl.sum(total, axis=2), axis=1)
         if OFFSETS > 0:
             moved = tl.sum(tl.sum(offset, axis=2), axis=1)
-        if REPEATS > 1:  # all rows of a member are stored with one maximum
+        if REPEATS > 1:  # the rows of a query head are stored with a common maximum
             top = tl.max(tl.reshape(most, [REPEATS, MEMBERS]), axis=0)
             top = tl.reshape(tl.broadcast_to(top[None, :], [REPEATS, MEMBERS]), [ROWS])
             fade = tl.exp2(most - tl.where(top == float("-inf"), 0, top))
@@ -217,19 +217,19 @@ def _attend(
         tl.store(sums + member * 2 + 1, total, mask=(member < GROUP) & (repeat == 0))
         for part in tl.static_range(VALUE_PARTS):
             channel = channels_of(output, part, VALUE_PARTS, WIDE, False)
-            there = (member < GROUP)[:, None] & (output < VALUE_UNITS)[None, :]
+            valid = (member < GROUP)[:, None] & (output < VALUE_UNITS)[None, :]
             result = results[part]
             if OFFSETS > 0:
                 result = result * steps_in_one(part, FAST) + moved[:, None]
             if REPEATS > 1:
                 result *= fade[:, None]
-                there &= (channel // (WIDE // GROUPS))[None, :] == repeat[:, None]
-            tl.store(parts + member[:, None] * WIDE + channel[None, :], result, mask=there)
+                valid &= (channel // (WIDE // GROUPS))[None, :] == repeat[:, None]
+            tl.store(parts + member[:, None] * WIDE + channel[None, :], result, mask=valid)
 
 
 @triton.jit
 def _page(table, begin, token, width, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr):
-    """The page of each token of a tile; one number if there is but one."""
+    """Return the page of each token of a tile, or one number if the whole tile is in one page."""
     if table is None:
         return begin
     else:
@@ -249,19 +249,19 @@ def _column(begin, token, page, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr, LIS
 
 @triton.jit
 def _log2(x):
-    """Between this and 1 above the logarithm of a positive number."""
+    """Bound the base-2 logarithm of a positive number from above. The result exceeds it by at most 1."""
     return x.to(tl.int32, bitcast=True).to(tl.float32) * 1.1920928955078125e-07 - 126
 
 
 @triton.jit
 def _fold(x, WARPS: tl.constexpr, TOKENS: tl.constexpr):
-    """Add up what each thread has of a row, as tensor cores give it scores: two of eight neighbours."""
+    """Add up the numbers of a row that each thread holds. Tensor cores give it two of every eight neighboring scores."""
     return tl.sum(tl.sum(tl.reshape(x, [x.shape[0], TOKENS // 8, WARPS, 4, 2]), axis=4), axis=1)
 
 
 @triton.jit
 def _active(counts, columns, place, splits, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr, LEAST: tl.constexpr):
-    """How many splits had pages to read, or found none at all."""
+    """Return how many splits wrote a result. The first split does so even if there is nothing to read."""
     if counts is None:
         held = tl.load(columns).to(tl.int32) + 1
         return tl.maximum(tl.cdiv(held, _share(held, splits, TILE, LEAST)), 1)
@@ -275,7 +275,7 @@ def merge_splits(
     PAGED: tl.constexpr, RINGED: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, PAGE_SIZE: tl.constexpr,
     TILE: tl.constexpr, LEAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Merge those splits of one query head that had keys, in their order: 32 channels."""
+    """Merge the splits of one query head that wrote results, in order. Each program merges 32 channels."""
     index = tl.program_id(0).to(tl.int64)
     row, member = index // GROUP, index % GROUP
     place, in_ring = _place(row, rings, PAGED, RINGED)
@@ -290,16 +290,16 @@ def merge_splits(
     total = tl.zeros([], tl.float32)
     result = tl.zeros([32], tl.float32)
     if EARLY:
-        gdc_wait()  # until the other launch has ended; counts are older
+        gdc_wait()  # until ``attend_split`` has ended; the counts above were written before that launch
         gdc_launch_dependents()
     for start in tl.range(0, active, 64, num_stages=1):
         split = start + tl.arange(0, 64)
         part = first + split * GROUP
-        there = split < active
-        peak = tl.load(sums + part * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
-        mass = tl.load(sums + part * 2 + 1, mask=there, other=0, cache_modifier=".cg")
-        there = there[:, None] & (output < WIDE)[None, :]
-        block = tl.load(parts + part[:, None] * WIDE + output[None, :], mask=there, other=0, cache_modifier=".cg")
+        valid = split < active
+        peak = tl.load(sums + part * 2, mask=valid, other=float("-inf"), cache_modifier=".cg")
+        mass = tl.load(sums + part * 2 + 1, mask=valid, other=0, cache_modifier=".cg")
+        valid = valid[:, None] & (output < WIDE)[None, :]
+        block = tl.load(parts + part[:, None] * WIDE + output[None, :], mask=valid, other=0, cache_modifier=".cg")
         new = tl.maximum(most, tl.max(peak, axis=0))
         finite = tl.where(new == float("-inf"), 0, new)
         weight = tl.exp2(peak - finite)

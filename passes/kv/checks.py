@@ -1,4 +1,4 @@
-"""Whether a cache can serve a call: what it was built for, what it holds, and what it chooses."""
+"""Check that a cache can serve a call: the model it was built for, the keys it holds, and the pages it selects."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from sparse_compile.passes.storage.layer_plan import LayerPlan, Storage, misfit,
 
 
 def check_updates(updates: Sequence[Node], served: set[Node], left: Sequence[Left]) -> None:
-    """Raise ``ValueError`` for tensors and layers that a cache was not built for, ``SparseCacheError`` if nobody reads it."""
+    """Raise ``ValueError`` for tensors and layers that a cache was not built for, ``SparseCacheError`` if no call reads it."""
     for update in map(read_update, updates):
         _check_fit(update)
     _check_layers(updates)
     if any(update not in served for update in updates):
         reasons = "; ".join(f"{call.node.name}: {call.reason}" for call in left) or "no attention call reads it"
         raise SparseCacheError(
-            f"a SparseCache is read by attention that the passes understand, and here it is not: {reasons}. "
+            f"a SparseCache needs attention that the passes can rewrite, but here attention is left as it is: {reasons}. "
             "Use a DynamicCache with this model"
         )
 
@@ -38,30 +38,31 @@ def _check_fit(update: CacheUpdate[Node]) -> None:
 
 
 def _check_layers(updates: Sequence[Node]) -> None:
-    """Raise if a layer takes new tokens twice: layers beyond the cache's last are taken for that one."""
+    """Raise if a layer takes new tokens twice. A layer beyond the cache's last one is taken for the last one."""
     seen = [(update.columns, update.plan.layer) for update in map(read_update, updates)]
     again = [layer for at, (cache, layer) in enumerate(seen) if (cache, layer) in seen[:at]]
     if again:
         raise ValueError(
-            f"the model has more layers than the {again[0] + 1} of the cache, or its layer {again[0]} updates it twice: build "
-            "the cache from the config of this model"
+            f"the model has more layers than the {again[0] + 1} of the cache, or its layer {again[0]} updates the cache twice: "
+            "build the cache from the config of this model"
         )
 
 
 def check_storage(call: Attention, plan: LayerPlan, storage: Storage, heads: tuple[int, ...]) -> None:
-    """Raise ``SparseCacheError`` where a storage cannot serve some query heads of a call."""
+    """Raise ``SparseCacheError`` if a storage cannot serve the query heads ``heads`` of a call."""
     explicit = [node for node in call.mask.walk() if isinstance(node, Explicit)]
     mods = call.score_mod.parts() if call.score_mod is not None else ()
     by_head = any(call.sources[str(node.visible)].shape[1] != 1 for node in explicit) or any(mod.captures() for mod in mods)
     if len(plan.storages) > 1 and by_head:
         raise SparseCacheError(
-            f"layer {plan.layer} of the SparseCache keeps its heads in different ways, and the model has a mask or score mod "
-            f"for each head ({call.mask}, {call.score_mod}): give all heads of this layer one mask"
+            f"layer {plan.layer} of the SparseCache stores its heads in several ways, which needs one mask and score mod for "
+            f"all heads, but the model has one for each head ({call.mask}, {call.score_mod}): give all heads of this layer one "
+            "policy"
         )
     if storage.selection is not None and by_head:
         raise SparseCacheError(
-            f"layer {plan.layer} of the SparseCache chooses pages, and the model has a mask or score mod for each "
-            f"head ({call.mask}, {call.score_mod}): give this layer a policy without page_topk"
+            f"layer {plan.layer} of the SparseCache selects pages, which needs one mask and score mod for all heads, but the "
+            f"model has one for each head ({call.mask}, {call.score_mod}): give this layer a policy without page_topk"
         )
     if not storage.holds_every_key:
         _check_ring(call, plan, storage, heads, plan.model if explicit else call.mask)
@@ -70,8 +71,8 @@ def check_storage(call: Attention, plan: LayerPlan, storage: Storage, heads: tup
 def _check_ring(call: Attention, plan: LayerPlan, ring: Storage, heads: tuple[int, ...], model: Mask) -> None:
     if call.score_mod is not None and Q_START in call.score_mod.captures():
         raise SparseCacheError(
-            f"layer {plan.layer} of the SparseCache keeps a ring, whose keys are out of order, and {call.score_mod} reads "
-            "positions: give this layer a policy that keeps every key"
+            f"layer {plan.layer} of the SparseCache keeps a ring, whose keys are out of order, but the score mod "
+            f"{call.score_mod} needs keys in order: give this layer a policy that keeps every key"
         )
     shown: dict[Mask, int] = {}
     for head in heads:
@@ -86,22 +87,23 @@ def _check_ring(call: Attention, plan: LayerPlan, ring: Storage, heads: tuple[in
 
 
 def check_choice(call: Attention, plan: LayerPlan, built_for: Mask) -> None:
-    """Raise ``SparseCacheError`` if a step asks for pages that its cache does not choose, or would see others than those.
+    """Raise ``SparseCacheError`` if the policy of a decode step needs a page selection that its cache does not have.
 
-    ``built_for`` is the mask of the policy that the cache was built from.
+    ``built_for`` is the mask of the policy that the cache was built from. A cache that reuses a selection (``every`` > 1)
+    cannot serve a narrower policy either, because the pages were selected under ``built_for``.
     """
     for first in range(0, call.heads if call.policy != full else 0, call.group):
-        asked, built = (
+        of_call, of_cache = (
             [mask.for_head(head, call.heads) for head in range(first, first + call.group)] for mask in (call.policy, built_for)
         )
-        (wanted, _), (chosen, _) = choosing_together(asked), choosing_together(built)
-        if wanted is not None and wanted != chosen:
+        (needed, _), (selector, _) = choosing_together(of_call), choosing_together(of_cache)
+        if needed is not None and needed != selector:
             raise SparseCacheError(
-                f"layer {plan.layer} of the SparseCache was not built for {wanted}: build the cache from the policy of the "
+                f"layer {plan.layer} of the SparseCache was not built for {needed}: build the cache from the policy of the "
                 "model"
             )
-        if chosen is not None and chosen.every > 1 and any(a & b != b for a, b in zip(asked, built, strict=True)):
+        if selector is not None and selector.every > 1 and any(a & b != b for a, b in zip(of_call, of_cache, strict=True)):
             raise SparseCacheError(
-                f"layer {plan.layer} of the SparseCache uses choices again ({chosen}), and this model's policy {call.policy} "
-                "is not that of the cache: build the cache from the policy of the model, or let every be 1"
+                f"layer {plan.layer} of the SparseCache reuses its page selection ({selector}), which needs one policy for "
+                f"model and cache, but the model has {call.policy}: build the cache from that policy, or set every=1"
             )

@@ -1,4 +1,4 @@
-"""Split calls over a SparseCache by how heads are stored, and write the new positions where the graph ends."""
+"""Split calls over a SparseCache by storage, and write the new positions at the end of the graph."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from sparse_compile.passes.ops.cache_update import CacheUpdate, SparseCacheError
 
 
 def expand_cache(rewrite: Rewrite) -> int:
-    """Describe every call over a ``SparseCache`` as one for each way its heads are stored; returns how many these are.
+    """Split every call over a ``SparseCache`` into storage groups; returns the number of groups.
 
-    Raises ``Refused`` if the cache is used by anything but attention that was read, or does not fit the model.
+    Raises ``Refused`` if the cache does not fit the model, or if anything but rewritten attention uses it.
     """
     try:
         _expand(rewrite)
@@ -36,9 +36,9 @@ def expand_cache(rewrite: Rewrite) -> int:
         if not isinstance(call.kv, Cached) and call.phase == "decode" and has_selector(call.policy):
             raise Refused(
                 SparseCacheError(
-                    f"decode steps choose among the pages of a SparseCache, and {call.name} under "
-                    f"{call.policy} has none: pass past_key_values=SparseCache(config, policy, max_length=...), or give decode "
-                    "steps another mask with Policy(decode=...)"
+                    f"page_topk in a decode step needs a SparseCache, but {call.name} runs {call.policy} without one: pass "
+                    "past_key_values=SparseCache(config, policy, max_length=...), or give decode steps another mask with "
+                    "Policy(decode=...)"
                 )
             )
     return sum(map(len, rewrite.storage_groups.values()))
@@ -48,7 +48,7 @@ def _expand(rewrite: Rewrite) -> None:
     updates = updates_of(rewrite.gm)
     check_updates(updates, {call.kv.update for call in rewrite.calls if isinstance(call.kv, Cached)}, rewrite.left)
     for node in rewrite.gm.graph.nodes if updates else ():
-        if op_name(node) == "_set_grad_enabled":  # the end of a no_grad() within the model; there are no gradients anyway
+        if op_name(node) == "_set_grad_enabled":  # the end of a no_grad() inside the model; a cache has no gradients anyway
             node.args = (False,)
     caches: dict[Node, list[tuple[Attention, CacheUpdate[Node]]]] = {}
     for call in rewrite.calls:
@@ -72,20 +72,20 @@ def _expand(rewrite: Rewrite) -> None:
 
 
 def _with_policy(call: Attention, update: CacheUpdate[Node]) -> Attention:
-    """The call under what both the cache and the backend ask for."""
+    """The call under the policies of both the cache and the backend."""
     plan = update.plan
     of_cache = plan.policy(call.phase)
     built_for = full if of_cache is None else of_cache
     if call.phase == "decode":
         check_choice(call, plan, built_for)
     policy = built_for & call.policy
-    policy.for_heads(call.heads)  # a head count that fits neither query nor KV heads is an error
-    # A cache is causal anyway, and a policy that says no more than that changes nothing.
+    policy.for_heads(call.heads)  # raises if the head count fits neither query nor KV heads
+    # A cache is always causal, so a causal policy changes nothing.
     return replace(call, policy=full if policy in (full, causal) else policy)
 
 
 def _held(update: CacheUpdate[Node]) -> HeldBytes:
-    """The bytes of keys and values of each KV head, those of a dense cache, and for how many tokens they are."""
+    """The bytes of keys and values of each KV head, the bytes of a dense cache, and the tokens of both."""
     plan, dense = update.plan, 0
     heads: dict[int, int] = {}
     for number, storage in enumerate(plan.storages):
@@ -101,7 +101,7 @@ def _held(update: CacheUpdate[Node]) -> HeldBytes:
 
 
 def _finish(positions: TokenPositions, served: list[tuple[Attention, CacheUpdate[Node]]]) -> CacheUse:
-    """Write the new positions if this graph has the last layer, and say what a run does."""
+    """Write the new positions if this graph has the last layer; returns what a run of the graph does to the cache."""
     plans = [update.plan for _, update in served]
     last = next((plan for plan in plans if plan.last), None)
     if last is not None:
@@ -115,7 +115,7 @@ def _finish(positions: TokenPositions, served: list[tuple[Attention, CacheUpdate
 
 
 def _input_size(size: Any, inputs: list[Node]) -> int | tuple[int, int | None]:
-    """Where a size of the graph can be read when it runs."""
+    """A size of the graph as a number, or as the input and axis from which it can be read when the graph runs."""
     if isinstance(size, int):
         return size
     for number, node in enumerate(inputs):
@@ -125,4 +125,7 @@ def _input_size(size: Any, inputs: list[Node]) -> int | tuple[int, int | None]:
         for axis, length in enumerate(getattr(value, "shape", ())):
             if expr_of(length) == size.node.expr:
                 return number, axis
-    raise SparseCacheError(f"a SparseCache takes batch and length from the inputs of the model, and {size} is not one")
+    raise SparseCacheError(
+        f"a SparseCache needs batch size and length to be sizes of the graph's inputs, but {size} is not: compile without "
+        "dynamic=True, or pass inputs of these sizes"
+    )

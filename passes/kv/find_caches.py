@@ -19,13 +19,13 @@ from sparse_compile.passes.ops.cache_update import CacheUpdate, cache_update
 
 
 def find_caches(rewrite: Rewrite) -> int:
-    """Note in every call over a ``SparseCache`` where its keys come from; returns how many there are."""
+    """Give every call over a ``SparseCache`` a ``Cached`` source; returns the number of such calls."""
     rewrite.keep([_with_cache(call) for call in rewrite.calls])
     return sum(isinstance(call.kv, Cached) for call in rewrite.calls)
 
 
 def reads_cache(gm: GraphModule) -> bool:
-    """Whether a graph updates a SparseCache."""
+    """Whether the graph updates a SparseCache."""
     return bool(updates_of(gm))
 
 
@@ -41,7 +41,7 @@ def read_update(node: Node) -> CacheUpdate[Node]:
 
 
 def _with_cache(call: Attention) -> Attention | Left:
-    """The call with the update that its keys come from, and with positions counted by that cache."""
+    """The call with the cache update that its keys come from, and with positions counted in columns of that cache."""
     assert isinstance(call.kv, Dense)
     sides = (call.kv.k, call.kv.v)
     sliced = [_first_tokens(x, call) for x in sides]
@@ -50,17 +50,17 @@ def _with_cache(call: Attention) -> Attention | Left:
         return call
     update = updates[0]
     if update is None or updates[1] is not update:
-        return Left(call.node, "its keys and values do not come from one update of a SparseCache")
+        return Left(call.node, "its keys and values need to come from one update of a SparseCache, and they do not")
     start, at = read_update(update).columns, call.positions
     if all(sliced) and call.mask.implies(causal) and at == Positions():
-        # What transformers does with an empty cache, and with no other: the keys are those of the new tokens.
+        # Transformers slices the keys of the new tokens like this for an empty cache, and only then.
         return _over(call, Cached(*sides, update, is_prompt=True), at)
     reads_index = any(isinstance(node, Explicit) for node in call.mask.walk())
     counted = at.q_shift is not None and memory_of(at.q_shift) is start and at.q_start == 0 == at.kv_start
     if not counted and not (reads_index and at.q_shift is None):
-        return Left(call.node, f"its mask {call.mask} counts positions otherwise than the SparseCache ({at})")
+        return Left(call.node, f"its mask {call.mask} needs positions that the SparseCache counts, and has {at}")
     if not reads_index and not call.mask.implies(causal):
-        return Left(call.node, f"a SparseCache serves causal self-attention, and the mask of this call is {call.mask}")
+        return Left(call.node, f"a SparseCache needs causal self-attention, and the mask of this call is {call.mask}")
     return _over(call, Cached(*sides, update, is_prompt=False), Positions(q_shift=start))
 
 
@@ -70,7 +70,7 @@ def _over(call: Attention, kv: Cached, positions: Positions) -> Attention:
 
 
 def _first_tokens(node: Node, call: Attention) -> Node | None:
-    """``x`` where ``node`` is ``x[:, :, :q_len, :]`` with as many keys as there are queries."""
+    """``x`` if ``node`` is ``x[:, :, :q_len, :]``, with as many keys as there are queries; else None."""
     everything = slice(None, None, None)
     index: Any = node.args[1] if op_name(node) == "getitem" else None
     if not (isinstance(index, tuple) and len(index) == 4 and all(isinstance(part, slice) for part in index)):
@@ -82,7 +82,7 @@ def _first_tokens(node: Node, call: Attention) -> Node | None:
 
 
 def _update_of(node: Node) -> Node | None:
-    """The ``cache_update`` that ``node`` is an output of."""
+    """The ``cache_update`` node that ``node`` is an output of; None if there is none."""
     while op_name(node) in ("contiguous", "clone", "detach") and isinstance(node.args[0], Node):
         node = node.args[0]
     source = node.args[0] if op_name(node) == "getitem" else None

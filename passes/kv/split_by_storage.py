@@ -1,12 +1,12 @@
-"""Split the attention of one layer over a SparseCache by how its heads are stored, and say what each group sees.
+"""Split the attention of one layer over a SparseCache by storage, and build the mask of each storage group.
 
-Heads that keep everything are a static cache of their own: a buffer ``[B, heads, slots, D]`` with column ``n`` in slot ``n``.
-Heads of a ring see ``[ring in the order of its text | chunk]`` in a prefill and the ring as it lies in a decode step, under
-masks that look positions up (``Remapped``).
+Heads that keep every key have a static cache of their own: a buffer ``[B, heads, slots, D]`` with column ``n`` in slot ``n``.
+Heads of a ring see ``[ring sorted by text position | chunk]`` in a prefill, and the unsorted ring in a decode step. Their masks
+look positions up in tables (``Remapped``).
 
-There is one buffer for each storage rather than one pool with page lists for all. A
-group of equal heads is an ordinary dense tensor, which every kernel reads at full speed. SDPA and FlexAttention's C++ template
-read no page lists, and the template ignores where a view begins.
+There is one buffer for each storage, instead of one pool with page lists for all. A storage group is then an ordinary dense
+tensor, which every kernel reads at full speed. SDPA and FlexAttention's C++ template cannot read page lists, and the template
+ignores the offset of a view.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from sparse_compile.passes.torch_private import real_tensors
 def split_by_storage(
     call: Attention, update: CacheUpdate[Node], positions: TokenPositions, *, is_prompt: bool
 ) -> tuple[StorageGroup, ...]:
-    """The storage groups of ``call``, whose policy is what both the cache and the backend ask for.
+    """Return the storage groups of ``call``, whose policy combines those of the cache and the backend.
 
-    With ``is_prompt`` the call looks at the new tokens alone.
+    With ``is_prompt``, the call sees the new tokens only.
     """
     layer = _Layer(call, update, positions)
     return tuple(_group(layer, number, storage, is_prompt) for number, storage in enumerate(update.plan.storages))
@@ -64,12 +64,12 @@ class _Layer:
 
     @property
     def is_strict(self) -> bool:
-        """Whether every query of a chunk sees what the policy shows to that query."""
+        """Whether the policy applies to each query of a chunk by itself, as in mode ``strict``."""
         return self.plan.mode == "strict"
 
 
 def query_heads(call: Attention, storage: Storage) -> tuple[int, ...]:
-    """The query heads of ``call`` whose KV heads are in a storage."""
+    """The query heads of ``call`` whose KV heads are in ``storage``."""
     return tuple(head * call.group + g for head in storage.heads for g in range(call.group))
 
 
@@ -78,21 +78,21 @@ def _group(layer: _Layer, number: int, storage: Storage, is_prompt: bool) -> Sto
     heads, names = query_heads(call, storage), _Names(dict(call.sources))
     policy = _policy(call, heads)
     new = layer.positions.of(call.node, layer.update, storage.heads if len(plan.storages) > 1 else None)
-    part = replace(call, q=pick_heads(call.node, call.q, heads if len(plan.storages) > 1 else None), policy=full)
+    group_call = replace(call, q=pick_heads(call.node, call.q, heads if len(plan.storages) > 1 else None), policy=full)
     if is_prompt and not plan.rotation:
-        mask = call.mask & policy if layer.is_strict else call.mask  # all is one chunk, which sees itself
-        part = replace(part, kv=Prompt(_stored(layer, number, storage, new, None)), mask=mask)
+        mask = call.mask & policy if layer.is_strict else call.mask  # relaxed: one chunk, which sees all of itself
+        group_call = replace(group_call, kv=Prompt(_stored(layer, number, storage, new, None)), mask=mask)
     elif isinstance(storage, layer_plan.PageStorage):
         kv = _stored(layer, number, storage, new, None)
-        part = replace(part, kv=kv, mask=_mask_over_pages(layer, policy, new, names))
+        group_call = replace(group_call, kv=kv, mask=_mask_over_pages(layer, policy, new, names))
     else:
         assert isinstance(storage, layer_plan.RingStorage)
-        part = _over_ring(layer, part, number, storage, policy, new, names)
-    return StorageGroup(replace(part, sources=names.sources), heads)
+        group_call = _over_ring(layer, group_call, number, storage, policy, new, names)
+    return StorageGroup(replace(group_call, sources=names.sources), heads)
 
 
 def _policy(call: Attention, heads: Sequence[int]) -> Mask:
-    """What the policy shows to some query heads."""
+    """The policy of the query heads ``heads``. Heads of one KV head share a selector, or have none."""
     masks = [call.policy.for_head(head, call.heads) for head in heads]
     for first in range(0, len(masks), call.group):
         masks[first : first + call.group] = choosing_together(masks[first : first + call.group])[1]
@@ -102,7 +102,7 @@ def _policy(call: Attention, heads: Sequence[int]) -> Mask:
 def _stored(
     layer: _Layer, number: int, storage: Storage, new: NewTokens, window: tuple[int, int] | None
 ) -> Paged | Quantized | Selected | Ring:
-    """Where the keys of a storage are in this graph."""
+    """The KV source of storage ``number`` of a layer."""
     keys, values = layer.update.buffers_of(number)
     if isinstance(storage, layer_plan.RingStorage):
         at, positions = layer.positions.ring(layer.call.node, layer.plan, storage.ring_kind), layer.positions
@@ -113,15 +113,15 @@ def _stored(
         pages = Quantized(Paged(keys, values, new), *layer.update.quantized_of(number), storage.forms, layer.plan.debug)
     if storage.selection is None:
         return pages
-    choice = layer.update.selection_state_of(number)
-    return Selected(pages, storage.selection, choice, storage.leads(layer.plan.layer))
+    state = layer.update.selection_state_of(number)
+    return Selected(pages, storage.selection, state, storage.leads(layer.plan.layer))
 
 
 # -- pages --------------------------------------------------------------------------------------------------------------
 
 
 def _mask_over_pages(layer: _Layer, policy: Mask, new: NewTokens, names: _Names) -> Mask:
-    """Text and columns are one unless there is padding; then the policy looks the text up."""
+    """The mask over columns. Text positions equal columns unless there is padding; then the policy looks text positions up."""
     model = layer.call.mask
     if policy in (full, causal) or model.implies(policy):
         return model & policy
@@ -138,7 +138,7 @@ def _first_column(layer: _Layer, names: _Names) -> Captured:
 
 
 def _relaxed(layer: _Layer, policy: Mask, names: _Names) -> Mask:
-    """The policy, or in a relaxed chunk what it shows to the position before the chunk, and the chunk."""
+    """The policy. A relaxed chunk sees the chunk, and what the policy shows to the position before the chunk."""
     if layer.is_strict or policy in (full, causal):
         return policy
     positions = layer.positions
@@ -169,7 +169,7 @@ def _over_ring(
 
 
 def _window(layer: _Layer, policy: Mask) -> tuple[int, int] | None:
-    """Sink and window, if these are all that a step sees of a ring."""
+    """The sizes of sink and window, if a step sees exactly these of a ring; else None."""
     call = layer.call
     if not layer.positions.is_step or not layer.is_strict or call.mask.captures() or call.score_mod is not None:
         return None
@@ -177,7 +177,7 @@ def _window(layer: _Layer, policy: Mask) -> tuple[int, int] | None:
 
 
 def whole_window(mask: Mask, length: int) -> tuple[int, int] | None:
-    """Sink and window, if they are all that ``mask`` says beside causality."""
+    """The sizes of sink and window, if ``mask`` is causal with a sink and a window, and nothing else; else None."""
     with real_tensors():
         past = visible_past(mask, length)
     if past is None or past.recent < 1:
@@ -187,26 +187,26 @@ def whole_window(mask: Mask, length: int) -> tuple[int, int] | None:
 
 
 def _mask_over_ring(layer: _Layer, policy: Mask, ring: Ring, names: _Names) -> Mask:
-    """The masks over the places of a ring and its chunk."""
+    """The mask over the places of a ring and its chunk, with positions looked up."""
     policy, ordered = _relaxed(layer, policy, names), not layer.positions.is_step
     by_text = names.capture(ring.text), names.capture(ring.at.texts)
     model = layer.call.mask
     if not model.captures():
         return remapped(model & policy, *by_text, ordered=ordered)
-    # The model's own mask counts columns, padding included; a tensor of it begins at the first new column.
+    # The model's own mask counts columns, padding included, and a tensor in it begins at the first new column.
     model = model.bind({Q_START: _first_column(layer, names)})
     by_column = remapped(model, names.capture(layer.positions.columns), names.capture(ring.at.columns), ordered=ordered)
     return by_column & remapped(policy, *by_text, ordered=ordered)
 
 
 class _Names:
-    """Symbols for tensors of the graph, and what each stands for."""
+    """Symbols for tensors of the graph, and the source of each."""
 
     def __init__(self, sources: dict[str, Source]) -> None:
         self.sources = sources
 
     def capture(self, node: Any, source: Source | None = None) -> Captured:
-        """A symbol for a tensor of the graph, or for what ``source`` reads of it."""
+        """A symbol for a tensor of the graph, or for the part of it that ``source`` reads."""
         axes = len(value_of(node).shape)
         source = source or Source(node, (slice(None),) * axes, tuple(range(axes)), (slice(None),) * axes)
         name = f"{node.name}_cached"

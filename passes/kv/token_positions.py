@@ -1,7 +1,7 @@
-"""Where the new tokens of one SparseCache stand in one graph: computed once for all layers, and written where the graph ends.
+"""The positions of the new tokens of one SparseCache in one graph, computed once for all layers and written at its end.
 
-All layers share the positions of a cache. They change at the end of the graph that holds its last layer, after everything
-that reads them: Inductor may sink a read below a write in the middle of a graph, and positions would silently be off.
+All layers share the positions of a cache. They are written at the end of the graph that holds the last layer, after every read.
+A write in the middle of a graph is not safe: Inductor may move a read below it, and positions would silently be wrong.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from sparse_compile.passes.torch_private import overload
 
 
 class TokenPositions:
-    """The positions of the new tokens of one cache. Each is computed before the first call that needs it."""
+    """Computes the positions of the new tokens of one cache, each before the first call that needs it."""
 
     def __init__(self, first: Attention, update: CacheUpdate[Node], calls: Sequence[Attention]) -> None:
-        """``calls`` are all calls over this cache, ``first`` the first of them, and ``update`` is its update."""
+        """``calls`` are all calls over this cache, ``first`` is the first of them, and ``update`` is its cache update."""
         self.state, self.is_step = update, first.is_step
         self._first, self._rings = first, dict[tuple[int, int], tuple[Node, ...]]()
         self._page_texts: Node | None = None
@@ -48,19 +48,19 @@ class TokenPositions:
         self.columns, self.text, self._new_texts = _outputs(point, tokens, 3)
 
     def of(self, point: Node, update: CacheUpdate[Node], heads: tuple[int, ...] | None) -> NewTokens:
-        """The new tokens of some KV heads of a layer."""
+        """The new tokens of the KV heads ``heads`` of a layer (None: all of them)."""
         texts = self.page_texts(point) if self.has_padding and update.page_texts is not None else None
         return NewTokens(update.k, update.v, heads, update.columns, self.columns, self.is_step, texts, update.anchor)
 
     def page_texts(self, point: Node) -> Node:
-        """The text position of every column of the cache, with the new ones."""
+        """The text position of every column of the cache, new columns included."""
         if self._page_texts is None:
             assert self.state.page_texts is not None
             self._page_texts = _op(point, page_positions, self.state.page_texts, self.columns, self.text)
         return self._page_texts
 
     def ring(self, point: Node, plan: LayerPlan, kind: tuple[int, int]) -> RingStep | RingChunk:
-        """The positions of a kind of ring with the new tokens."""
+        """The positions of all rings of one ``kind`` (sink and slots), new tokens included."""
         outputs = self._ring_outputs(point, plan, kind)
         if self.is_step:
             texts, columns, slot, holds = outputs
@@ -77,21 +77,22 @@ class TokenPositions:
         return self._rings[kind]
 
     def frame(self, call: Attention, update: CacheUpdate[Node]) -> MovingFrame:
-        """The frame of the new tokens, for queries that stand at their place in the cache.
+        """The moving frame of the new tokens, for queries whose rotary positions are places in the cache.
 
-        The caller gives rotary positions where the queries do not depend on those of the cache.
+        If the queries do not depend on the rotary position of the cache, the caller passed positions of its own, which are
+        text positions.
         """
         rope, offsets, frequencies = update.stream
         if self._frame is None:
-            is_given = rope not in _ancestors(call.q)
-            made = _op(call.node, stream_positions, rope, offsets, self.text, is_given)
-            ropes, moved, turns = _outputs(call.node, made, 3)
-            self._frame = ropes, moved, turns
+            are_text_positions = rope not in _ancestors(call.q)
+            made = _op(call.node, stream_positions, rope, offsets, self.text, are_text_positions)
+            ropes, new_offsets, turns = _outputs(call.node, made, 3)
+            self._frame = ropes, new_offsets, turns
         ropes, _, turns = self._frame
-        return MovingFrame(ropes, turns, self.text, frequencies, update.plan.rotation == "neighbours")
+        return MovingFrame(ropes, turns, self.text, frequencies, update.plan.rotation == "neighbors")
 
     def finish(self, plan: LayerPlan) -> None:
-        """Write all new positions where the graph ends. ``plan`` is that of the last layer."""
+        """Write all new positions at the end of the graph. ``plan`` is that of the last layer."""
         state, like, graph = self.state, self._first.q, self._first.node.graph
         if state.page_texts is not None:
             self.page_texts(self._first.node)
@@ -117,12 +118,12 @@ class TokenPositions:
 
 
 def _padded(first: Attention, calls: Sequence[Attention]) -> Attention | None:
-    """A call whose mask says what is padding: that of any layer, as tokens are padding for all of them."""
+    """A call whose mask says which tokens are padding; None without one. Any layer will do, as padding is the same for all."""
     order = Order(first.node.graph)
     for call in calls:
         if call.mask.captures():
-            read = [source.node for source in call.sources.values()]
-            if all(order.before(node, first.node) for node in read):
+            sources = [source.node for source in call.sources.values()]
+            if all(order.before(node, first.node) for node in sources):
                 return call
     return None
 

@@ -1,7 +1,8 @@
-"""Lift what a model adds to its scores back into the language: ``[B, 1, Q, KV]`` tensors become ``causal & padding(m)``.
+"""Lift the tensors that a model adds to its scores into the mask language: ``[B, 1, Q, KV]`` becomes ``causal & padding(m)``.
 
-A mask that cannot be lifted is used as it is, exactly. Queries that see no key give zeros, as ``scaled_dot_product_attention``
-does for boolean masks; models that add a large negative number instead give such rows (padding) an average of all values.
+A mask that cannot be lifted is used as a tensor, so the result is exact in any case. The output of a query that sees no key is
+zero, as in ``scaled_dot_product_attention`` with a boolean mask. A model that adds a large negative number instead gives such a
+row (padding) the average of all values.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ from sparse_compile.passes.lift.symbolic_element import (
 from sparse_compile.passes.lift.to_mask import NotLiftable, Words
 from sparse_compile.passes.ops.block_tables import KV_START, Q_START
 
-# Adding this or less to a score leaves nothing of its weight; models write -10000, -1e9, the smallest float or -inf.
+# Adding this or less to a score makes its weight zero. Models write -10000, -1e9, the smallest float or -inf.
 HIDDEN = -1e4
 
 
 def lift_call(call: WrittenCall, order: Order) -> Attention | Left:
-    """Understand what the model wrote: its mask, its score mod and the positions of queries and keys."""
+    """Recover the mask, the score mod and the positions of a call, or return the reason why it cannot be lifted."""
     try:
         return _Lift(call, order).run()
     except NotLiftable as reason:
@@ -55,53 +56,57 @@ def lift_call(call: WrittenCall, order: Order) -> Attention | Left:
 
 
 class _Lift:
+    """One call on its way into the language: what is added to its scores and what hides them, and the words for both."""
+
     def __init__(self, call: WrittenCall, order: Order) -> None:
-        self.call = call
-        self.order = order
-        self.pull = Pullback()
+        self.call, self.order, self.pull = call, order, Pullback()
         self.q_len, self.kv_len = call.q_len, call.kv_len
-        self.words = Words(self.pull, Positions(), self.kv_len)
+        self.scale, self.mods, terms, conditions = self._steps()
+        self.terms = [*terms, *([call.attn_mask] if call.attn_mask is not None else [])]
+        self.conditions = conditions
+        self.values = [self._at_scores(node) for node in self.terms]
+        self.hidden = [self._at_scores(node) for node in self.conditions]
+        self.positions = self._positions([*self.values, *self.hidden])
+        self.words = Words(self.pull, self.positions, self.kv_len)
 
     def run(self) -> Attention:
         call = self.call
-        scale, mods, terms, conditions = self._steps()
-        if call.attn_mask is not None:
-            terms.append(call.attn_mask)
-        values = [self._at_scores(node) for node in terms]
-        hidden = [self._at_scores(node) for node in conditions]
-        positions = self._positions([*values, *hidden])
-        self.words = Words(self.pull, positions, self.kv_len)
-        mask: Mask = causal if call.is_causal else full
-        biases: list[ScoreMod] = []
-        for node, value in zip(terms, values, strict=True):
-            seen, added = self._term(node, value)
-            mask = mask & seen
-            biases += added
-        for step, value in zip(conditions, hidden, strict=True):
-            mask = mask & self._mask_or_explicit(step, value)
-        mods = mods + biases
+        mask, biases = self._mask()
+        mods = self.mods + biases
         if call.sink is not None:
             at_head = tuple(HEAD if s != 1 else sympy.Integer(0) for s in shape_of(call.sink) or ())
             mods.append(sink_logits(self.words.capture(Element(call.sink, at_head), (HEAD,))))
-        # Attention that compares query and key positions is over one text, wherever its operands come from.
+        # Attention that compares query and key positions is over one text, whatever its operands are projected from.
         of_one_text = call.is_self_attention or mask.implies(causal)
         kv = Dense(call.k, call.v)
         return Attention(
             node=call.node,
             q=call.q,
             kv=kv,
-            scale=call.scale * scale,
+            scale=call.scale * self.scale,
             mask=mask,
             score_mod=in_order(tuple(mods)) if mods else None,
-            positions=positions,
+            positions=self.positions,
             phase=phase_of(call.q_len, kv, mask, is_self_attention=of_one_text),
             is_self_attention=of_one_text,
             sources=dict(self.words.sources),
             mask_nodes=call.mask_nodes,
         )
 
+    def _mask(self) -> tuple[Mask, list[ScoreMod]]:
+        """What the terms and conditions show, and what the terms add to the scores."""
+        mask: Mask = causal if self.call.is_causal else full
+        biases: list[ScoreMod] = []
+        for node, value in zip(self.terms, self.values, strict=True):
+            seen, added = self._term(node, value)
+            mask = mask & seen
+            biases += added
+        for step, value in zip(self.conditions, self.hidden, strict=True):
+            mask = mask & self._mask_or_explicit(step, value)
+        return mask, biases
+
     def _steps(self) -> tuple[float, list[ScoreMod], list[Node], list[Hide]]:
-        """Scale, score mods, added tensors and hiding conditions (already inverted where true means hidden)."""
+        """Sort the steps of the scores into the scale, score mods, added tensors and hiding conditions."""
         scale = 1.0
         mods: list[ScoreMod] = []
         terms: list[Node] = []
@@ -110,10 +115,10 @@ class _Lift:
         while steps:
             step = steps.pop(0)
             if isinstance(step, Scale | Tanh) and (terms or conditions):
-                raise NotLiftable("scores are scaled or capped after a mask or bias was added")
+                raise NotLiftable("scores are scaled or capped after a mask or bias was added: scale the queries instead")
             if isinstance(step, Scale):
                 if mods:
-                    raise NotLiftable("scores are scaled after a soft cap")
+                    raise NotLiftable("scores are scaled after a soft cap, which no score mod can express")
                 scale *= step.factor
             elif isinstance(step, Tanh):
                 following = steps.pop(0) if steps and isinstance(steps[0], Scale) else None
@@ -127,36 +132,36 @@ class _Lift:
         return scale, mods, terms, conditions
 
     def _at_scores(self, node: Node | Hide) -> Value:
-        """The element of a mask or bias at ``(b, h, i, j)``, broadcast as the scores are."""
+        """The element of a mask or bias at ``(b, h, i, j)``, broadcast to the scores. True means visible in a condition."""
         if isinstance(node, Hide):
             value = self._at_scores(node.node)
             return value if node.unless else negation(value)
         shape = shape_of(node)
         if shape is None or len(shape) > 4:
-            raise NotLiftable(f"the mask {node.name} has no shape that fits the scores")
+            raise NotLiftable(f"the mask {node.name} has shape {shape}, not that of scores [batch, heads, queries, keys]")
         batch, heads, *_ = sizes_of(self.call.q)
         return self.pull.operand(node, AXES, (batch, heads, self.q_len, self.kv_len))
 
     # -- positions --------------------------------------------------------------------------------------------------
 
     def _positions(self, values: list[Value]) -> Positions:
-        """Where queries and keys stand, from the first comparison of a query with a key, or from the lengths."""
+        """The positions of queries and keys, from the first comparison of a query with a key, or from the lengths."""
         for relation in _relations(values):
-            found = self._compared(relation)
-            if found is not None:
-                return found
+            positions = self._compared(relation)
+            if positions is not None:
+                return positions
         if self.call.is_self_attention and not self.call.is_causal:
             return Positions(q_start=sympy.expand(expr_of(self.kv_len) - expr_of(self.q_len)))
         return Positions()
 
     def _compared(self, relation: Relation) -> Positions | None:
-        """Positions from ``kv_start + j <= q_start + i``: the only comparison that says which sides the starts belong to."""
+        """Positions from ``kv_start + j <= q_start + i``, the only comparison from which both starts can be read; else None."""
         gap = relation.gap
         if relation.equal or sympy.expand(gap - QUERY + KEY).has(QUERY, KEY, BATCH):
             return None
         rest = sympy.expand(gap - QUERY + KEY)
         if rest.is_Integer and rest != 0 and expr_of(self.q_len) == expr_of(self.kv_len):
-            return None  # of as many queries as keys, j <= i + 2 is a window that looks ahead, and no place in the text
+            return None  # with as many queries as keys, j <= i + 2 is a window that looks ahead, not an offset
         q_start, kv_start, shift = sympy.Integer(0), sympy.Integer(0), None
         for term in sympy.Add.make_args(rest):
             node = self.pull.atoms.node(term)
@@ -173,7 +178,7 @@ class _Lift:
     # -- terms ------------------------------------------------------------------------------------------------------
 
     def _term(self, node: Node, value: Value) -> tuple[Mask, list[ScoreMod]]:
-        """What a tensor that is added to the scores (or a bool mask) shows, and what it adds to them."""
+        """The mask and the biases of a tensor that is added to the scores, or of a bool mask."""
         if value_of(node).dtype == torch.bool:
             return self._mask_or_explicit(node, value), []
         mask: Mask = full
@@ -191,7 +196,7 @@ class _Lift:
         if isinstance(value, Number) and value.expr == 0:
             return full, []
         if isinstance(value, Where):
-            for kept, other, condition in (
+            for shown, other, condition in (
                 (value.yes, value.no, value.condition),
                 (value.no, value.yes, negation(value.condition)),
             ):
@@ -200,23 +205,23 @@ class _Lift:
                         mask = self.words.mask(condition)
                     except NotLiftable:
                         break
-                    more, biases = self._float_part(node, kept, whole=False)
+                    more, biases = self._float_part(node, shown, whole=False)
                     return mask & more, biases
         if isinstance(value, Element) and all(x == 0 or x in AXES for x in value.index):
             return full, [bias(self.words.capture(value), Q_START, KV_START)]
         if whole:
             return full, [bias(self.words.capture(self._itself(node)), Q_START, KV_START)]
-        raise NotLiftable(f"a part of the bias {node.name} is not understood")
+        raise NotLiftable(f"a part of the bias {node.name} cannot be expressed as a mask or a bias")
 
     def _itself(self, node: Node) -> Element:
-        """A mask or bias as the tensor it is, indexed by the axes it has."""
+        """A mask or bias as a plain tensor, indexed by the axes that it has."""
         shape = shape_of(node)
         assert shape is not None
         index = AXES[4 - len(shape) :]
         return Element(node, tuple(sympy.Integer(0) if s == 1 else x for s, x in zip(shape, index, strict=True)))
 
     def _mask_or_explicit(self, node: Node | Hide, value: Value) -> Mask:
-        """The lifted mask; if only parts have words, those parts and the tensor itself; else the tensor alone."""
+        """The lifted mask. If only parts can be lifted, those parts and the tensor itself; if none can, the tensor alone."""
         try:
             return self.words.mask(value)
         except NotLiftable:
@@ -224,25 +229,25 @@ class _Lift:
         tensor = node.node if isinstance(node, Hide) else node
         itself = self.words.explicit(self._itself(tensor))
         whole = ~itself if isinstance(node, Hide) and not node.unless else itself
-        known = []
+        lifted = []
         for part in value.parts if isinstance(value, All) else ():
             try:
-                known.append(self.words.mask(part))
+                lifted.append(self.words.mask(part))
             except NotLiftable:
                 continue
-        return reduce(lambda a, b: a & b, [*known, whole])
+        return reduce(lambda a, b: a & b, [*lifted, whole])
 
 
 def _relations(values: list[Value]) -> list[Relation]:
-    """All comparisons within the values."""
-    found: list[Relation] = []
+    """All comparisons inside ``values``."""
+    relations: list[Relation] = []
     for value in values:
         if isinstance(value, Relation):
-            found.append(value)
+            relations.append(value)
         elif isinstance(value, All | Some | Sum):
-            found += _relations(list(value.parts))
+            relations += _relations(list(value.parts))
         elif isinstance(value, Negation):
-            found += _relations([value.part])
+            relations += _relations([value.part])
         elif isinstance(value, Where):
-            found += _relations([value.condition, value.yes, value.no])
-    return found
+            relations += _relations([value.condition, value.yes, value.no])
+    return relations

@@ -1,8 +1,8 @@
 """Pull the index of a tensor element back through the operations that computed the tensor.
 
-A mask is built from ``arange``, comparisons, ``&`` and a few lookups. Asking what its element at ``(b, h, i, j)`` is, and
-walking from the mask towards its inputs, turns ``[B, 1, Q, KV]`` tensors into a formula of four integers. Whatever is not
-understood becomes an ``Element`` of the node that computes it, so the result is always exact.
+A mask is built from ``arange``, comparisons, ``&`` and a few lookups. Starting at its element ``(b, h, i, j)``, the pullback
+walks from the mask towards its inputs, and turns the ``[B, 1, Q, KV]`` tensor into a formula of four integers. An operation
+without a rule becomes an ``Element`` of its node, so the result is always exact.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ RULES = MOVES | COMPUTES
 
 
 class Pullback:
-    """Elements of the tensors of one graph as formulas of their index."""
+    """Express elements of the tensors of one graph as formulas of their index."""
 
     def __init__(self) -> None:
         self.atoms = Atoms()
 
     def element(self, node: Any, index: Index) -> Value:
-        """The element of what ``node`` computes at ``index`` (one expression per axis)."""
+        """The element at ``index`` (one expression per axis) of the tensor that ``node`` computes."""
         if not isinstance(node, Node):
             return constant(node)
         value = value_of(node)
@@ -38,10 +38,10 @@ class Pullback:
         if not isinstance(value, Tensor):
             return constant(value) if isinstance(value, bool | int | float) else Element(node, index)
         if _is_rewritten(node):
-            return self._opaque(node, index)  # its content changes along the way: read it, do not explain it
+            return self._opaque(node, index)  # its content changes in place: read the tensor instead of deriving it
         rule = RULES.get(op_name(node).removesuffix("_") if is_in_place(node) else op_name(node))
-        found = rule(self, node, index) if rule is not None else None
-        return found if found is not None else self._opaque(node, index)
+        value = rule(self, node, index) if rule is not None else None
+        return value if value is not None else self._opaque(node, index)
 
     def _opaque(self, node: Node, index: Index) -> Value:
         element = Element(node, index)
@@ -52,7 +52,8 @@ class Pullback:
     def operand(self, node: Any, index: Index, result: tuple[Any, ...]) -> Value:
         """The element of an operand that broadcasts to a result of shape ``result`` indexed by ``index``.
 
-        An axis of size 1 that is not broadcast keeps its index: it is 0 anyway, and a single query is still a query.
+        An axis of size 1 that is not broadcast keeps its index. The index is 0 in any case, and this way the axis of a single
+        query is still recognized as the query axis.
         """
         shape = shape_of(node) if isinstance(node, Node) else None
         if shape is None:
@@ -62,7 +63,7 @@ class Pullback:
         return self.element(node, tuple(sympy.Integer(0) if is_one(s) and not is_one(r) else x for s, x, r in tail))
 
     def integer(self, node: Any) -> sympy.Expr | None:
-        """A scalar argument as an expression, or None if it is no integer."""
+        """A scalar argument as an expression; None if it is no integer."""
         if node is None:
             return None
         value = self.element(node, ())
@@ -70,10 +71,10 @@ class Pullback:
 
 
 def _is_rewritten(node: Node) -> bool:
-    """Whether the content of ``node`` is not what its operation says: it was written to, or wrote to something shared.
+    """Whether the content of ``node`` is not the result of its operation, because its memory is written to in place.
 
-    ``zeros_like(m).masked_fill_(m, -inf)`` writes to a tensor that nobody else sees, and is what it says.
+    ``zeros_like(m).masked_fill_(m, -inf)`` does not count: it writes to a fresh tensor that no other node uses.
     """
     base = memory_of(node)
-    said = list(base.users) if op_name(base) in CONSTANTS and len(base.users) == 1 else []
-    return any(writer not in said or "out" in writer.kwargs for writer in writers(node))
+    harmless = list(base.users) if op_name(base) in CONSTANTS and len(base.users) == 1 else []
+    return any(writer not in harmless or "out" in writer.kwargs for writer in writers(node))

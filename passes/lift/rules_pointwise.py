@@ -1,4 +1,4 @@
-"""How operations that compute elements pull an index back: casts, comparisons, logic, arithmetic, choices, constants, sums."""
+"""Pullback rules of operations that compute elements: casts, comparisons, logic, arithmetic, selection, constants, sums."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def _cast(pull: Elements, node: Node, index: Index) -> Value | None:
         return pull.element(source, index)
     inner = pull.element(source, index)
     if isinstance(inner, Element):
-        return None  # keep the cast: its result is what is looked up
+        return None  # keep the cast: the mask looks up its result
     if new.dtype == torch.bool:
-        looked_up = isinstance(inner, Number) and inner.expr.has(sympy.Function)  # keep the cast here as well
+        looked_up = isinstance(inner, Number) and inner.expr.has(sympy.Function)  # keep this cast as well
         return None if looked_up else _comparison("ne", inner, Number(sympy.Integer(0)))
     if old.dtype == torch.bool:
         return Where(inner, Number(sympy.Integer(1)), Number(sympy.Integer(0)))
@@ -65,7 +65,7 @@ def _compare(pull: Elements, node: Node, index: Index) -> Value | None:
 def _comparison(kind: str, a: Value, b: Value) -> Value | None:
     if isinstance(a, Number) and isinstance(b, Number):
         return relation(kind, a.expr, b.expr)
-    if isinstance(a, Where) and isinstance(b, Number):  # mask < -1, of a mask of zeros and large negative numbers
+    if isinstance(a, Where) and isinstance(b, Number):  # mask < -1, over a mask of zeros and large negative numbers
         yes, no = _comparison(kind, a.yes, b), _comparison(kind, a.no, b)
         return None if yes is None or no is None else _choose(a.condition, yes, no)
     return None
@@ -101,7 +101,7 @@ def _combine(kind: str, a: Value, b: Value) -> Value | None:
         return _arithmetic_of_numbers(kind, a.expr, b.expr)
     for one, other, left in ((a, b, True), (b, a, False)):
         if isinstance(one, Where) and isinstance(other, Number) and other.expr.is_number:
-            # 1 - mask, (1 - mask) * -inf and the like: do it to both outcomes.
+            # 1 - mask, (1 - mask) * -inf and the like: apply the operation to both outcomes.
             yes = _combine(kind, one.yes, other) if left else _combine(kind, other, one.yes)
             no = _combine(kind, one.no, other) if left else _combine(kind, other, one.no)
             return Where(one.condition, yes, no) if yes is not None and no is not None else None
@@ -113,7 +113,7 @@ def _combine(kind: str, a: Value, b: Value) -> Value | None:
 
 def _arithmetic_of_numbers(kind: str, a: sympy.Expr, b: sympy.Expr) -> Value | None:
     if kind == "mul" and 0 in (a, b) and (a.is_infinite or b.is_infinite):
-        return None  # not a number, in the model as well
+        return None  # 0 * inf is NaN, in the model as well
     results: dict[str, Callable[[], sympy.Expr]] = {
         "add": lambda: a + b,
         "sub": lambda: a - b,
@@ -144,8 +144,8 @@ def _where(pull: Elements, node: Node, index: Index) -> Value | None:
 
 
 def _masked_fill(pull: Elements, node: Node, index: Index) -> Value | None:
-    kept, condition, fill = (pull.operand(arg, index, result_shape(node)) for arg in node.args)
-    return _choose(condition, fill, kept)
+    unfilled, condition, fill = (pull.operand(arg, index, result_shape(node)) for arg in node.args)
+    return _choose(condition, fill, unfilled)
 
 
 def _choose(condition: Value, yes: Value, no: Value) -> Value:
@@ -158,7 +158,7 @@ def _choose(condition: Value, yes: Value, no: Value) -> Value:
 
 
 def _given(condition: Value, value: Value) -> Value:
-    """What ``value`` is where ``condition`` holds."""
+    """``value``, simplified for the elements where ``condition`` holds."""
     if isinstance(value, Where):
         if value.condition == condition:
             return value.yes
@@ -187,14 +187,14 @@ def _triangle(pull: Elements, node: Node, index: Index) -> Value | None:
     row, column = index[-2:]
     kind = "le" if op_name(node).startswith("tril") else "ge"
     inside = relation(kind, column, row + diagonal)
-    kept = pull.element(node.args[0], index)
+    element = pull.element(node.args[0], index)
     if value_of(node).dtype == torch.bool:
-        return conjunction([kept, inside])
-    return _choose(inside, kept, Number(sympy.Integer(0)))
+        return conjunction([element, inside])
+    return _choose(inside, element, Number(sympy.Integer(0)))
 
 
 def _diff(pull: Elements, node: Node, index: Index) -> Value | None:
-    """Differences of neighbours, where they are the same everywhere: of positions that count up, always 1."""
+    """Differences of neighbors, if they are equal everywhere: 1 for positions that count up."""
     prepend, dim = argument(node, 3, "prepend"), argument(node, 2, "dim", -1)
     if argument(node, 1, "n", 1) != 1 or argument(node, 4, "append") is not None:
         return None
@@ -219,7 +219,7 @@ def _diff(pull: Elements, node: Node, index: Index) -> Value | None:
 
 
 def _cumsum(pull: Elements, node: Node, index: Index) -> Value | None:
-    """Running sums of what is the same everywhere."""
+    """Running sums of a tensor whose elements are all equal."""
     inner = pull.element(node.args[0], index)
     if isinstance(inner, Truth):
         inner = Number(sympy.Integer(int(inner.value)))

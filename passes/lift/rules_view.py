@@ -1,4 +1,4 @@
-"""How operations that move elements pull an index back: slicing, broadcasting, reshaping, transposing."""
+"""Pullback rules of operations that move elements: slicing, broadcasting, reshaping, transposing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _getitem(pull: Elements, node: Node, index: Index) -> Value | None:
     tensors = [k for k in keys if isinstance(k, Node) and shape_of(k) is not None]
     if tensors:
         return _gather(pull, base, keys, tensors, index, result_shape(node))
-    found: list[sympy.Expr] = []
+    at_base: list[sympy.Expr] = []
     axis, place = 0, 0
     for k in keys:
         if k is None:
@@ -50,19 +50,19 @@ def _getitem(pull: Elements, node: Node, index: Index) -> Value | None:
             start = _slice_start(k, shape[axis])
             if start is None:
                 return None
-            found.append(sympy.expand(index[place] + start))
+            at_base.append(sympy.expand(index[place] + start))
             axis, place = axis + 1, place + 1
         else:
             picked = pull.integer(k)
             if picked is None:
                 return None
-            found.append(picked + expr_of(shape[axis]) if picked.is_negative else picked)
+            at_base.append(picked + expr_of(shape[axis]) if picked.is_negative else picked)
             axis += 1
-    return pull.element(base, tuple(found))
+    return pull.element(base, tuple(at_base))
 
 
 def _slice_start(key: slice, size: Any) -> sympy.Expr | None:
-    """Where a slice starts, or None if that is not plain."""
+    """Where a slice starts; None for a step other than 1, or a start that may be negative or is no number."""
     if key.step not in (None, 1):
         return None
     start = key.start or 0
@@ -80,10 +80,10 @@ def _gather(
     """``base[t0, t1]``: advanced indexing of every axis by tensors that broadcast to the result."""
     if len(tensors) != len(keys) or len(keys) != len(shape_of(base) or ()):
         return None
-    found = [pull.operand(t, index, result) for t in tensors]
-    exprs = [f.expr for f in found if isinstance(f, Number)]
-    # Negative indices count from the end: i - j may be one. What a model reads from a tensor is taken to be a position.
-    if len(exprs) != len(found) or any(t.could_extract_minus_sign() for e in exprs for t in sympy.Add.make_args(e)):
+    values = [pull.operand(t, index, result) for t in tensors]
+    exprs = [value.expr for value in values if isinstance(value, Number)]
+    # Negative indices count from the end, and i - j may be negative. Integers read from a tensor are assumed to be positions.
+    if len(exprs) != len(values) or any(t.could_extract_minus_sign() for e in exprs for t in sympy.Add.make_args(e)):
         return None
     return pull.element(base, tuple(exprs))
 
@@ -99,7 +99,7 @@ def _expand(pull: Elements, node: Node, index: Index) -> Value | None:
 
 
 def _repeat(pull: Elements, node: Node, index: Index) -> Value | None:
-    """A repetition along axes of size 1, and along new ones."""
+    """``repeat`` along axes of size 1 and along new axes."""
     assert isinstance(node.args[0], Node)
     counts = list(node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:])
     shape = result_shape(node.args[0])
@@ -112,16 +112,16 @@ def _repeat(pull: Elements, node: Node, index: Index) -> Value | None:
 
 
 def _reshape(pull: Elements, node: Node, index: Index) -> Value | None:
-    """A reshape that only adds or drops axes of size 1."""
+    """A reshape that only adds or removes axes of size 1."""
     assert isinstance(node.args[0], Node)
     old, new = shape_of(node.args[0]), shape_of(node)
     if old is None or new is None:
         return None
-    kept_old = [s for s in old if not is_one(s)]
-    kept_new = [(s, x) for s, x in zip(new, index, strict=True) if not is_one(s)]
-    if [expr_of(s) for s in kept_old] != [expr_of(s) for s, _ in kept_new]:
+    wide_old = [s for s in old if not is_one(s)]
+    wide_new = [(s, x) for s, x in zip(new, index, strict=True) if not is_one(s)]
+    if [expr_of(s) for s in wide_old] != [expr_of(s) for s, _ in wide_new]:
         return None
-    rest = iter([x for _, x in kept_new])
+    rest = iter([x for _, x in wide_new])
     return pull.element(node.args[0], tuple(sympy.Integer(0) if is_one(s) else next(rest) for s in old))
 
 

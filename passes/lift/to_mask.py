@@ -1,4 +1,4 @@
-"""Say a pulled-back mask in the words of the language: ``j <= i`` is ``causal``, a lookup at ``(b, j)`` is ``padding``."""
+"""Translate a pulled-back mask into the mask language: ``j <= i`` is ``causal``, and a lookup at ``(b, j)`` is ``padding``."""
 
 from __future__ import annotations
 
@@ -47,22 +47,23 @@ from sparse_compile.passes.ops.block_tables import KV_START, Q_START
 
 
 class NotLiftable(Exception):
-    """A part of a mask has no words in the language."""
+    """A part of a mask cannot be expressed in the mask language."""
 
 
 class Words:
-    """The masks of one call in words. ``sources`` collects the tensors they read, by the names they use for them."""
+    """Translates the masks of one call. ``sources`` collects the tensors that they read, by name."""
 
     def __init__(self, pull: Pullback, positions: Positions, kv_len: Any) -> None:
         self.pull, self.positions, self.kv_len = pull, positions, kv_len
         self.sources: dict[str, Source] = {}
 
     def mask(self, value: Value) -> Mask:
-        """The mask that ``value`` says. Raises ``NotLiftable`` where the language has no words for a part of it."""
+        """The mask of ``value``. Raises ``NotLiftable`` if a part of it cannot be expressed in the mask language."""
         if isinstance(value, Truth):
             return full if value.value else ~full
         if isinstance(value, All):
-            masks = sorted((self.mask(part) for part in value.parts), key=lambda mask: mask != causal)  # reads best in front
+            # The report is easier to read with causal in front.
+            masks = sorted((self.mask(part) for part in value.parts), key=lambda mask: mask != causal)
             return reduce(lambda a, b: a & b, masks)
         if isinstance(value, Some):
             return reduce(lambda a, b: a | b, [self.mask(part) for part in value.parts])
@@ -75,14 +76,14 @@ class Words:
         if isinstance(value, Where):
             yes, no = conjunction([value.condition, value.yes]), conjunction([negation(value.condition), value.no])
             return self.mask(disjunction([yes, no]))
-        raise NotLiftable("a number stands where a truth is needed")
+        raise NotLiftable("a mask is a number where a bool is needed")
 
     def _relation(self, relation: Relation) -> Mask:
         gap = self._to_positions(relation.gap)
         if relation.equal:
             return self._equality(gap)
         if not gap.has(QUERY, KEY, BATCH):
-            raise NotLiftable(f"a mask depends on {gap} alone")
+            raise NotLiftable(f"a mask depends on {gap} alone, and on no position of a query or key")
         distance = sympy.expand(gap - QUERY + KEY)
         if distance.is_Integer:  # j <= i + distance
             return _look_ahead(int(distance))
@@ -98,7 +99,7 @@ class Words:
         first = sympy.expand(KEY - gap)
         if first.is_Integer:  # j >= first
             return ~sink(int(first)) if first > 0 else full
-        raise NotLiftable(f"a mask compares {gap} with 0")
+        raise NotLiftable(f"a mask compares {gap} with 0, which no pattern expresses")
 
     def _up_to(self, last: sympy.Expr) -> Mask:
         beyond = sympy.expand(last - self.positions.kv_start - expr_of(self.kv_len) + 1)
@@ -110,7 +111,7 @@ class Words:
         node = self.pull.atoms.node(lengths)
         if node is not None and lengths.args == (BATCH,):
             return prefix(self.capture(Element(node, (BATCH,)), (BATCH,)))
-        raise NotLiftable(f"a mask shows keys up to {last}")
+        raise NotLiftable(f"a mask shows keys up to {last}, which no pattern expresses")
 
     def _equality(self, gap: sympy.Expr) -> Mask:
         """``i // n == j // n``, ``ids[b, i] == ids[b, j]``, or ``valid[b, j] == 0``."""
@@ -131,7 +132,7 @@ class Words:
                 (node,) = nodes
                 assert node is not None
                 return document(self.capture(Element(node, (BATCH, QUERY)), (BATCH, QUERY)))
-        raise NotLiftable(f"a mask compares {gap} with 0")
+        raise NotLiftable(f"a mask compares {gap} with 0, which no pattern expresses")
 
     def _lookup(self, element: Element) -> Mask:
         at = tuple(self._to_positions(x) for x in element.index)
@@ -140,17 +141,17 @@ class Words:
             return padding(self.capture(Element(element.node, at), (BATCH, KEY)))
         if all(x == 0 or x in AXES for x in element.index):
             return self.explicit(element)
-        raise NotLiftable(f"a mask looks up {element.node.name} at {element.index}")
+        raise NotLiftable(f"a mask reads {element.node.name} at {element.index}, which no pattern expresses")
 
     def explicit(self, element: Element) -> Mask:
-        """The mask that is a tensor."""
+        """The mask whose values are a tensor of the graph."""
         return explicit(self.capture(element), Q_START, KV_START)
 
     def capture(self, element: Element, layout: tuple[sympy.Symbol, ...] = AXES) -> Captured:
-        """A symbol for the tensor that ``element`` reads, brought to the axes of ``layout``; absent axes get size 1."""
+        """A symbol for the tensor that ``element`` reads, permuted to the axes of ``layout``; missing axes get size 1."""
         axes = [x for x in element.index if x != 0]
         if any(x not in layout for x in axes) or len(set(axes)) != len(axes):
-            raise NotLiftable(f"{element.node.name} is looked up at {element.index}")
+            raise NotLiftable(f"a mask reads {element.node.name} at {element.index}, which are not axes of the scores")
         order = tuple(axes.index(axis) for axis in sorted(axes, key=AXES.index))
         drop = tuple(0 if x == 0 else slice(None) for x in element.index)
         add = tuple(slice(None) if axis in axes else None for axis in layout)
@@ -161,7 +162,7 @@ class Words:
         return Captured.symbol(name)
 
     def _to_positions(self, expr: sympy.Expr) -> sympy.Expr:
-        """The expression over text positions: ``i`` and ``j`` stand for positions from here on."""
+        """``expr`` rewritten over text positions: in the result, ``i`` and ``j`` are positions instead of indices."""
         at = self.positions
         shift = self.pull.atoms.term(Element(at.q_shift, ())) if at.q_shift is not None else 0
         return sympy.expand(expr.subs({QUERY: QUERY - at.q_start - shift, KEY: KEY - at.kv_start}, simultaneous=True))

@@ -1,4 +1,4 @@
-"""FlexAttention as Inductor generates it: in Triton for CUDA, in C++ for the CPU."""
+"""FlexAttention's generated kernels: Triton on CUDA, C++ on CPU."""
 
 from __future__ import annotations
 
@@ -37,14 +37,22 @@ from sparse_compile.passes.storage.graph_text import to_text
 from sparse_compile.passes.torch_private import cpu_has_avx2, overload
 
 
-class Triton(Kernel):
-    """FlexAttention's Triton kernels: one for many queries, one for a decode step."""
+class FlexKernel(Kernel):
+    """A kernel that FlexAttention generates."""
+
+    realizes_captures = True
+
+    def lower(self, call: Attention, emitter: Emitter) -> Node | Left:
+        return lower_flex(call, emitter, self.layout(call, emitter.seen, emitter.scene.target))
+
+
+class Triton(FlexKernel):
+    """FlexAttention's Triton kernels: one for many queries, and one for a decode step."""
 
     name, title = "triton", "FlexAttention"
     aliases = ("flex",)
     device = "cuda"
     takes_any_mask = True
-    realizes_captures = True
 
     def rank(self, call: Attention, target: Target) -> int | None:
         return 40
@@ -61,18 +69,14 @@ class Triton(Kernel):
             return step_layout(call, seen, target)
         return prefill_layout(call, seen, (BLOCK, BLOCK), kernel_options(tiles_of(call, "prefill", target), "prefill"))
 
-    def lower(self, call: Attention, emitter: Emitter) -> Node | Left:
-        return lower_flex(call, emitter, self.layout(call, emitter.seen, emitter.scene.target))
 
-
-class Cpp(Kernel):
+class Cpp(FlexKernel):
     """FlexAttention's C++ kernels."""
 
     name, title = "cpp", "FlexAttention"
     aliases = ("flex",)
     device = "cpu"
     takes_any_mask = True
-    realizes_captures = True
 
     def rank(self, call: Attention, target: Target) -> int | None:
         return 20
@@ -85,14 +89,11 @@ class Cpp(Kernel):
             return selection_layout(call, call.kv, seen, every_column=True)
         return prefill_layout(call, seen, (BLOCK, BLOCK), {}, every_column=True)
 
-    def lower(self, call: Attention, emitter: Emitter) -> Node | Left:
-        return lower_flex(call, emitter, self.layout(call, emitter.seen, emitter.scene.target))
-
 
 def no_flex_attention(kernel: Kernel, call: Attention, target: Target) -> str:
-    """Why the inner compiler or the device has no kernel of FlexAttention; empty if they have."""
+    """Why the inner compiler or the device cannot run FlexAttention; empty if they can."""
     if target.inner not in ("inductor", "eager") and target.gradients:
-        return f"inner={target.inner!r} has no gradients of FlexAttention"
+        return f"FlexAttention has gradients only with inner='inductor', not inner={target.inner!r}"
     return needs_device(kernel, call, target)
 
 
@@ -104,7 +105,7 @@ def not_in_triton(call: Attention) -> str:
         return f"FlexAttention needs a head_dim of at least {SMALLEST_HEAD} on CUDA, not {smallest}"
     page = call.kv.selection.page_size if call.chooses_pages and isinstance(call.kv, Selected) else BLOCK
     if page < SMALLEST_PAGE or page & (page - 1):
-        return f"FlexAttention visits pages of a power of two from {SMALLEST_PAGE} on on CUDA, not of {page}"
+        return f"FlexAttention needs a page size on CUDA that is a power of two and at least {SMALLEST_PAGE}, not {page}"
     return ""
 
 
@@ -112,20 +113,20 @@ def _not_in_cpp(call: Attention, target: Target) -> str:
     if target.gradients:
         return "FlexAttention has no gradients on CPU"
     if call.score_mod is not None and isinstance(call.score_mod.parts()[-1], SinkLogits):
-        return "FlexAttention returns no log-sum-exp on CPU, which learned sinks need"
+        return "learned sinks need the log-sum-exp, which FlexAttention does not return on CPU"
     if not cpu_has_avx2():
         return "FlexAttention needs AVX2 on CPU"
     if call.dtype not in (torch.float32, *HALF):
-        return f"FlexAttention takes no {call.dtype} on CPU"
+        return f"FlexAttention needs float32, bfloat16 or float16 on CPU, not {call.dtype}"
     return ""
 
 
 def lower_flex(call: Attention, emitter: Emitter, layout: Layout) -> Node | Left:
-    """FlexAttention over the tables of a layout: a module that Inductor sees through, or one op for other compilers."""
+    """Write FlexAttention over the tables of a layout: as a module that Inductor compiles, or as one op for other compilers."""
     prepared = tables(emitter, layout, repeat_for_group=call.chooses_pages and layout.group == 1 and call.group > 1)
     if isinstance(prepared, Left):
         return prepared
-    # From here on the mask is what a selector could choose from: no other block is visited.
+    # From here on, the mask shows everything that its selector could select: the tables list only the selected blocks.
     mask = offered(emitter.seen.mask)
     captures, scores = tuple(emitter.captures(emitter.seen.mask)), emitter.score_captures()
     assert tensor_names(mask) == tensor_names(emitter.seen.mask)
@@ -149,13 +150,14 @@ def lower_flex(call: Attention, emitter: Emitter, layout: Layout) -> Node | Left
 
 
 def _as_buffer(emitter: Emitter, node: Node, *, others: tuple[Node, ...]) -> Node:
-    """Keys or values as the kernel may read them.
+    """Keys or values as a buffer that the kernel can read.
 
-    The C++ template takes the pointer of the buffer behind a view and forgets where the view begins: for ``v`` of
-    ``qkv.split(...)`` it silently reads ``q`` (torch 2.13). A cache, and what was appended to one, is a buffer of its own,
-    unless it serves as keys and values both (torch 2.11 refuses that).
+    The C++ template takes the pointer of the buffer behind a view and ignores the offset of the view: for ``v`` of
+    ``qkv.split(...)`` it silently reads ``q`` (torch 2.13), so a view on CPU is materialized. A cache is a buffer already, and
+    so is the concatenation of a cache and new tokens. If one buffer is both keys and values, it is materialized once more,
+    because torch 2.11 raises otherwise.
     """
-    its_own = node.op == "placeholder" or op_name(node) == "cat"
-    if emitter.device.type != "cpu" or (its_own and node not in others):
+    is_buffer = node.op == "placeholder" or op_name(node) == "cat"
+    if emitter.device.type != "cpu" or (is_buffer and node not in others):
         return node
     return emitter.call_function(emitter.node, overload(materialize), node)

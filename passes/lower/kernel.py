@@ -1,6 +1,6 @@
-"""What a kernel is to the passes: one file with a class that says what it takes, how its work is cut, and how it is called.
+"""The interface of a kernel: which calls it can run, how its work is cut into blocks, and how a call of it is written.
 
-A new kernel is a file like its neighbors, and a line in ``lower/kernels.py``.
+To add a kernel, write one file with one subclass, and add a line to ``lower/kernels.py``.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from sparse_compile.passes.lower.emitter import Emitter
 class Kernel(ABC):
     """One way to run attention.
 
-    ``name`` is what ``kernel=`` takes, ``title`` what reports show, and ``aliases`` are other names it goes by. ``device`` is
-    the only device type it runs on, or None. ``takes_any_mask`` marks the general kernel of a device: why it cannot run a call
-    is why the dense reference does. ``reads_mask`` is false for a kernel that needs neither tables nor a dense mask for a plain
-    one. ``realizes_captures`` says that tensors which masks read are captured by generated code, so that each must be a buffer
-    of its own.
+    ``name`` is the value of ``kernel=``, ``aliases`` are other values for it, and reports show ``title``. ``device`` is the
+    only device type that the kernel runs on; None means any. ``takes_any_mask`` marks the general kernel of a device: if it
+    cannot run a call, the report gives its reason for the dense reference. ``reads_mask`` is False for a kernel that needs
+    neither tables nor a dense mask if the mask is causal or full. ``realizes_captures`` says that generated code captures the
+    tensors that masks read, so that each of them must be materialized as a buffer of its own.
     """
 
     name: ClassVar[str]
@@ -39,32 +39,32 @@ class Kernel(ABC):
 
     @abstractmethod
     def rank(self, call: Attention, target: Target) -> int | None:
-        """How fast the kernel is for this kind of call: the lowest rank is tried first. None: it is not meant for it."""
+        """The rank of the kernel for this kind of call. The lowest rank is tried first; None means that it is not tried."""
 
     @abstractmethod
     def why_not(self, call: Attention, target: Target) -> str:
-        """Why the kernel cannot run ``call``, for the report; empty if it can."""
+        """The reason for the report why the kernel cannot run ``call``; empty if it can."""
 
     @abstractmethod
     def layout(self, call: Attention, seen: NamedMask, target: Target) -> Layout:
-        """How the work of ``call`` is cut into blocks, and the kernel options that go with it."""
+        """The block tables of ``call``, and the kernel options that go with them."""
 
     @abstractmethod
     def lower(self, call: Attention, emitter: Emitter) -> Node | Left:
-        """Write the nodes that run ``call``; returns that of the output, or why they cannot be written."""
+        """Write the nodes that run ``call``; returns the output node, or the reason why they cannot be written."""
 
     def lower_together(self, emitters: Sequence[Emitter], q: Node) -> Node | None:
-        """Write one launch for all storage groups of a call whose queries are ``q``; None if it takes one for each."""
+        """Write one launch for all storage groups of a call with queries ``q``; None if each group needs its own launch."""
         return None
 
 
 def needs_device(kernel: Kernel, call: Attention, target: Target) -> str:
-    """Why a kernel of one device type cannot run ``call``; empty if the call runs there."""
+    """Why ``kernel`` cannot run ``call`` on its device or with the inner compiler; empty if it can."""
     device = target.device_of(call)
     if target.inner == "eager":
         return "inner='eager' has no FlexAttention kernels"
     if kernel.device == "cuda" and device != "cuda":
-        return f"{kernel.name} needs CUDA, and the call runs on {device}"
+        return f"{kernel.name} needs CUDA, but the call runs on {device}"
     if kernel.device == "cpu" and device != "cpu":
-        return f"FlexAttention has no kernels for {device}"
+        return f"{kernel.name} needs a CPU, but the call runs on {device}"
     return ""

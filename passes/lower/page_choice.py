@@ -1,4 +1,4 @@
-"""Write what chooses the keys of a head group: blocks by blocks of queries in a prefill, pages of a cache in a decode step."""
+"""Write the page selection of a head group: blocks of keys in a prefill, and pages of a cache in a decode step."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from sparse_compile.passes.ir.ring_rows import new_tokens
 from sparse_compile.passes.kernels.operands import PageScoring, SelectPages
 from sparse_compile.passes.lower.cache_writes import append_quantized, write_once
 from sparse_compile.passes.lower.emitter import Emitter
-from sparse_compile.passes.ops.page_classes import page_classes, pick_pages
-from sparse_compile.passes.ops.page_selection import select_pages
+from sparse_compile.passes.ops.page_selection import page_classes, pick_pages, select_pages
 from sparse_compile.passes.ops.prefill_block_selection import SelectBlocks, select_blocks
 from sparse_compile.passes.storage.codec import Format
 from sparse_compile.passes.storage.graph_text import to_text
@@ -25,15 +24,15 @@ from sparse_compile.passes.torch_private import overload
 
 
 def chosen_blocks(emitter: Emitter, layout: Layout) -> Node | Left:
-    """A prefill: the output of ``select_blocks``."""
+    """Write the selection of a prefill, where blocks of queries select blocks of keys; returns the ``select_blocks`` node."""
     call, point = emitter.call, emitter.point
     at, kv_len = call.positions, emitter.integer(point, expr_of(call.kv_len))
     if kv_len is None:
-        return Left(emitter.node, "its length cannot be had where its blocks are chosen")
+        return Left(emitter.node, "its length is not known yet where its blocks are selected")
     q_start: Any = emitter.integer(point, at.q_start)
     kv_start: Any = emitter.integer(point, at.kv_start)
     if q_start is None or kv_start is None:
-        return Left(emitter.node, f"its positions ({at}) cannot be had where its blocks are chosen")
+        return Left(emitter.node, f"its positions ({at}) are not known yet where its blocks are selected")
     width: Any = emitter.blocks(point, kv_len, layout.block[1]) if layout.width is None else layout.width
     captures = emitter.captures(layout.mask)
     k, _ = emitter.keys_values()
@@ -44,19 +43,20 @@ def chosen_blocks(emitter: Emitter, layout: Layout) -> Node | Left:
 
 
 def chosen_pages(emitter: Emitter, pages: Selected, layout: Layout, *, repeat_for_group: bool = False) -> list[Node]:
-    """A decode step: positions of the first query and key, counts and pages, and empty lists of full ones if asked for.
+    """Write the selection of a decode step; returns the positions of the first query and key, page counts, and page lists.
 
-    The tokens of the step are written to the cache first, or together with the choice.
+    With ``layout.split``, empty counts and lists of full pages follow. The tokens of the step are written to the cache before
+    the selection, or by the same op.
     """
     point, call, state = emitter.node, emitter.call, pages.state
     write_once(point, pages, call.q, emitter.scene.shared)
-    classes_and_more = _classes(emitter, pages, layout)
-    first_query, first_key, classes, changed = (emitter.item(point, classes_and_more, n) for n in range(4))
-    by = ("chosen by", state.scores, classes_and_more, pages.selection.budget)
+    outputs = _classes(emitter, pages, layout)
+    first_query, first_key, classes, changed = (emitter.item(point, outputs, n) for n in range(4))
+    key = ("selected", state.scores, outputs, pages.selection.budget)
     if pages.appends_with_choice:
-        emitter.scene.shared[by] = _append_and_choose(emitter, pages, classes, changed)
-    alike = state.table is not None and value_of(state.table).shape[3] == layout.width
-    if by in emitter.scene.shared and alike and _scores_all_heads(pages):
+        emitter.scene.shared[key] = _append_and_choose(emitter, pages, classes, changed)
+    has_width = state.table is not None and value_of(state.table).shape[3] == layout.width
+    if key in emitter.scene.shared and has_width and _scores_all_heads(pages):
         lists = [rows_in_use(point, part, call.q) for part in (state.counts, state.table) if part is not None]
     else:
         limits = (emitter.integer(point, expr_of(call.batch)), pages.selection.budget, layout.width, pages.selection.page_size)
@@ -65,13 +65,13 @@ def chosen_pages(emitter: Emitter, pages: Selected, layout: Layout, *, repeat_fo
         lists = [emitter.item(point, picked, n) for n in range(2)]
     if repeat_for_group:
         lists = [emitter.call_function(point, torch.repeat_interleave, x, call.group, 1) for x in lists]
-    if layout.split:  # the C++ template compiles with full blocks only; there are none
+    if layout.split:  # the C++ template needs tables of full blocks to compile; these are empty
         lists += [emitter.call_function(point, torch.zeros_like, x) for x in lists]
     return [first_query, first_key, *lists]
 
 
 def _classes(emitter: Emitter, pages: Selected, layout: Layout) -> Node:
-    """What becomes of each page under the mask: hidden, offered or always read; shared by layers."""
+    """The class of each page under the mask: hidden, selectable or always read. Layers share this node."""
     selection, start, text = pages.selection, pages.new.start, to_text(layout.mask)
     sizes = (selection.page_size, pages.length // selection.page_size, selection.selector.every > 1)
 
@@ -84,9 +84,9 @@ def _classes(emitter: Emitter, pages: Selected, layout: Layout) -> Node:
 
 
 def _append_and_choose(emitter: Emitter, pages: Selected, classes: Node, changed: Node) -> Node:
-    """Append the new token and choose, in a layer that leads. Quantized pages are written by the same op.
+    """Append the new token and select pages, in a layer that scores its own pages. The same op writes quantized pages.
 
-    With a check for finite numbers they are written before, by the op that checks.
+    With ``check_finite``, the op that checks writes the quantized pages first.
     """
     state, selection, selector, new = pages.state, pages.selection, pages.selection.selector, pages.new
     quantized = pages.pages if isinstance(pages.pages, Quantized) else None
@@ -122,5 +122,5 @@ def _append_and_choose(emitter: Emitter, pages: Selected, classes: Node, changed
 
 
 def _scores_all_heads(pages: Selected) -> bool:
-    """Whether these heads are all that are scored together."""
+    """Whether the heads of ``pages`` are all heads that are scored together."""
     return pages.selection.rows == tuple(range(value_of(pages.state.scores).shape[1]))

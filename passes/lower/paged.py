@@ -1,4 +1,4 @@
-"""Our kernel for decode steps over a cache: it reads rings, and chosen or quantized pages, where they lie."""
+"""Page attention, our kernel for decode steps over a cache: it reads rings and selected or quantized pages in place."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sparse_compile.passes.storage.codec import Format
 
 
 class PagedAttention(Kernel):
-    """One launch for all heads of a layer, and one that merges its splits."""
+    """One launch for all heads of a layer, and one launch that merges the splits."""
 
     name, title = "pages", "page attention"
     device = "cuda"
@@ -40,14 +40,14 @@ class PagedAttention(Kernel):
         if reason := needs_device(self, call, target):
             return reason
         if not can_be_read_in_place(call.kv):
-            return "the kernel over pages reads rings, chosen pages and encoded pages of a SparseCache in a decode step"
+            return "page attention needs a decode step over a ring, selected pages or quantized pages of a SparseCache"
         if not isinstance(call.kv, Ring) and (call.score_mod is not None or offered(call.visible) != causal):
-            return f"the kernel over pages is causal, without score mods, and this call has {call.visible}, {call.score_mod}"
+            return f"page attention needs a causal mask and no score mod, not {call.visible} with score mod {call.score_mod}"
         query_dim, _, value_dim = call.dims
         if max(query_dim, value_dim) > LARGEST_HEAD:
-            return f"the kernel over pages takes a head_dim of at most {LARGEST_HEAD}, not {max(query_dim, value_dim)}"
+            return f"page attention needs a head_dim of at most {LARGEST_HEAD}, not {max(query_dim, value_dim)}"
         if call.kv_heads > MOST_KV_HEADS:
-            return f"the kernel over pages takes at most {MOST_KV_HEADS} KV heads, not {call.kv_heads}"
+            return f"page attention needs at most {MOST_KV_HEADS} KV heads, not {call.kv_heads}"
         pages = call.kv.pages if isinstance(call.kv, Selected) else call.kv
         unreadable = unreadable_format(pages.forms, pages.dims) if isinstance(pages, Quantized) else ""
         return unreadable or not_in_triton(call)
@@ -63,7 +63,7 @@ class PagedAttention(Kernel):
         return _launch(emitter, emitter.query(), pages, ring)
 
     def lower_together(self, emitters: Sequence[Emitter], q: Node) -> Node | None:
-        """Read pages and a ring in one launch, which writes the heads in their order."""
+        """Read pages and a ring in one launch, which writes the heads in ascending order."""
         kinds = [isinstance(emitter.call.kv, Ring) for emitter in emitters]
         if sorted(kinds) != [False, True] or sum(emitter.call.kv_heads for emitter in emitters) > MOST_KV_HEADS:
             return None
@@ -73,7 +73,7 @@ class PagedAttention(Kernel):
         return _launch(paged, q, self._pages(paged.call, paged), _ring(ringed.call.kv, ringed)._replace(heads=heads))
 
     def _pages(self, call: Attention, emitter: Emitter) -> PageRead[Node]:
-        """The pages that a step reads: those it chooses, or all."""
+        """The pages that a step reads: the selected ones, or all."""
         kv, shared = call.kv, emitter.scene.shared
         assert isinstance(kv, Selected | Quantized)
         counts = table = None
@@ -93,7 +93,7 @@ class PagedAttention(Kernel):
 
 
 def _ring(kv: Ring, emitter: Emitter) -> RingRead[Node]:
-    """The ring that a step reads, as if all heads were in it."""
+    """The ring that a step reads, with its heads numbered from 0."""
     assert kv.window is not None
     return RingRead(*emitter.keys_values(), kv.at.texts, kv.text, *kv.window, list(range(kv.heads)))
 
@@ -104,17 +104,17 @@ def _launch(emitter: Emitter, q: Node, pages: PageRead[Node] | None, ring: RingR
 
 
 def unreadable_format(forms: Sequence[Format], dims: Sequence[int]) -> str:
-    """Why the kernel cannot read keys and values of sizes ``dims`` that are quantized so; empty if it can."""
+    """Why the kernel cannot read keys and values of sizes ``dims`` in the formats ``forms``; empty if it can."""
     for form, dim in zip(forms, dims, strict=True):
         tokens = form.tokens
         if form.kind and (dim % 4 or (tokens > 1 and (tokens < SMALLEST_KEY_GROUP or tokens & (tokens - 1)))):
             return (
-                f"the kernel over pages reads codes of a head_dim that 4 divides and of groups of a power of two from "
-                f"{SMALLEST_KEY_GROUP} tokens on, not of {dim} and {tokens}"
+                "page attention reads quantized pages only if 4 divides the head_dim and the tokens in a group are a power of "
+                f"two of at least {SMALLEST_KEY_GROUP} (or 1), not head_dim {dim} and groups of {tokens}"
             )
         if tokens == 1 and form.channels and dim // form.channels > MOST_VALUE_GROUPS:
             return (
-                f"the kernel over pages reads at most {MOST_VALUE_GROUPS} groups of values in a head, "
-                f"not {dim // form.channels}"
+                f"page attention reads quantized values only if a head has at most {MOST_VALUE_GROUPS} groups of channels, "
+                f"not {dim // form.channels}: give a group more channels"
             )
     return ""

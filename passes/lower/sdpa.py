@@ -1,4 +1,4 @@
-"""``scaled_dot_product_attention`` without a mask tensor; on CPU also over a single row of one."""
+"""``scaled_dot_product_attention`` without a mask tensor. On CPU, a decode step also runs with a single row of a mask."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch.fx import Node
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_compile.masks.patterns.per_head import PerHead
+from sparse_compile.passes.choose import tuning
 from sparse_compile.passes.choose.block_layout import Layout
 from sparse_compile.passes.choose.named_mask import NamedMask
 from sparse_compile.passes.ir.attention import Attention
@@ -18,24 +19,23 @@ from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.target import Target
 from sparse_compile.passes.kernels.limits import HALF, LARGEST_HEAD
 from sparse_compile.passes.lower.emitter import Emitter
-from sparse_compile.passes.lower.flash import FLASH_FROM
 from sparse_compile.passes.lower.kernel import Kernel, needs_device
 from sparse_compile.passes.lower.reference import dense_or_selected, lower_dense
 
 
 class SDPA(Kernel):
-    """torch's own fused kernels, cuDNN among them."""
+    """torch's own fused kernels, including cuDNN."""
 
     name, title = "sdpa", "SDPA"
     reads_mask = False
 
     def rank(self, call: Attention, target: Target) -> int | None:
         if target.device_of(call) == "cpu":
-            # One dense row of a mask costs less than tables, unless a policy skips most keys of every head.
+            # A dense mask of one row costs less than tables, unless a policy skips most keys of every head.
             return 30 if _skips(call) and call.plain_form is None else 10
         if can_be_read_in_place(call.kv):
             return None
-        is_short = hint_of(call.q_len) < FLASH_FROM
+        is_short = hint_of(call.q_len) < tuning.FLASH_FROM
         return 10 if call.is_step or (is_short and call.plain_form is not None) else 20
 
     def why_not(self, call: Attention, target: Target) -> str:
@@ -69,12 +69,12 @@ def _skips(call: Attention) -> bool:
 
 
 def _no_fused_kernel(call: Attention, target: Target) -> str:
-    """Why SDPA has no fused kernel: without one it writes out all scores, and repeats the KV heads."""
+    """Why SDPA has no fused kernel; empty if it has. Without one, it computes all scores at once and repeats KV heads."""
     dims = set(call.dims)
     if call.dtype not in HALF:
-        return f"SDPA's fused kernels take bfloat16 and float16, not {call.dtype}"
+        return f"SDPA's fused kernels need bfloat16 or float16, not {call.dtype}"
     if len(dims) > 1 or max(dims) > LARGEST_HEAD or max(dims) % 8:
-        return f"SDPA's fused kernels take one head_dim of at most {LARGEST_HEAD}, a multiple of 8, not {sorted(dims)}"
+        return f"SDPA's fused kernels need one head_dim, a multiple of 8 up to {LARGEST_HEAD}, not {sorted(dims)}"
     if target.capability is not None and target.capability < (8, 0):
-        return f"SDPA's fused kernels need compute capability 8.0, not {target.capability}"
+        return f"SDPA's fused kernels need compute capability (8, 0) or later, not {target.capability}"
     return ""

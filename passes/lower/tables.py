@@ -1,4 +1,4 @@
-"""Block tables and dense masks of one head group, shared between calls of equal mask and shape."""
+"""Write the block tables and dense masks of one head group. Calls with equal masks and shapes share them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ CONSTANT_TABLE_BYTES = 16 << 20
 
 
 def tables(emitter: Emitter, layout: Layout, *, repeat_for_group: bool = False) -> Node | list[Node] | Left:
-    """The positions of the first query and key and the block tables of a layout; a selector chooses the blocks.
+    """The positions of the first query and key, and the block tables of a layout. A selector selects their blocks.
 
-    With ``repeat_for_group`` tables of chosen pages are those of query heads instead of KV heads.
+    With ``repeat_for_group``, tables of selected pages are repeated for query heads, instead of one for each KV head.
     """
     if not has_selector(emitter.seen.mask):
         return _block_tables(emitter, layout)
@@ -55,7 +55,7 @@ def _block_tables(emitter: Emitter, layout: Layout) -> Node | list[Node] | Left:
 
 
 def dense_mask(emitter: Emitter, mask: Mask) -> Node | Left:
-    """The node of ``DenseMask``: the positions of the first query and key, and ``mask`` as a tensor."""
+    """The node of ``DenseMask``, whose outputs are the positions of the first query and key, and ``mask`` as a tensor."""
     numbers = _numbers(emitter)
     if isinstance(numbers, Left):
         return numbers
@@ -70,39 +70,39 @@ def dense_mask(emitter: Emitter, mask: Mask) -> Node | Left:
 
 
 def seen_pairs(emitter: Emitter, layout: Layout) -> Node | list[Node] | Left:
-    """What the dense reference reads: ``dense_mask``, less what a selector does not choose."""
+    """The mask of the dense reference: ``dense_mask`` without the blocks that a selector does not select."""
     if not has_selector(emitter.seen.mask):
         return dense_mask(emitter, emitter.seen.mask)
-    chosen = tables(emitter, layout)
+    selected = tables(emitter, layout)
     dense = dense_mask(emitter, offered(emitter.seen.mask))
-    if isinstance(chosen, Left) or isinstance(dense, Left):
-        return chosen if isinstance(chosen, Left) else dense
+    if isinstance(selected, Left) or isinstance(dense, Left):
+        return selected if isinstance(selected, Left) else dense
     point, heads = emitter.node, emitter.call.heads if emitter.heads is None else len(emitter.heads)
     first_query, first_key, visible = (emitter.item(point, dense, n) for n in range(3))
-    listed = [emitter.item(point, chosen, n) for n in (2, 3)] if isinstance(chosen, Node) else chosen[2:]
+    listed = [emitter.item(point, selected, n) for n in (2, 3)] if isinstance(selected, Node) else selected[2:]
     pairs = emitter.call_module(point, "listed_pairs", ListedPairs(layout.block), visible, *listed, heads)
     return [first_query, first_key, pairs]
 
 
 def _where(emitter: Emitter) -> tuple[Any, ...]:
-    """What tells tables of one mask apart: lengths, positions, device and the tensors that names stand for."""
+    """The key that tells tables of one mask apart: lengths, positions, device, and the tensors that names stand for."""
     call = emitter.call
     return expr_of(call.q_len), expr_of(call.kv_len), call.positions, call.device, str(call.sources)
 
 
 def _numbers(emitter: Emitter) -> list[Any] | Left:
-    """Lengths and positions of the first query and key, as numbers or nodes that can be used where tables are computed."""
+    """The lengths, and the positions of the first query and key, as ints or nodes that exist where tables are computed."""
     call, at = emitter.call, emitter.call.positions
     q_len, kv_len = expr_of(call.q_len), expr_of(call.kv_len)
-    found = [emitter.integer(emitter.point, expr) for expr in (q_len, kv_len, at.q_start, at.kv_start)]
-    numbers = [number for number in found if number is not None]
-    if len(numbers) == len(found):
+    integers = [emitter.integer(emitter.point, expr) for expr in (q_len, kv_len, at.q_start, at.kv_start)]
+    numbers = [number for number in integers if number is not None]
+    if len(numbers) == len(integers):
         return numbers
-    return Left(emitter.node, f"its lengths or positions ({q_len}, {kv_len}, {at}) cannot be had where its mask is computed")
+    return Left(emitter.node, f"its lengths or positions ({q_len}, {kv_len}, {at}) are not known where its mask is computed")
 
 
 def _is_constant(emitter: Emitter, layout: Layout) -> bool:
-    """Whether shapes alone decide the tables, and they are small enough to keep."""
+    """Whether the tables depend on static shapes only, and are small enough to keep as buffers."""
     if layout.width is None or tensor_names(emitter.seen.mask):
         return False
     rows = -(-hint_of(emitter.call.q_len) // layout.block[0])
@@ -110,7 +110,7 @@ def _is_constant(emitter: Emitter, layout: Layout) -> bool:
 
 
 def _constant_tables(emitter: Emitter, layout: Layout) -> list[Node]:
-    """The tables as buffers of the graph: a short prompt should not wait for the launches that build them."""
+    """The tables as buffers of the graph, so that a short prompt does not wait for the launches that would build them."""
     call = emitter.call
     lengths = int(call.q_len), int(call.kv_len), int(call.positions.q_start), 0
     cut = Cut(layout.heads, *lengths, *layout.block, layout.width or 0, layout.split)

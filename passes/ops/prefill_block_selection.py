@@ -1,4 +1,4 @@
-"""Page selection in a prefill: runs of queries choose blocks of keys by their mean query. An estimate, and therefore lossy."""
+"""Select blocks of keys in a prefill, by the mean of each block of queries. The mean is an estimate, so this is lossy."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from sparse_compile.passes.ops.structured import StructuredOp
 
 T = TypeVar("T")
 
-NUMBERS_AT_ONCE = 1 << 28  # of estimates that are in memory together
+NUMBERS_AT_ONCE = 1 << 28  # estimated scores in memory at once
 
 
 class SelectBlocks(NamedTuple, Generic[T]):
-    """Queries ``q`` ``[B, Hq, Q, D]`` that choose among blocks of keys ``k`` ``[B, Hkv, KV, D]``, by the mean of each block.
+    """Queries ``q`` ``[B, Hq, Q, D]`` that select blocks of keys ``k`` ``[B, Hkv, KV, D]``, by the mean of each query block.
 
-    The blocks that the static part of the mask shows to any query of a block, and those of the queries themselves, are always
-    chosen. ``heads`` is the number of query heads if the mask tells them apart, else 1; the query heads of a KV head choose
-    together. ``captures`` are the tensors that the mask reads. ``width`` and ``split`` are those of block tables.
+    Always selected are the blocks that the static part of the mask shows to any query of a block, and the blocks of the queries
+    themselves. ``heads`` is the number of query heads if the mask differs between them, else 1. All query heads of a KV head
+    share one selection. ``captures`` are the tensors that the mask reads. ``width`` and ``split`` are those of block tables.
     """
 
     q: T
@@ -75,14 +75,14 @@ def _shapes(operands: SelectBlocks[Tensor]) -> list[Tensor]:
     return [torch.empty(size, dtype=torch.int32, device=q.device) for size in sizes]
 
 
-# The positions of the first query and key ``[1]`` and the tables of all query heads, as ``block_tables_op`` lists them, int32.
+# Returns the positions of the first query and key ``[1]``, then the tables of all query heads as ``block_tables_op``; int32.
 select_blocks = StructuredOp("select_blocks", SelectBlocks, _select, fake=_shapes)
 
 
 def _choose(
     q: Tensor, k: Tensor, mask: Mask, first_query: Tensor, first_key: Tensor, width: int, split: bool
 ) -> tuple[Tensor, ...]:
-    """The tables of some KV heads under one mask."""
+    """Return the block tables of some KV heads under one mask."""
     selector = selector_of(mask)
     batch, kv_heads, kv_len, _ = k.shape
     pages = -(-kv_len // BLOCK)
@@ -92,7 +92,7 @@ def _choose(
     described = None if selector is None else _described(k, valid, selector)
     compared = pages if described is None else described.shape[2]
     step = max(1, NUMBERS_AT_ONCE // (batch * kv_heads * means.shape[2] * compared))
-    found = []
+    runs = []
     for at in range(0, lo.numel(), step):
         rows = slice(at, at + step)
         run = lo[rows] + first_query, hi[rows] + first_query
@@ -109,12 +109,12 @@ def _choose(
             scores = _scores(means[:, :, :, rows], described, valid, selector)
         budget = pages if selector is None else -(-selector.tokens // BLOCK)
         count, index = choose(scores, classes, budget, width)
-        found.append(split_tables(index, count, surely, BLOCK) if split else (count, index))
-    return tuple(torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
+        runs.append(split_tables(index, count, surely, BLOCK) if split else (count, index))
+    return tuple(torch.cat(parts, dim=2) for parts in zip(*runs, strict=True))
 
 
 def _means(q: Tensor, kv_heads: int, rows: int, valid: Tensor | None, first: Tensor) -> Tensor:
-    """The mean of the queries of each block that are no padding, fp32 ``[B, Hkv, G, rows, D]``."""
+    """Return the mean of the queries of each block, without padding: fp32 ``[B, Hkv, G, rows, D]``."""
     q_len, room = q.shape[2], rows * BLOCK - q.shape[2]
     if valid is None:
         counts = (q_len - torch.arange(rows, device=q.device) * BLOCK).clamp(max=BLOCK).view(1, 1, rows, 1)
@@ -129,7 +129,10 @@ def _means(q: Tensor, kv_heads: int, rows: int, valid: Tensor | None, first: Ten
 
 
 def _valid(mask: Mask, first_key: Tensor, kv_len: int) -> Tensor | None:
-    """Which keys are no padding, bool ``[B | 1, KV]``: those that see themselves. None if all do, or nobody can tell."""
+    """Return which keys are not padding, bool ``[B | 1, KV]``: those that see themselves under ``mask``.
+
+    None if the mask reads no tensors, and if it has an explicit mask, which does not say what is padding.
+    """
     if not mask.captures() or any(isinstance(node, Explicit) for node in mask.walk()):
         return None
     b = torch.arange(mask.sizes()[0], device=first_key.device).view(-1, 1)
@@ -139,7 +142,7 @@ def _valid(mask: Mask, first_key: Tensor, kv_len: int) -> Tensor | None:
 
 
 def _described(k: Tensor, valid: Tensor | None, selector: PageTopK) -> Tensor:
-    """What queries are compared with: digests of logical pages, or the keys, of whole blocks."""
+    """Return what queries are scored against: summaries of logical pages or the keys themselves, padded to whole blocks."""
     room = -k.shape[2] % BLOCK
     if room:
         valid = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if valid is None else valid
@@ -148,7 +151,7 @@ def _described(k: Tensor, valid: Tensor | None, selector: PageTopK) -> Tensor:
 
 
 def _scores(means: Tensor, described: Tensor, valid: Tensor | None, selector: PageTopK) -> Tensor:
-    """``[B, Hkv, rows, blocks]`` of mean queries ``[B, Hkv, G, rows, D]``."""
+    """Return the scores ``[B, Hkv, rows, blocks]`` of mean queries ``[B, Hkv, G, rows, D]``."""
     group, rows = means.shape[2:4]
     queries = means.transpose(2, 3).flatten(2, 3)
     if selector.score == "keys":
@@ -157,7 +160,7 @@ def _scores(means: Tensor, described: Tensor, valid: Tensor | None, selector: Pa
         scores = score_keys(queries, described, seen, selector.page)
     else:
         scores = score_summaries(queries, described, selector.score)
-    heard = None
+    has_token = None
     if valid is not None:
-        heard = alive(pad(valid, (0, -valid.shape[1] % BLOCK)), selector.page)[:, None, None]
-    return pool(scores.unflatten(2, (rows, group)), selector.group, BLOCK // selector.page, heard)
+        has_token = alive(pad(valid, (0, -valid.shape[1] % BLOCK)), selector.page)[:, None, None]
+    return pool(scores.unflatten(2, (rows, group)), selector.group, BLOCK // selector.page, has_token)

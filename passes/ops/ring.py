@@ -1,4 +1,4 @@
-"""Text positions and columns of the slots of a ring, before and after new tokens."""
+"""Update the text positions and columns of the slots of a ring as new tokens arrive."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from sparse_compile.passes.ops.small_steps import in_few_kernels
 def ring_step(
     ring_texts: Tensor, ring_columns: Tensor, sink: int, column: Tensor, text: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A ring after one token per row: text position and column of each slot ``[B, slots]``.
+    """Return the text position and the column of each slot ``[B, slots]`` after one new token per row.
 
-    Also the slot of the token, ``[B, 1]``, and whether that slot keeps what it has, as it does if the token is padding.
+    Also returns the slot of the token ``[B, 1]``, and whether that slot keeps its contents ``[B, 1]``. It does if the token is
+    padding, and if all slots are sink slots and the token is beyond the sink.
     """
     return in_few_kernels(_ring_step, ring_texts, ring_columns, sink, column, text)
 
@@ -23,14 +24,14 @@ def _ring_step(
     ring_texts: Tensor, ring_columns: Tensor, sink: int, column: Tensor, text: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, slots = column.shape[0], ring_texts.shape[1]
-    known, at = ring_texts[:batch], ring_columns[:batch]
+    old_texts, old_columns = ring_texts[:batch], ring_columns[:batch]
     slot = torch.where(text < sink, text.clamp(min=0), sink + (text - sink) % max(slots - sink, 1))
-    kept = text < 0
+    unchanged = text < 0
     if slots == sink:
-        kept, slot = kept | (text >= sink), slot.clamp(max=slots - 1)
-    new_text = known.scatter(1, slot, torch.where(kept, known.gather(1, slot), text))
-    new_column = at.scatter(1, slot, torch.where(kept, at.gather(1, slot), column))
-    return new_text, new_column, slot, kept
+        unchanged, slot = unchanged | (text >= sink), slot.clamp(max=slots - 1)
+    new_text = old_texts.scatter(1, slot, torch.where(unchanged, old_texts.gather(1, slot), text))
+    new_column = old_columns.scatter(1, slot, torch.where(unchanged, old_columns.gather(1, slot), column))
+    return new_text, new_column, slot, unchanged
 
 
 @ring_step.register_fake
@@ -46,20 +47,24 @@ def _(
 def ring_chunk(
     ring_texts: Tensor, ring_columns: Tensor, sink: int, column: Tensor, text: Tensor, texts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A ring and a chunk of tokens behind it, ``[ring in the order of its text | chunk]``: ``[B, slots + Q]`` in all.
+    """Lay out a ring in text order with a chunk of tokens behind it, ``[B, slots + Q]``, and write the chunk to the ring.
 
-    Returns the order of the slots ``[B, slots]``, text position and column of each place, the place that each slot takes
-    its content from afterwards, and text position and column of the slots then.
+    Returns
+
+    - the order of the slots ``[B, slots]``;
+    - the text position and the column of each entry of the layout ``[B, slots + Q]``;
+    - the entry from which each slot takes its contents afterwards ``[B, slots]``;
+    - the text position and the column of each slot afterwards ``[B, slots]``.
     """
     batch, slots = column.shape[0], ring_texts.shape[1]
-    known, at = ring_texts[:batch], ring_columns[:batch]
-    order = known.argsort(dim=1, stable=True)
+    old_texts, old_columns = ring_texts[:batch], ring_columns[:batch]
+    order = old_texts.argsort(dim=1, stable=True)
     place = order.argsort(dim=1)
-    all_texts = torch.cat([known.gather(1, order), text], dim=1)
-    all_columns = torch.cat([at.gather(1, order), column], dim=1)
+    all_texts = torch.cat([old_texts.gather(1, order), text], dim=1)
+    all_columns = torch.cat([old_columns.gather(1, order), column], dim=1)
     slot = torch.arange(slots, device=text.device).expand(batch, slots)
     last = texts.unsqueeze(1) - 1
-    # The latest text position that belongs in each slot. Nothing does beyond the sink of a ring without any other slots.
+    # The latest text position that belongs in each slot. If all slots are sink slots, later tokens belong in none.
     latest = last - (last - slot) % max(slots - sink, 1)
     wanted = torch.where(slot < sink, slot, latest)
     ahead = torch.where(text >= 0, 1, 0).cumsum(dim=1)

@@ -1,7 +1,7 @@
-"""Ops whose operands are one named structure: the schema is made of its fields, and eager and fake forms receive it whole.
+"""Define ops whose operands are one named structure. Its fields make the schema; eager and fake forms receive the structure.
 
-``torch.library`` wants flat arguments. A nested structure becomes one argument for each of its fields, an absent one becomes
-as many empty arguments, and values such as formats travel as text.
+``torch.library`` requires flat arguments. A nested structure becomes one argument for each of its fields. A structure that is
+None becomes as many empty arguments. Values such as formats are passed as text.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from sparse_compile.passes.torch_private import overload
 
 S = TypeVar("S")
 EMPTY: dict[Any, Any] = {int: 0, float: 0.0, bool: False, str: "", list[int]: []}
-# What an op takes as it is; every other value travels as text.
+# The types that an op accepts as they are. Every other value is passed as text.
 PLAIN = (Tensor, torch.device, *EMPTY, list[Tensor])
 
 
 @dataclass(frozen=True)
 class _Field:
-    """One field of a structure: an argument of the op, or a structure of its own with ``fields``."""
+    """One field of a structure: an argument of the op, or a nested structure with ``fields``."""
 
     name: str
     kind: Any
@@ -34,7 +34,7 @@ class _Field:
     fields: tuple[_Field, ...] = ()
 
     def arguments(self, prefix: str = "", *, optional: bool = False) -> Iterator[tuple[str, Any]]:
-        """Names and types of the arguments that the field becomes."""
+        """Yield the names and types of the arguments that the field becomes."""
         optional = optional or self.optional
         if self.fields:
             for field in self.fields:
@@ -61,12 +61,12 @@ class _Field:
 
 
 def _is_absent(first: Any) -> bool:
-    """Whether the first field of a structure says that the structure is not there."""
+    """Whether the first field of a structure shows that the structure is None."""
     return first is None or (isinstance(first, tuple) and _is_absent(first[0]))
 
 
 def _fields(structure: Any) -> tuple[_Field, ...]:
-    found = []
+    fields = []
     for name, hint in get_type_hints(structure).items():
         parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         kinds = [part for part in parts if part is not NoneType]
@@ -74,8 +74,8 @@ def _fields(structure: Any) -> tuple[_Field, ...]:
         kind = list[Tensor] if get_origin(kind) is list and isinstance(get_args(kind)[0], TypeVar) else kind
         base = get_origin(kind) if get_origin(kind) not in (None, list) else kind
         nested = _fields(base) if hasattr(base, "_fields") else ()
-        found.append(_Field(name, base, len(kinds) < len(parts), nested))
-    return tuple(found)
+        fields.append(_Field(name, base, len(kinds) < len(parts), nested))
+    return tuple(fields)
 
 
 class StructuredOp(Generic[S]):
@@ -106,11 +106,11 @@ class StructuredOp(Generic[S]):
         self.target = overload(self._op)
 
     def arguments(self, operands: Any) -> tuple[Any, ...]:
-        """What a node of a graph has for arguments; ``operands`` is a structure of nodes."""
+        """Return the flat arguments of a graph node. ``operands`` is a structure of nodes."""
         return tuple(self._whole.flatten(operands))
 
     def build(self, arguments: Sequence[Any]) -> S:
-        """The structure that ``arguments`` came from."""
+        """Rebuild the structure from its flat ``arguments``."""
         whole: S = self._whole.build(iter(arguments))
         return whole
 

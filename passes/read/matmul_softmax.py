@@ -1,4 +1,4 @@
-"""Read attention that a model spells out as matmul, softmax and matmul (GPT-2, T5, eager attention, MPT, gpt-oss)."""
+"""Read attention that a model writes as matmul, softmax and matmul (GPT-2, T5, eager attention, MPT, gpt-oss)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparse_compile.passes.ir.written_call import WrittenCall
 from sparse_compile.passes.read.sdpa import build_call
 
 PRODUCTS = {"matmul", "bmm", "einsum"}
-# What models do to attention weights besides casting them; it is followed to say what was left, and why.
+# Operations other than casts that models apply to attention weights. They are followed only to give the reason in the report.
 CHANGES = set("mul __mul__ imul div truediv add iadd sub masked_fill nan_to_num clamp view reshape flatten getitem".split())
 CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "contiguous"}
 TRANSPOSES = {"transpose", "swapaxes", "permute", "mT"}
@@ -24,15 +24,15 @@ TRANSPOSES = {"transpose", "swapaxes", "permute", "mT"}
 
 @dataclass
 class Chain:
-    """What happens between ``q @ k`` and the softmax, collected from the end to the start."""
+    """The operations between ``q @ k`` and the softmax, collected from the softmax back to the product."""
 
     steps: list[Step] = field(default_factory=list)
     sink: Node | None = None
-    nodes: list[Node] = field(default_factory=list)  # every tensor of scores on the way
+    nodes: list[Node] = field(default_factory=list)  # every tensor of scores between the two
 
 
 def read_spelled_out(node: Node, order: Order) -> WrittenCall | Left | None:
-    """Read the product of attention weights and values; None if ``node`` is no such product."""
+    """Read ``node`` as the product of attention weights and values; None if it is no such product."""
     if op_name(node) not in PRODUCTS or len(node.args) < 2:
         return None
     weights, v = node.args[-2:]
@@ -46,36 +46,36 @@ def read_spelled_out(node: Node, order: Order) -> WrittenCall | Left | None:
     if had_sink:
         split = _split_sink(scores)
         if split is None:
-            return Left(node, "weights are cut off after the softmax in a way that is no attention sink")
+            return Left(node, "columns are cut off the weights after the softmax, but not as a learned attention sink")
         chain.nodes += _between(scores, split[0])
         scores, chain.sink = split
     product = _walk(scores, chain)
     if product is None and op_name(node) != "einsum":
-        return Left(node, f"scores pass through {op_name(scores) or scores.name}, which is not understood")
+        return Left(node, f"scores pass through {op_name(scores) or scores.name}, which the passes do not recognize")
     if product is None:
-        return None  # a sum over weights that come from no product, as in a mixture of experts
+        return None  # the weights come from no product, as in a mixture of experts
     if "einsum" in (op_name(node), op_name(product)):
-        return Left(node, "attention is spelled out as einsum, which is not read")
+        return Left(node, "attention is written with einsum, which the passes do not read: write it with matmul")
     q, k = product.args[0], _untransposed(product.args[1])
     if not isinstance(q, Node) or k is None:
-        return Left(node, "the scores are no product of queries with transposed keys")
+        return Left(node, "the scores are not a product of queries with transposed keys")
     if extra := [user.name for user in weights.users if user is not node]:
-        return Left(node, f"the attention weights are used by {', '.join(extra)} as well")
+        return Left(node, f"the attention weights are also used by {', '.join(extra)}")
     operands = [q, k, v, *(step.node for step in chain.steps if isinstance(step, Add | Hide))]
     if _is_overwritten(chain.nodes, operands, product, node, order):
-        return Left(node, "its scores, weights or operands are overwritten in place on the way")
+        return Left(node, "its scores, weights or operands are overwritten in place before the output is computed")
     chain.steps.reverse()
     return build_call(node, q, k, v, scale=1.0, score_steps=tuple(chain.steps), sink=chain.sink, order=order)
 
 
 def _is_overwritten(way: list[Node], operands: list[Node], product: Node, node: Node, order: Order) -> bool:
-    """Whether anything but the chain itself writes to a tensor on the way, or to an operand after the first product."""
+    """Whether anything outside the chain writes to a tensor of the chain, or to an operand after the first product."""
     written = any(order.written(at, since=at, until=node, unless=way) for at in way)
     return written or any(order.written(operand, since=product, until=node) for operand in operands)
 
 
 def _between(node: Node, source: Node) -> list[Node]:
-    """The tensors from ``node`` up to ``source``, along first arguments; ``source`` itself is not among them."""
+    """The tensors from ``node`` back to ``source``, following first arguments; ``source`` itself is not included."""
     way = []
     while node is not source:
         way.append(node)
@@ -87,7 +87,7 @@ def _between(node: Node, source: Node) -> list[Node]:
 
 
 def _softmax_of(weights: Node, product: Node) -> tuple[Node, bool] | Left | None:
-    """The scores of the softmax behind ``weights``, and whether its last column was cut off; None if there is no softmax."""
+    """The scores of the softmax that makes ``weights``, and whether its last column was cut off; None without a softmax."""
     cut, change = False, ""
     node: Any = weights
     while isinstance(node, Node):
@@ -100,7 +100,7 @@ def _softmax_of(weights: Node, product: Node) -> tuple[Node, bool] | Left | None
                 return None
             if not change:
                 return scores, cut
-            reason = f"the attention weights pass through {change}, which is not understood"
+            reason = f"the attention weights pass through {change}, which the passes do not recognize"
             return Left(product, reason) if _walk(scores, Chain()) is not None else None
         if name == "dropout":
             p = argument(node, 1, "p", 0.5)
@@ -128,7 +128,7 @@ def _has_softmax(node: Node) -> bool:
 
 
 def _split_sink(node: Node) -> tuple[Node, Node] | None:
-    """Scores and per-head logits of ``cat([scores, sinks], -1)``, with or without its maximum subtracted."""
+    """The scores and the logits by head of ``cat([scores, sinks], -1)``, with or without its maximum subtracted."""
     while op_name(node) in CASTS and isinstance(node.args[0], Node):
         node = node.args[0]
     if op_name(node) == "sub" and isinstance(node.args[0], Node) and _is_maximum(node.args[1], node.args[0]):
@@ -147,14 +147,14 @@ def _split_sink(node: Node) -> tuple[Node, Node] | None:
 
 
 def _is_maximum(node: Any, of: Node) -> bool:
-    """Whether ``node`` is the maximum of ``of`` along its last axis, which a softmax does not notice."""
+    """Whether ``node`` is the maximum of ``of`` along its last axis. Subtracting it does not change a softmax."""
     if op_name(node) == "values" or (op_name(node) == "getitem" and node.args[1] == 0):
         node = node.args[0]
     return op_name(node) in ("max", "amax") and node.args[0] is of and argument(node, 1, "dim") in (-1, 3)
 
 
 def _walk(node: Node, chain: Chain) -> Node | None:
-    """Collect the steps from the softmax back to the product of queries and keys, and return that product."""
+    """Collect the steps from the softmax back to the product of queries and keys; return the product, or None without one."""
     name = op_name(node)
     chain.nodes.append(node)
     if name in PRODUCTS:
@@ -184,7 +184,7 @@ def _walk_scale(node: Node, chain: Chain, name: str) -> Node | None:
 
 
 def _walk_sum(node: Node, chain: Chain) -> Node | None:
-    """Of two summands, the one that leads to the product is the scores."""
+    """Read a sum. The summand that leads back to the product is the scores; the other one is added to them."""
     for scores, term in (node.args[:2], node.args[1::-1]):
         if isinstance(scores, Node) and isinstance(term, Node) and isinstance(value_of(term), Tensor):
             attempt = Chain()
@@ -214,7 +214,7 @@ def _walk_hide(node: Node, chain: Chain, name: str) -> Node | None:
 
 
 def _number(value: Any) -> float | None:
-    """A scalar that is known now, or None."""
+    """The value of a scalar that is known while compiling; None for anything else."""
     if isinstance(value, int | float):
         return float(value)
     if not isinstance(value, Node):
@@ -227,12 +227,12 @@ def _number(value: Any) -> float | None:
         return _number(value.args[0])
     example = value_of(value)
     if isinstance(example, torch.SymFloat) and example.node.hint is not None:
-        return float(example)  # an attribute of a module that dynamic=True made a symbol: asking for its value guards on it
+        return float(example)  # dynamic=True made a module attribute a symbol: float() guards on its value
     return float(example) if isinstance(example, int | float) else None
 
 
 def _untransposed(node: Any) -> Node | None:
-    """The keys of ``k.transpose(-1, -2)``."""
+    """The keys ``k`` if ``node`` is ``k.transpose(-1, -2)`` in any spelling; else None."""
     if not isinstance(node, Node) or op_name(node) not in TRANSPOSES or not isinstance(node.args[0], Node):
         return None
     if op_name(node) in ("transpose", "swapaxes"):

@@ -1,4 +1,4 @@
-"""Find the attention calls of a graph and read each one."""
+"""Find the attention calls of a graph, and read each one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sparse_compile.passes.read.self_attention import is_self_attention
 
 
 def read_attention(rewrite: Rewrite) -> int:
-    """Find every attention call and read it into an ``WrittenCall``."""
+    """Find every attention call and read it into a ``WrittenCall``. Returns 0, because reading changes nothing."""
     results = _calls(rewrite.gm)
     for user, body in _bodies(rewrite.gm):
         results += [
-            Left(call.node, f"inside {user}: the passes do not rewrite the bodies of such ops") for call in _calls(body)
+            Left(call.node, f"it is inside {user}: the passes do not rewrite the bodies of such ops") for call in _calls(body)
         ]
     calls = [result for result in results if isinstance(result, WrittenCall)]
     rewrite.written = [replace(call, is_self_attention=is_self_attention(call)) for call in calls]
@@ -38,13 +38,13 @@ def _calls(gm: GraphModule) -> list[WrittenCall | Left]:
             results.append(read_sdpa(node, order))
         elif name in OPAQUE:
             results.append(Left(node, OPAQUE[name]))
-        elif (found := read_spelled_out(node, order)) is not None:
-            results.append(found)
+        elif (spelled_out := read_spelled_out(node, order)) is not None:
+            results.append(spelled_out)
     return results
 
 
 def _bodies(gm: GraphModule) -> Iterator[tuple[str, GraphModule]]:
-    """The graphs that higher-order ops such as activation checkpointing and ``torch.cond`` run, with the name of the op."""
+    """The graphs that higher-order ops (activation checkpointing, ``torch.cond``) run, each with the name of its op."""
     for node in gm.graph.nodes:
         body = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
         if isinstance(body, GraphModule):
@@ -53,10 +53,13 @@ def _bodies(gm: GraphModule) -> Iterator[tuple[str, GraphModule]]:
 
 
 OPAQUE = {
-    "multi_head_attention_forward": "nn.MultiheadAttention is asked for its attention weights, or is unbatched or extended",
-    "_native_multi_head_attention": "the fused inference path of nn.MultiheadAttention hides its attention",
-    "_transformer_encoder_layer_fwd": "the fused inference path of nn.TransformerEncoderLayer gets nested tensors",
-    "flex_attention": "FlexAttention written by the model",
-    "_scaled_dot_product_flash_attention": "attention already lowered to a kernel: the pass came too late",
-    "_scaled_dot_product_efficient_attention": "attention already lowered to a kernel: the pass came too late",
+    "multi_head_attention_forward": (
+        "nn.MultiheadAttention returns its attention weights, has no batch axis, or adds keys (add_bias_kv, add_zero_attn): "
+        "call it on a batch with need_weights=False"
+    ),
+    "_native_multi_head_attention": "the fused inference path of nn.MultiheadAttention is a single op that hides its attention",
+    "_transformer_encoder_layer_fwd": "the fused inference path of nn.TransformerEncoderLayer runs on nested tensors here",
+    "flex_attention": "the model calls FlexAttention itself, and the passes do not rewrite that",
+    "_scaled_dot_product_flash_attention": "the call is already lowered to a kernel, which the passes cannot rewrite",
+    "_scaled_dot_product_efficient_attention": "the call is already lowered to a kernel, which the passes cannot rewrite",
 }

@@ -1,4 +1,4 @@
-"""Read ``scaled_dot_product_attention`` in any of its argument forms, over un-repeated keys and values."""
+"""Read ``scaled_dot_product_attention`` in any of its argument forms, and undo the repetition of KV heads."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def read_sdpa(node: Node, order: Order) -> WrittenCall | Left:
         argument(node, at, name, default) for at, (name, default) in enumerate(zip(names, defaults, strict=True))
     )
     if not isinstance(dropout, int | float):
-        return Left(node, "dropout_p is decided at run time")
+        return Left(node, "dropout_p is a value of the graph: pass a Python number")
     if dropout > 0:
         return Left(node, f"dropout_p={dropout}: FlexAttention has no dropout")
     if not isinstance(causal, bool) or not isinstance(gqa, bool):
-        return Left(node, "is_causal or enable_gqa is decided at run time")
+        return Left(node, "is_causal or enable_gqa is a value of the graph: pass True or False")
     if not (scale is None or isinstance(scale, int | float)):
-        return Left(node, "scale is decided at run time")
+        return Left(node, "scale is a value of the graph: pass a Python number")
     return build_call(node, q, k, v, scale=scale, attn_mask=attn_mask, is_causal=causal, order=order)
 
 
 def build_call(node: Node, q: Node, k: Node, v: Node, *, scale: float | None, order: Order, **read: Any) -> WrittenCall | Left:
-    """An ``WrittenCall`` over un-repeated keys and values, or the reason why the shapes do not allow one."""
+    """A ``WrittenCall`` over keys and values before they are repeated, or the reason why the shapes do not allow one."""
     for name, operand in (("query", q), ("key", k), ("value", v)):
         value = value_of(operand)
         if not isinstance(value, Tensor):
@@ -40,23 +40,23 @@ def build_call(node: Node, q: Node, k: Node, v: Node, *, scale: float | None, or
         if value.dim() != 4:
             return Left(node, f"the {name} has {value.dim()} axes, not [batch, heads, length, head_dim]")
         if not value.dtype.is_floating_point:
-            return Left(node, f"the {name} has dtype {value.dtype}")
+            return Left(node, f"the {name} has dtype {value.dtype}, but attention needs a floating-point dtype")
     k, v = peel_repeats(k, v, node, order)
     shapes = [shape_of(x) for x in (q, k, v)]
     (batch, heads, _, dim), (k_batch, k_heads, k_len, _), (v_batch, v_heads, v_len, _) = (s or () for s in shapes)
-    # Sizes are compared by the traced example: symbols of equal sizes may differ, and attention itself demands equality.
+    # Compare the sizes of the traced example: equal sizes may have different symbols, and attention itself requires equality.
     if not hint_of(batch) == hint_of(k_batch) == hint_of(v_batch):
-        return Left(node, f"query, key and value have batch sizes {batch}, {k_batch} and {v_batch}")
+        return Left(node, f"query, key and value need one batch size, not {batch}, {k_batch} and {v_batch}")
     if not (isinstance(heads, int) and isinstance(k_heads, int) and k_heads == v_heads and heads % k_heads == 0):
-        return Left(node, f"{heads} query heads over {k_heads} key heads and {v_heads} value heads")
+        return Left(node, f"the numbers of heads do not fit: {heads} of queries, {k_heads} of keys and {v_heads} of values")
     if hint_of(k_len) != hint_of(v_len):
-        return Left(node, f"{k_len} keys and {v_len} values")
+        return Left(node, f"keys and values need one length, not {k_len} and {v_len}")
     scale = float(scale) if scale is not None else 1 / math.sqrt(hint_of(dim))
     return WrittenCall(node, q, k, v, scale, **read)
 
 
 def peel_repeats(k: Node, v: Node, call: Node, order: Order) -> tuple[Node, Node]:
-    """The keys and values before each head was repeated for its query group, if both were, and equally often."""
+    """The keys and values before each head was repeated for its query heads, if both were repeated equally often."""
     bare_k, bare_v = unrepeated(k, call, order), unrepeated(v, call, order)
     if bare_k is None or bare_v is None or (shape_of(bare_k) or ())[1] != (shape_of(bare_v) or ())[1]:
         return k, v
@@ -64,9 +64,9 @@ def peel_repeats(k: Node, v: Node, call: Node, order: Order) -> tuple[Node, Node
 
 
 def unrepeated(node: Node, call: Node, order: Order) -> Node | None:
-    """``x`` where ``node`` is ``repeat_kv(x)``: ``repeat_interleave`` over heads, or expand and reshape; None if it is not.
+    """``x`` if ``node`` is ``repeat_kv(x)``, as ``repeat_interleave`` over heads or as expand and reshape; else None.
 
-    ``x`` must not be written to between its repetition and the call.
+    It is also None if ``x`` is written to between its repetition and the call.
     """
     while op_name(node) in ("contiguous", "clone") and isinstance(node.args[0], Node):
         node = node.args[0]
@@ -82,7 +82,7 @@ def unrepeated(node: Node, call: Node, order: Order) -> Node | None:
 
 
 def _expanded_groups(node: Node) -> Node | None:
-    """``x`` of ``x[:, :, None].expand(B, Hkv, n, S, D).reshape(B, Hkv * n, S, D)``."""
+    """``x`` if ``node`` is ``x[:, :, None].expand(B, Hkv, n, S, D).reshape(B, Hkv * n, S, D)``; else None."""
     wide = node.args[0]
     if not isinstance(wide, Node) or op_name(wide) not in ("expand", "broadcast_to"):
         return None

@@ -1,4 +1,4 @@
-"""How the keys and values of one layer are kept: which KV heads keep pages of everything, and which a ring."""
+"""Plan how a cache stores the keys and values of one layer: which KV heads have pages of every key, and which have a ring."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ MODES = ("strict", "chunk_relaxed")
 @rides_in_graphs
 @dataclass(frozen=True)
 class PageSelection:
-    """How decode steps choose among pages of ``page_size`` keys.
+    """How decode steps select pages of ``page_size`` keys.
 
-    The scores are those of layer ``leader``, ``by_keys`` if it reads the keys themselves; ``rows`` are the places of the heads
-    among those that it scores together. ``width`` is how many pages a query reads at most, padding aside: the pick is slow over
-    wide tables.
+    The scores come from layer ``leader``. With ``by_keys`` that layer scores the keys themselves and not page summaries.
+    ``rows`` are the indices of these heads among the heads that the leader scores together. ``width`` is the largest number of
+    pages a query reads when there is no padding; it is small because selection is slow over wide tables.
     """
 
     selector: PageTopK
@@ -40,15 +40,15 @@ class PageSelection:
 
     @property
     def budget(self) -> int:
-        """The pages of a query, those of the static part included."""
+        """The number of pages that a query reads, including those of the static part of the mask."""
         return -(-self.selector.tokens // self.page_size)
 
 
 @dataclass(frozen=True)
 class Storage(ABC):
-    """Some KV heads of a layer that are stored in one way: ``slots`` places of a buffer ``[max_batch, heads, slots, D]``.
+    """A storage group: KV heads of a layer that are stored in the same way, in buffers ``[max_batch, heads, slots, D]``.
 
-    Pages and rings answer the same questions, so that nobody needs to tell them apart by type.
+    Pages and rings have the same interface, so callers do not check the type.
     """
 
     heads: tuple[int, ...]
@@ -56,58 +56,58 @@ class Storage(ABC):
 
     @property
     def holds_every_key(self) -> bool:
-        """Whether no key is ever overwritten."""
+        """Whether every key stays in the buffers: none is ever overwritten."""
         return self.ring_kind is None
 
     @property
     def ring_kind(self) -> tuple[int, int] | None:
-        """Sink and slots of a ring; rings with equal ones share their positions. None for pages."""
+        """The sink and slots of a ring, or None for pages. Rings with equal values share their positions."""
         return None
 
     @property
     def selection(self) -> PageSelection | None:
-        """How decode steps choose among pages; None if they read everything."""
+        """How decode steps select pages, or None if they read all keys."""
         return None
 
     @property
     def forms(self) -> tuple[Format, Format] | None:
-        """The formats of quantized keys and values; None if they are stored as they come."""
+        """The formats of quantized keys and values, or None if they are not quantized."""
         return None
 
     @property
     def buffer_slots(self) -> int:
-        """The slots of the buffers that hold numbers as they come."""
+        """The number of slots of the unquantized buffers."""
         return self.slots
 
     @property
     def columns_are_slots(self) -> bool:
-        """Whether column ``n`` of the text stands in slot ``n`` of the buffers."""
+        """Whether slot ``n`` of the unquantized buffers holds column ``n`` of the text."""
         return False
 
     def leads(self, layer: int) -> bool:
-        """Whether this storage of ``layer`` scores the pages it chooses, rather than use the scores of another layer."""
+        """Whether ``layer``, which has this storage, scores its pages itself instead of using the scores of another layer."""
         return self.selection is not None and self.selection.leader == layer
 
     def quantized_shapes(self, dims: tuple[int, int], dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape, less the batch, and dtype of every tensor of quantized keys and values of size ``dims``."""
+        """Shape without the batch axis, and dtype, of every tensor of quantized keys and values with ``dims`` channels."""
         forms = zip(self.forms or (), dims, strict=False)
         return [part for form, dim in forms for part in form.parts(len(self.heads), self.slots, dim, dtype)]
 
     def needed_recent(self) -> int:
-        """How many of the latest tokens queries need from a ring, their own included; 0 for pages."""
+        """The number of latest tokens that queries need from a ring, including their own token. 0 for pages."""
         return 0
 
     def shortage(self, past: Past | None) -> bool:
-        """Whether queries that need ``past`` of a text (None: all of it) would miss something here."""
+        """Whether a key that queries need is not stored. ``past`` says what they need; None means every key."""
         return False
 
     def holding(self) -> str:
-        """What is held of a text, in words."""
+        """Describe in words which tokens of a text are stored."""
         return "every token"
 
     @abstractmethod
     def identity(self) -> list[Any]:
-        """What decides the meaning of the stored tensors, as JSON values; not how many slots hold them."""
+        """The JSON values that decide how to read the stored tensors. The number of slots of pages is not among them."""
 
     def __str__(self) -> str:
         written = f"{len(self.heads)} heads x {self.slots} slots"
@@ -117,10 +117,11 @@ class Storage(ABC):
 @rides_in_graphs
 @dataclass(frozen=True)
 class PageStorage(Storage):
-    """KV heads that keep every key: column ``n`` of the text in slot ``n``, ``slots`` in all.
+    """KV heads that store every key. Slot ``n`` of ``slots`` holds column ``n`` of the text.
 
-    With ``selection`` a decode step reads some of the pages only. With ``forms``, of keys and of values, they are quantized,
-    and the buffers are a tail: the latest ``tail`` columns as they came, column ``n`` in slot ``n % tail``.
+    With ``selection``, a decode step reads only some of the pages. With ``forms``, one for keys and one for values, the pages
+    are quantized, and the unquantized buffers are a tail: they hold the latest ``tail`` columns, column ``n`` in slot
+    ``n % tail``.
     """
 
     selection: PageSelection | None = None
@@ -146,10 +147,11 @@ class PageStorage(Storage):
 @rides_in_graphs
 @dataclass(frozen=True)
 class RingStorage(Storage):
-    """KV heads that keep the first ``sink`` tokens, and the latest ones in the other slots, each overwriting the oldest.
+    """KV heads that store the first ``sink`` tokens and, in the other slots, the latest tokens.
 
-    Token ``t`` beyond the sink stands in slot ``sink + (t - sink) % (slots - sink)``. Padding is not kept. Queries need the
-    last ``recent`` tokens, their own included; what is above that can be rolled back.
+    A new token overwrites the oldest token that is not in the sink. Token ``t`` beyond the sink is in slot
+    ``sink + (t - sink) % (slots - sink)``. Padding is not stored. Queries need the last ``recent`` tokens, including their own.
+    The slots beyond ``sink + recent`` allow that many tokens to be rolled back.
     """
 
     sink: int
@@ -178,13 +180,15 @@ class RingStorage(Storage):
 @rides_in_graphs
 @dataclass(frozen=True)
 class LayerPlan:
-    """How layer ``layer`` of a cache is kept, and the masks that this follows from. ``last`` is the last layer of the cache.
+    """How a cache stores layer ``layer``, and the masks from which this follows.
 
-    ``columns`` is how many there may be, in whole pages: masks and positions have a place for each.
-    ``rings`` are the sink and slots of every kind of ring in the cache, whichever layer it is in: all layers share the
-    positions. ``model`` is the mask the model's config announces; ``prefill`` and ``decode`` are the masks of the policy.
-    ``rotation`` says how dimensions pair (``halves``, ``neighbours``) if queries stand at their place in the cache. With
-    ``debug`` new numbers that are not finite are an error where they are encoded.
+    - ``last``: whether this is the last layer of the cache.
+    - ``columns``: the largest number of columns, in whole pages. Masks and positions have one entry for each.
+    - ``rings``: the sink and slots of every kind of ring in any layer of the cache. All layers share the positions of a kind.
+    - ``model``: the mask that the model's config implies. ``prefill`` and ``decode`` are the masks of the policy.
+    - ``rotation``: how rotary dimensions pair (``halves`` or ``neighbors``) if tokens are rotated by their position in the
+      cache, else empty.
+    - ``debug``: raise an error if new keys or values that will be quantized are not finite.
     """
 
     layer: int
@@ -200,16 +204,17 @@ class LayerPlan:
     debug: bool = False
 
     def policy(self, phase: str) -> Mask | None:
-        """The mask of the policy in a phase."""
+        """The policy's mask for a phase."""
         return self.decode if phase == "decode" else self.prefill
 
 
 class SelectionState(NamedTuple, Generic[T]):
-    """What page selection reads and writes: tensors, or their nodes. Only a layer that leads has ``summary``.
+    """The state that page selection reads and writes. ``T`` is a tensor or a graph node.
 
-    ``summary`` ``[max_batch, heads, n, width]`` summarizes pages, and ``scores`` ``[max_batch, heads, pages]`` ranks them.
-    ``counts`` ``[max_batch, heads, 1]`` and ``table`` ``[max_batch, heads, 1, width]`` list the pages that were chosen last.
-    Selection by the keys themselves has scores alone.
+    ``summary`` ``[max_batch, heads, n, width]`` holds the page summaries, and ``scores`` ``[max_batch, heads, pages]`` ranks
+    the pages. ``counts`` ``[max_batch, heads, 1]`` and ``table`` ``[max_batch, heads, 1, width]`` list the pages that were
+    selected last. Only a layer that scores its own pages has ``summary``. If the keys themselves are scored, there are only
+    ``scores``.
     """
 
     scores: T
@@ -218,12 +223,12 @@ class SelectionState(NamedTuple, Generic[T]):
     summary: T | None = None
 
     def used(self) -> list[T]:
-        """Those that there are."""
+        """The fields that are not None."""
         return [part for part in self if part is not None]
 
 
 def selection_shapes(pages: Storage, selection: PageSelection, key_dim: int) -> SelectionState[tuple[int, ...]]:
-    """The shapes of what a layer that leads keeps, less the batch."""
+    """The shapes of the selection state of a layer that scores its own pages, without the batch axis."""
     selector, heads, count = selection.selector, len(pages.heads), pages.slots // selection.page_size
     described = summary_width(selector.score, key_dim)
     if not described:
@@ -234,38 +239,44 @@ def selection_shapes(pages: Storage, selection: PageSelection, key_dim: int) -> 
 
 
 def quantized_of(plan: LayerPlan, quantized: Sequence[T], number: int) -> list[QuantizedTensor[T]]:
-    """The codes of keys and of values of storage ``number`` among those of all storages; none if it keeps plain numbers."""
+    """Return the quantized keys and values of storage group ``number``, or an empty list if it is not quantized.
+
+    ``quantized`` lists the tensors of all storage groups of the layer.
+    """
     rest = list(quantized)
-    found: list[QuantizedTensor[T]] = []
+    sides: list[QuantizedTensor[T]] = []
     for storage in plan.storages[: number + 1]:
-        found = []
+        sides = []
         for form in storage.forms or ():
-            found.append(QuantizedTensor(*rest[: form.count]))
+            sides.append(QuantizedTensor(*rest[: form.count]))
             rest = rest[form.count :]
-    return found
+    return sides
 
 
 def misfit(k: Tensor, v: Tensor, buffers: Sequence[Tensor], plan: LayerPlan) -> str:
-    """Why new keys and values ``[B, Hkv, Q, D]`` cannot go into ``buffers``; empty if they can."""
+    """Explain why new keys and values ``[B, Hkv, Q, D]`` do not fit into ``buffers``. Empty if they fit."""
     batch, heads, _, dim = k.shape
-    kept = buffers[0]
-    built = sum(len(storage.heads) for storage in plan.storages), kept.shape[3], buffers[1].shape[3]
+    buffer = buffers[0]
+    built = sum(len(storage.heads) for storage in plan.storages), buffer.shape[3], buffers[1].shape[3]
     if (heads, dim, v.shape[3]) != built:
         return (
             f"layer {plan.layer} of the cache was built for {built[0]} KV heads of {built[1]} (values {built[2]}), got {heads} "
             f"of {dim} ({v.shape[3]}): build it from the config of this model"
         )
-    if {k.dtype, v.dtype} != {kept.dtype}:
-        return f"the cache was built with dtype={kept.dtype}, got keys of {k.dtype}: build it with that dtype"
-    if k.device.type != kept.device.type or (k.device.index or 0) != (kept.device.index or 0):
-        return f"the cache was built with device={kept.device}, got keys on {k.device}: build it on that device"
-    if batch > kept.shape[0]:
-        return f"the cache was built with max_batch={kept.shape[0]}, got {batch} sequences: build it with a larger max_batch"
+    if {k.dtype, v.dtype} != {buffer.dtype}:
+        return f"the cache was built with dtype={buffer.dtype}, got keys of {k.dtype}: build it with that dtype"
+    if k.device.type != buffer.device.type or (k.device.index or 0) != (buffer.device.index or 0):
+        return f"the cache was built with device={buffer.device}, got keys on {k.device}: build it on that device"
+    if batch > buffer.shape[0]:
+        return f"the cache was built with max_batch={buffer.shape[0]}, got {batch} sequences: build it with a larger max_batch"
     return ""
 
 
 def needed_past(mask: Mask, mode: str, length: int) -> Past | None:
-    """What queries under ``mask`` need of the past; a relaxed chunk sees one token more, what the query before it saw."""
+    """Return which past keys queries under ``mask`` need, or None if they need all of them.
+
+    In mode ``chunk_relaxed``, a query also sees the one token more that the query before the chunk saw.
+    """
     past = visible_past(mask, length)
     if past is None or mode == "strict":
         return past

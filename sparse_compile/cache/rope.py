@@ -79,7 +79,7 @@ def in_cache_positions(
     rotations = [Rotation.of(config, plan.layer, dim) for plan in plans]
     tensors = {r: torch.tensor(r.frequencies, dtype=torch.float64, device=device) for r in rotations}
     turning = tuple(
-        replace(plan, rotation="neighbours" if r.interleaved else "halves") for plan, r in zip(plans, rotations, strict=True)
+        replace(plan, rotation="neighbors" if r.interleaved else "halves") for plan, r in zip(plans, rotations, strict=True)
     )
     return turning, [tensors[r] for r in rotations]
 

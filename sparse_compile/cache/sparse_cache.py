@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sparse_compile.cache.planning import Geometry, check_dtype, check_sizes, pl
 from sparse_compile.cache.rope import in_cache_positions
 from sparse_compile.masks import Mask
 from sparse_compile.passes.ops.cache_update import SparseCacheError
+from sparse_compile.passes.storage.layer_plan import LayerPlan
 from sparse_compile.passes.torch_private import mark_static, real_tensors
 from sparse_compile.policy import Policy, as_policy
 
@@ -104,29 +106,40 @@ class SparseCache(Cache):
         columns = plans[0].columns if has_pages else 0
         self.positions = DevicePositions(max_batch, columns, plans[0].rings, device, moving=cache_positions, selects=selects)
         self.host_state = HostState(max_length, max_batch, len(plans))
-        dims = self.geometry.key_dim, self.geometry.value_dim
-        selection = Selection(plans, self.geometry.key_dim, max_batch, dtype, device)
-        kept = []
-        for plan, turns in zip(plans, frequencies, strict=True):
-            slots = [(len(storage.heads), storage.buffer_slots) for storage in plan.storages]
-            shapes = [((*size, dim), dtype) for size in slots for dim in dims]
-            quantized_parts = [part for storage in plan.storages for part in storage.quantized_shapes(dims, dtype)]
-            # ``zeros``, not ``empty``: a masked value enters the sum with weight 0, and 0 * NaN is NaN.
-            buffers, quantized = (
-                [torch.zeros((max_batch, *shape), dtype=kind, device=device) for shape, kind in group]
-                for group in (shapes, quantized_parts)
-            )
-            chosen: dict[str, Any] = {"own": selection.own(plan), "selection": selection.used(plan)}
-            state = SparseCacheLayer(
-                plan, buffers, self.positions, self.host_state, quantized=quantized, frequencies=turns, **chosen
-            )
-            kept.append(state)
-        self.cached_layers = tuple(kept)  # the same objects as ``layers``, with their own type
-        layers: list[Any] = kept
+        # The same objects as ``layers``, with their own type.
+        self.cached_layers = self._build_layers(plans, frequencies, dtype, device)
+        layers: list[Any] = list(self.cached_layers)
         super().__init__(layers=layers)
         self.positions.columns.sparse_cache_host_state = self.host_state  # type: ignore[attr-defined]  # read by the backend
         for tensor in self._tensors():
             mark_static(tensor)  # otherwise a second cache of another size would make the sizes of both dynamic
+
+    def _build_layers(
+        self, plans: Sequence[LayerPlan], frequencies: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device
+    ) -> tuple[SparseCacheLayer, ...]:
+        """Allocate what every layer holds."""
+        dims = self.geometry.key_dim, self.geometry.value_dim
+        selection = Selection(plans, self.geometry.key_dim, self.max_batch, dtype, device)
+
+        def allocate(shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
+            # ``zeros``, not ``empty``: a masked value enters the sum with weight 0, and 0 * NaN is NaN.
+            return [torch.zeros((self.max_batch, *shape), dtype=kind, device=device) for shape, kind in shapes]
+
+        layers = []
+        for plan, turns in zip(plans, frequencies, strict=True):
+            slots = [(len(storage.heads), storage.buffer_slots) for storage in plan.storages]
+            layer = SparseCacheLayer(
+                plan,
+                allocate([((*size, dim), dtype) for size in slots for dim in dims]),
+                self.positions,
+                self.host_state,
+                quantized=allocate([part for storage in plan.storages for part in storage.quantized_shapes(dims, dtype)]),
+                frequencies=turns,
+                own=selection.own(plan),
+                selection=selection.used(plan),
+            )
+            layers.append(layer)
+        return tuple(layers)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -205,26 +218,12 @@ class SparseCache(Cache):
         at, rows = self.positions, self.host_state.batch or 0
         first = self.host_state.columns - remove  # the first column that is removed
         texts = self._texts_without(first, rows)
-        recents: dict[tuple[int, int], int] = {}
-        for storage in (storage for layer in self.cached_layers for storage in layer.plan.storages):
-            if (kind := storage.ring_kind) is not None:
-                recents[kind] = max(recents.get(kind, 0), storage.needed_recent())
-        for number, (sink, slots) in enumerate(self.cached_layers[0].plan.rings):
-            kept = at.rings[2 * number][:rows]
-            start = (texts - (recents[sink, slots] - 1)).clamp(min=sink).unsqueeze(1)
-            present = ((kept >= start) & (kept < texts.unsqueeze(1))).sum(dim=1)
-            missing = int(((texts - start.squeeze(1)).clamp(min=0) - present).max())
-            if missing > 0:
-                room = slots - sink - recents[sink, slots] + missing
-                raise SparseCacheError(
-                    f"{remove} tokens cannot be removed: a ring of {slots} slots has overwritten tokens that would be visible "
-                    f"again. Build the cache with rollback={room} or more. The cache is unchanged"
-                )
+        self._check_rings(texts, rows, remove)
         for layer in self.cached_layers:
             layer.restore_tails(remove)
-        for known, columns in zip(at.rings[::2], at.rings[1::2], strict=True):
-            gone = known >= torch.nn.functional.pad(texts, (0, self.max_batch - rows)).unsqueeze(1)
-            known.masked_fill_(gone, -1)
+        for ring_texts, columns in zip(at.rings[::2], at.rings[1::2], strict=True):
+            gone = ring_texts >= torch.nn.functional.pad(texts, (0, self.max_batch - rows)).unsqueeze(1)
+            ring_texts.masked_fill_(gone, -1)
             columns.masked_fill_(gone, -1)
         if at.page_texts is not None:
             at.page_texts[:, first:] = -1
@@ -234,6 +233,24 @@ class SparseCache(Cache):
             rope.sub_(remove)
         at.choose_anew()
         self.host_state.columns = first
+
+    def _check_rings(self, texts: Tensor, rows: int, remove: int) -> None:
+        """Raise ``SparseCacheError`` if a ring lacks tokens that are visible when the texts have the lengths ``texts``."""
+        recents: dict[tuple[int, int], int] = {}
+        for storage in (storage for layer in self.cached_layers for storage in layer.plan.storages):
+            if (kind := storage.ring_kind) is not None:
+                recents[kind] = max(recents.get(kind, 0), storage.needed_recent())
+        for number, (sink, slots) in enumerate(self.cached_layers[0].plan.rings):
+            stored = self.positions.rings[2 * number][:rows]
+            start = (texts - (recents[sink, slots] - 1)).clamp(min=sink).unsqueeze(1)
+            present = ((stored >= start) & (stored < texts.unsqueeze(1))).sum(dim=1)
+            missing = int(((texts - start.squeeze(1)).clamp(min=0) - present).max())
+            if missing > 0:
+                room = slots - sink - recents[sink, slots] + missing
+                raise SparseCacheError(
+                    f"{remove} tokens cannot be removed: a ring of {slots} slots has overwritten tokens that would be visible "
+                    f"again. Build the cache with rollback={room} or more. The cache is unchanged"
+                )
 
     def _texts_without(self, first: int, rows: int) -> Tensor:
         """The text lengths ``[rows]`` after the columns from ``first`` on are removed."""

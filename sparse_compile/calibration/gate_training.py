@@ -84,25 +84,30 @@ def train_gates(
             with torch.no_grad():
                 wanted = teacher(tokens)[asked]
             error = (student(tokens)[asked].float() - wanted.float()).square().mean(dim=-1).mean()
-            mean = torch.stack(list(gates)).mean()
-            last = float(error.detach() + penalty * mean.detach())
-            optimizer.zero_grad()
-            # The error is differentiated first and alone, because it reaches only the gates of layers that were recognized.
-            if error.requires_grad:
-                error.backward()
-            _check_reached(gates)
-            (penalty * mean).backward()
-            optimizer.step()
+            last, mean = _descend(gates, error, penalty, optimizer)
             schedule.step()
-            with torch.no_grad():
-                for gate in gates:
-                    gate.clamp_(0, 1)
             if progress and step % 10 == 0:
-                bar.set_postfix(loss=f"{last:.4g}", gate=f"{float(mean.detach()):.3f}")
+                bar.set_postfix(loss=f"{last:.4g}", gate=f"{mean:.3f}")
             if (step + 1) % SAVED == 0 or step + 1 == steps:
                 state.save(step + 1, last)
     numbers = settings | {"loss": last} | ({"data": run["data"]} if run["data"] else {})
     return Profile(torch.stack(list(gates)).tolist(), method="gates", model=identity, numbers=numbers)
+
+
+def _descend(gates: list[nn.Parameter], error: Tensor, penalty: float, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+    """Make one step of gradient descent, and keep the gates in 0..1. Returns the loss and the mean gate before the step."""
+    mean = torch.stack(list(gates)).mean()
+    optimizer.zero_grad()
+    # The error is differentiated first and alone, because it reaches only the gates of layers that were recognized.
+    if error.requires_grad:
+        error.backward()
+    _check_reached(gates)
+    (penalty * mean).backward()
+    optimizer.step()
+    with torch.no_grad():
+        for gate in gates:
+            gate.clamp_(0, 1)
+    return float(error.detach() + penalty * mean.detach()), float(mean.detach())
 
 
 def rate_at(step: int, *, steps: int) -> float:

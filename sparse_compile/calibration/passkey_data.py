@@ -113,7 +113,7 @@ class Passkeys:
         return Passkeys(haystack, words, marked, marked, haystack[:0], size, shortest, longest, seed)
 
     @property
-    def summary(self) -> str:
+    def digest(self) -> str:
         """A hash of everything that the texts are made of, to tell them from other texts."""
         parts = [part.tolist() for part in (self.haystack, self.opening, *self.words, *self.announcing, *self.asking)]
         made = (parts, len(self.asking), self.size, self.shortest, self.longest, self.seed)

@@ -1,4 +1,4 @@
-"""The backend: its entry points, its options, and that it never goes quiet."""
+"""The backend: its entry points and options, and its warnings when a model runs un-compiled."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def model_and_input() -> tuple[nn.Module, Tensor]:
 
 
 def under(policy: sc.masks.Mask, model: nn.Module, x: Tensor) -> Tensor:
-    """The attention of ``model`` under a policy, by a dense mask."""
+    """The attention of ``model`` under a policy, computed with a dense mask."""
     qkv = model.get_submodule("qkv")(x).chunk(3, -1)
     q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in qkv)
     n = x.shape[1]
@@ -164,7 +164,7 @@ def test_a_policy_changes_what_is_generated() -> None:
 
 
 def test_the_name_works_where_the_package_is_installed() -> None:
-    """The entry point; tests/wheel/check_wheel.py has the same for the wheel."""
+    """The entry point works. tests/wheel/check_wheel.py tests the same for the wheel."""
     if "sparse_compile" not in torch._dynamo.list_backends():
         pytest.skip("sparse_compile is not installed, only on the path")
     model, x = model_and_input()
@@ -177,7 +177,7 @@ def test_strict_turns_a_call_that_is_left_into_an_error() -> None:
     def attend(x: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(x, x, x, dropout_p=0.3)
 
-    with pytest.raises(Failed, match=r"strict=True, and 1 attention calls stay as they are.*dropout_p=0.3"):
+    with pytest.raises(Failed, match=r"strict=True, but 1 attention calls stay as they are.*dropout_p=0.3"):
         torch.compile(attend, backend=sc.Backend(inner="eager", strict=True))(torch.randn(1, 2, 8, 8))
 
 
@@ -287,7 +287,7 @@ def test_caches_know_a_graph_by_our_sources(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_digest_of_sources_reads_every_sub_folder(tmp_path: Path) -> None:
-    """A graph that Inductor cached is used again only while no source file changed, wherever it lies."""
+    """A graph in Inductor's cache is reused only if no source file changed in any sub-folder."""
     deep = tmp_path / "lower" / "kernels"
     deep.mkdir(parents=True)
     (tmp_path / "pipeline.py").write_text("a = 1\n")
@@ -319,9 +319,9 @@ class Layers(nn.Module):
 
 
 def test_a_policy_by_layer_that_a_graph_break_makes_unknowable_says_so() -> None:
-    """Dynamo then compiles the code of a layer once for all of them, and no call has a module any more."""
+    """After the break, Dynamo compiles the code of a layer once for all layers, so no call has a module path."""
     backend = sc.Backend(sc.Policy(layers={3: STREAMING}), inner="eager")
-    with torch.no_grad(), pytest.warns(sc.SparseCompileWarning, match="belong to none that Dynamo knows.*behind a graph break"):
+    with torch.no_grad(), pytest.warns(sc.SparseCompileWarning, match="Dynamo recorded no module.*behind a graph break"):
         torch.compile(Layers(), backend=backend)(torch.randn(1, 12, 16))
     assert {site.module for site in backend.report.sites} == {""}
     assert any("graph break" in note for note in backend.report.notes)
@@ -353,7 +353,7 @@ def test_a_policy_for_a_later_layer_is_no_error_in_the_graph_before_a_break() ->
 
 
 def test_layers_may_have_tensors_of_their_own_that_are_equal() -> None:
-    """A graph holds such tensors by their content: a policy for a GPU whose tensors lie on the CPU is copied layer by layer."""
+    """A graph names such tensors by their content. Equal tensors arise if a CPU policy is copied to the GPU layer by layer."""
     texts = (torch.arange(24) >= 9).int()[None]
     policy = sc.Policy(causal & document(texts), layers={1: causal & document(texts.clone())})
     plain, ids = next(d for d in DECODERS if d.name == "llama").build(), tokens(length=24)

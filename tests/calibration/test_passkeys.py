@@ -182,7 +182,7 @@ def test_passkeys_fit_texts_with_as_many_as_have_room() -> None:
 def test_a_digest_tells_texts_apart_that_begin_alike() -> None:
     made: dict[str, Any] = {"longest": 192, "shortest": 96, "count": 2, "size": 4}
     data = Passkeys.of_tokens(64, **made)
-    assert data.summary == Passkeys.of_tokens(64, **made).summary
+    assert data.digest == Passkeys.of_tokens(64, **made).digest
     others = [replace(data, longest=193), replace(data, seed=7), replace(data, words=data.words[:-1])]
     others.append(replace(data, haystack=data.haystack[:-1]))
-    assert len({data.summary, *(other.summary for other in others)}) == 5
+    assert len({data.digest, *(other.digest for other in others)}) == 5

@@ -1,4 +1,4 @@
-"""Tokens appended to pages in fewer bits on CUDA, in one launch: every bit is that of plain PyTorch."""
+"""Append tokens to quantized pages on CUDA, in one launch. Every bit must equal that of plain PyTorch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [
 DEVICE, SEED = "cuda", 0
 BATCH, HEADS, PAGE, PAGES = 2, 2, 32, 5
 SLOTS = PAGE * PAGES
-COLUMNS = (0, 1, PAGE - 1, PAGE, 2 * PAGE - 1, 2 * PAGE, 3 * PAGE + 5, SLOTS - 1)  # tails begin anew after two pages
+COLUMNS = (0, 1, PAGE - 1, PAGE, 2 * PAGE - 1, 2 * PAGE, 3 * PAGE + 5, SLOTS - 1)  # tails wrap around after two pages
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 FORMATS = {
     "int8": sc.KVFormat(),
@@ -50,7 +50,7 @@ SHAPES = {
 
 @dataclass
 class State:
-    """What a layer keeps: written in place."""
+    """The cached tensors of a layer, which are written in place."""
 
     key_tail: Tensor
     value_tail: Tensor
@@ -59,12 +59,12 @@ class State:
     summary: Tensor | None
 
     def copy(self) -> State:
-        """The same numbers elsewhere."""
+        """Return the same numbers in new tensors."""
         keys, values = (QuantizedTensor(*map(_clone, quantized)) for quantized in (self.keys, self.values))
         return State(_clone(self.key_tail), _clone(self.value_tail), keys, values, _clone(self.summary))
 
     def bits(self) -> list[Tensor]:
-        """All of it as integers; what is not a number is so in any bits."""
+        """Return all tensors as bytes. All NaN become equal, because their bits may differ."""
         parts = (self.key_tail, self.value_tail, *self.keys, *self.values, self.summary)
         settled = (part.nan_to_num(12345.0, math.inf, -math.inf) for part in parts if part is not None)
         return [part.view(torch.uint8) for part in settled]
@@ -77,19 +77,19 @@ def _clone(x: Tensor | None) -> Any:
 def random_state(
     forms: tuple[Format, Format], dims: tuple[int, int], dtype: torch.dtype, *, score: str = "", page: int = 1
 ) -> State:
-    """A cache of more rows than are used, with something in every place."""
+    """Return a cache with more rows than are used, and random numbers in every slot."""
     key_tail, value_tail = (numbers(BATCH + 1, 2 * PAGE, dim, dtype) for dim in dims)
-    kept: list[QuantizedTensor[Tensor]] = []
+    sides: list[QuantizedTensor[Tensor]] = []
     for form, dim in zip(forms, dims, strict=True):
         shapes = [((BATCH + 1, *shape), kind) for shape, kind in form.parts(HEADS, SLOTS, dim, dtype)]
-        kept.append(QuantizedTensor(*(torch.randint(0, 99, shape, device=DEVICE).to(kind) for shape, kind in shapes)))
+        sides.append(QuantizedTensor(*(torch.randint(0, 99, shape, device=DEVICE).to(kind) for shape, kind in shapes)))
     width = summary_width(score, dims[0]) if score else 0
     summary = torch.randn(BATCH + 1, HEADS, SLOTS // page, width, device=DEVICE).to(dtype) if score else None
-    return State(key_tail, value_tail, kept[0], kept[1], summary)
+    return State(key_tail, value_tail, sides[0], sides[1], summary)
 
 
 def numbers(batch: int, tokens: int, dim: int, dtype: torch.dtype) -> Tensor:
-    """``[batch, HEADS, tokens, dim]``, of channels that are unlike."""
+    """Return random numbers ``[batch, HEADS, tokens, dim]`` whose channels have different means and ranges."""
     spread = torch.logspace(-2, 1, dim, device=DEVICE)
     x = torch.randn(batch, HEADS, tokens, dim, device=DEVICE) * spread + torch.linspace(-9, 9, dim, device=DEVICE)
     return x.to(dtype)
@@ -105,7 +105,10 @@ def check(
     score: str = "",
     change: Any = None,
 ) -> None:
-    """Append a token at each of ``columns`` both ways; ``change`` turns the numbers of tails and tokens into others."""
+    """Append a token at each of ``columns`` with Triton and with PyTorch, and compare.
+
+    ``change`` modifies the numbers of tails and tokens in place.
+    """
     from sparse_compile.passes.kernels.append_token import launch_append
     from sparse_compile.passes.ops.quantized_append import append_in_torch
 
@@ -115,19 +118,19 @@ def check(
     page = 16 if score else 1
     for column in columns:
         state = random_state(forms, dims, dtype, score=score, page=page)
-        k, v = (numbers(BATCH, 3, dim, dtype)[:, :, 1:2] for dim in dims)  # of strides that are not those of its shape
+        k, v = (numbers(BATCH, 3, dim, dtype)[:, :, 1:2] for dim in dims)  # not contiguous
         for x in (state.key_tail, state.value_tail, k, v) if change is not None else ():
             change(x)
         texts = torch.randint(-1, 2, (BATCH, SLOTS), device=DEVICE) if padded else None
         wanted, at = state.copy(), torch.tensor(column, device=DEVICE)
-        told = (k, v, at, texts, *forms, page, score)
-        append(append_in_torch, wanted, *told)
-        append(launch_append, state, *told)
+        operands = (k, v, at, texts, *forms, page, score)
+        append(append_in_torch, wanted, *operands)
+        append(launch_append, state, *operands)
         assert_same(state, wanted, exactly=score != "mean")
 
 
-def append(how: Callable[..., None], state: State, *told: Any) -> None:
-    how(Append(state.key_tail, state.value_tail, state.keys, state.values, state.summary, *told))
+def append(how: Callable[..., None], state: State, *operands: Any) -> None:
+    how(Append(state.key_tail, state.value_tail, state.keys, state.values, state.summary, *operands))
 
 
 def assert_same(got: State, wanted: State, *, exactly: bool = True) -> None:
@@ -242,16 +245,16 @@ def test_a_graph_goes_on_as_columns_advance(name: str) -> None:
     wanted, column = state.copy(), torch.tensor(0, device=DEVICE)
     k, v = (numbers(BATCH, 1, 64, torch.bfloat16) for _ in range(2))
 
-    told = (k, v, column, None, *forms, 1, "")
-    append(launch_append, state, *told)
+    operands = (k, v, column, None, *forms, 1, "")
+    append(launch_append, state, *operands)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        append(launch_append, state, *told)
+        append(launch_append, state, *operands)
     for n in range(SLOTS):
         column.fill_(n)
         for x in (k, v):
             x.normal_()
         graph.replay()
-        append(append_in_torch, wanted, *told)
+        append(append_in_torch, wanted, *operands)
     assert_same(state, wanted)

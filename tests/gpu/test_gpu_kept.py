@@ -1,4 +1,4 @@
-"""Attention of a decode step to what a cache keeps, on CUDA, against dense attention over the same numbers in float64."""
+"""Check the attention of a decode step to cached keys on CUDA, against dense attention over the same numbers in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCH, PAGE = 2, 64
 
 
 def keep(x: Tensor, kind: str, tokens: int, channels: int) -> tuple[Any, Tensor]:
-    """``x`` as pages keep it, and the numbers that this stands for; groups are of ``tokens`` or of ``channels``."""
+    """Return ``x`` as pages store it, and the numbers that this stands for. A group is ``tokens`` x ``channels`` numbers."""
     from sparse_compile.passes.kernels.operands import Stored
 
     if kind == "":
@@ -40,7 +40,7 @@ def keep(x: Tensor, kind: str, tokens: int, channels: int) -> tuple[Any, Tensor]
 
 
 def poison(kept: Any, unseen: Tensor, tokens: int) -> Any:
-    """``kept`` with NaN where nothing is to be read; ``unseen`` is ``[B, H, N]``."""
+    """Return ``kept`` with NaN where no kernel may use a number. ``unseen`` is ``[B, H, N]``."""
     parts = []
     for part in kept[:3]:
         if part is not None and part.dtype.is_floating_point:
@@ -71,7 +71,10 @@ def check(
     page: int = PAGE,
     padded: bool = False,
 ) -> None:
-    """Heads ``rings`` have a ring, the others pages, of which ``reading`` says which are read."""
+    """Compare attention with the oracle. Heads in ``rings`` have a ring, and the others have pages.
+
+    ``reading`` says which pages are read: ``all``, those ``listed`` at random, or ``none``.
+    """
     from sparse_compile.passes.kernels.operands import PagedDecode, PageRead, RingRead
     from sparse_compile.passes.kernels.paged_decode import launch_paged_decode
 
@@ -99,9 +102,9 @@ def check(
             table = torch.where(chosen, torch.arange(pages, device=device), pages).sort(-1).values.clamp(max=pages - 1).int()
             seen = seen & torch.cat([chosen, chosen[:1]]).squeeze(2).repeat_interleave(page, dim=2)
         seen = seen.contiguous()
-        asked = by_head[:, paged].flatten(1, 2)
-        found = dense(asked, exact_keys[:BATCH], exact_values[:BATCH], seen[:BATCH], scale)
-        wanted[:, paged] = found.unflatten(1, (-1, group))
+        queries = by_head[:, paged].flatten(1, 2)
+        attended = dense(queries, exact_keys[:BATCH], exact_values[:BATCH], seen[:BATCH], scale)
+        wanted[:, paged] = attended.unflatten(1, (-1, group))
         keys, values = poison(keys, ~seen, groups[0]), poison(values, ~seen, 1)
     if rings:
         ring_keys, ring_values = (torch.randn(BATCH + 1, len(rings), slots, d, device=device).to(dtype) for d in dims)
@@ -109,9 +112,9 @@ def check(
         text = torch.tensor([[slots], [slots - 30]], device=device)
         seen = (at >= 0) & (at <= text) & ((at < 4) | (at > text - 60))
         seen = seen.unsqueeze(1).expand(BATCH, len(rings), slots)
-        asked = by_head[:, list(rings)].flatten(1, 2)
-        found = dense(asked, ring_keys[:BATCH].double(), ring_values[:BATCH].double(), seen, scale)
-        wanted[:, list(rings)] = found.unflatten(1, (-1, group))
+        queries = by_head[:, list(rings)].flatten(1, 2)
+        attended = dense(queries, ring_keys[:BATCH].double(), ring_values[:BATCH].double(), seen, scale)
+        wanted[:, list(rings)] = attended.unflatten(1, (-1, group))
         for x in (ring_keys, ring_values):
             x[:BATCH].masked_fill_(~seen.unsqueeze(3), math.nan)
         ring = RingRead(ring_keys, ring_values, at, text, 4, 60, list(rings))

@@ -1,4 +1,4 @@
-"""A ``SparseCache`` in fewer bits on CUDA: the kernel that reads codes against the reference, one graph that never waits."""
+"""Check a quantized ``SparseCache`` on CUDA: the kernels against the reference, and one CUDA graph without syncs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def decoder() -> Any:
 
 
 def run(policy: sc.Policy | Mask | None, kv: Any, ids: Tensor, inner: str) -> tuple[Tensor, sc.Report]:
-    """The logits of a text in chunks, through a cache that has more rows than are used."""
+    """Return the logits of a text in chunks and the report, with a cache that has more rows than are used."""
     torch._dynamo.reset()
     model = decoder()
     sizes: dict[str, Any] = {"max_length": 512, "max_batch": 3, "page_size": 32, "dtype": torch.float32, "device": "cuda"}
@@ -58,7 +58,7 @@ def run(policy: sc.Policy | Mask | None, kv: Any, ids: Tensor, inner: str) -> tu
 def test_kernels_equal_the_reference(policy: str, kv: str) -> None:
     ids = tokens(length=320).cuda()
     (got, report), (wanted, _) = (run(POLICIES[policy], FORMATS[kv], ids, inner) for inner in ("inductor", "eager"))
-    # A number that rounds the other way is a step of its format away.
+    # A number that is rounded the other way differs by a whole step of its format.
     assert (got - wanted).norm() < 1e-3 * wanted.norm()
     assert any("page attention" in site.kernel for site in report.sites if site.phase == "decode")
 
@@ -90,13 +90,13 @@ def test_steps_are_one_graph_without_syncs(kv: str) -> None:
 @pytest.mark.parametrize("policy", ["dense", "chosen pages by KV head"])
 def test_a_model_may_lie_on_another_device_than_the_current_one(policy: str, inner: str) -> None:
     ids = tokens(length=300)
-    found = []
+    results = []
     for device in ("cuda:0", "cuda:1"):
         torch._dynamo.reset()
         model = decoder().to(device)
         sizes: dict[str, Any] = {"max_length": 320, "max_batch": 2, "page_size": 32, "dtype": torch.float32, "device": device}
         cache = sc.SparseCache(model.config, POLICIES[policy], **sizes, kv="int8")
         model = sc.compile(model, POLICIES[policy], inner=inner)
-        found.append(logits_of_chunks(model, cache, ids.to(device), [280, *[1] * 20]).cpu())
+        results.append(logits_of_chunks(model, cache, ids.to(device), [280, *[1] * 20]).cpu())
     assert torch.cuda.current_device() == 0
-    assert float((found[0] - found[1]).abs().max()) < 1e-4
+    assert float((results[0] - results[1]).abs().max()) < 1e-4

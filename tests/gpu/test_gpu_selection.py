@@ -1,4 +1,4 @@
-"""Page selection on CUDA: kernels against their plain twins, models against the reference, one graph that never waits."""
+"""Check page selection on CUDA: kernels against plain PyTorch, models against the reference, and one graph without syncs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ POLICIES: dict[str, sc.Policy | Mask] = {
 
 
 def run(policy: sc.Policy | Mask, chunks: list[int], ids: Tensor, inner: str, kernel: str = "auto") -> Tensor:
-    """The logits of a text in chunks, through a cache that has more rows than are used."""
+    """Return the logits of a text in chunks, with a cache that has more rows than are used."""
     torch._dynamo.reset()
     model = next(d for d in DECODERS if d.name == "llama").build().cuda()
     sizes: dict[str, Any] = {"max_length": 512, "max_batch": 3, "page_size": 16, "dtype": torch.float32, "device": "cuda"}
@@ -106,13 +106,13 @@ def test_scores_equal_those_of_plain_pytorch(heads: int, group: int, dim: int, d
     score_pages(q, at - 6)
     exact = {"rtol": 0, "atol": 0} if score == "minmax" else {"rtol": 1e-2, "atol": 1e-6}  # means are summed in another order
     torch.testing.assert_close(summary[:batch, :, 4 * 90 + 1], wanted[:, :, 4 * 90 + 1], **exact)
-    found = score_summaries(q.unflatten(1, (heads, group)).squeeze(3), wanted, score)
-    pooled = pool(found, "max", 4, alive(valid, 16).unsqueeze(1))
+    by_head = score_summaries(q.unflatten(1, (heads, group)).squeeze(3), wanted, score)
+    pooled = pool(by_head, "max", 4, alive(valid, 16).unsqueeze(1))
     torch.testing.assert_close(scores[:batch, :, :90], pooled[:, :, :90], rtol=1e-4, atol=1e-3)
     assert (scores[:batch, :, 90] == math.inf).all()
     before = scores.clone()
     score_pages(q * 2, at - 7)
-    assert torch.equal(scores, before)  # it is not time to
+    assert torch.equal(scores, before)  # scoring is not due
 
 
 @pytest.mark.parametrize("pages", [1, 7, 512, 2048, 5000, 16384])
@@ -128,8 +128,8 @@ def test_pages_are_picked_as_by_plain_pytorch(pages: int) -> None:
         for budget in (1, 3, 64, pages + 1):
             width = min(pages, max(budget, int((known == 2).sum(-1).max())))
             got = pick_pages(scores, known, batch=3, budget=budget, width=width)
-            for mine, plain in zip(got, choose(scores[:3], known, budget, width), strict=True):
-                assert torch.equal(mine.squeeze(2), plain)
+            for picked, plain in zip(got, choose(scores[:3], known, budget, width), strict=True):
+                assert torch.equal(picked.squeeze(2), plain)
 
 
 @pytest.mark.parametrize("later", [0, 63])
@@ -144,8 +144,8 @@ def test_the_newest_page_is_listed_without_being_searched(newest: int, later: in
     known[..., newest], known[..., newest + 1 :] = 2, 0
     for budget, width in ((1, 1), (3, min(64, pages)), (64, min(64, pages)), (pages, pages)):
         got = pick_pages(scores, known, at, batch=2, budget=budget, width=width, page_size=64)
-        for mine, plain in zip(got, choose(scores, known, budget, width), strict=True):
-            assert torch.equal(mine.squeeze(2), plain)
+        for picked, plain in zip(got, choose(scores, known, budget, width), strict=True):
+            assert torch.equal(picked.squeeze(2), plain)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparse_compile.masks.intervals import INF, Bounds, Intervals, normalise
+from sparse_compile.masks.intervals import INF, Bounds, Intervals, normalize
 
 Pairs = list[tuple[int, int]]
 
@@ -25,7 +25,7 @@ def intervals(rows: list[Pairs]) -> Intervals:
     """Build intervals ``[rows, n]`` as the algebra does. Shorter rows are filled with empty intervals."""
     width = max([1, *(len(row) for row in rows)])
     filled = torch.tensor([row + [(7, 7)] * (width - len(row)) for row in rows])
-    return normalise(filled[..., 0], filled[..., 1])
+    return normalize(filled[..., 0], filled[..., 1])
 
 
 def sets(found: Intervals) -> list[set[int]]:

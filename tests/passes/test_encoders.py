@@ -1,4 +1,4 @@
-"""Encoders and cross-attention through the backend: exact, every call accounted for, and a policy that knows its place."""
+"""Encoders and cross-attention through the backend: exact, every call reported, and no policy for cross-attention."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ N, SHORT = 20, 7
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 STREAMING = causal & (sink(1) | sliding_window(3))
-CROSS = "cross-attention: its keys have no place in the text of the queries"
+CROSS = "cross-attention: no policy applies, because its keys are not in the text of the queries"
 
 
 def ids(length: int = N) -> Tensor:
@@ -51,7 +51,7 @@ def last_hidden(output: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A model, its inputs, and the mask expected at each of its calls, by the part of the module path that tells them apart."""
+    """A model, its inputs, and the expected mask of each call, by the part of the module path that identifies the call."""
 
     build: Callable[[], Any]
     inputs: Callable[[], dict[str, Any]]
@@ -163,12 +163,12 @@ def test_an_encoder_is_exact_and_its_masks_are_recovered(name: str) -> None:
     assert result.error < 1e-5
     assert result.reasons == []
     assert len(result.masks) == encoder.calls
-    for part, mask in encoder.masks.items():
-        first, _, last = part.partition("*")
-        found = [
+    for path, mask in encoder.masks.items():
+        first, _, last = path.partition("*")
+        masks = [
             m for site, m in zip(result.report.sites, result.masks, strict=True) if first in site.module and last in site.module
         ]
-        assert found and set(found) == {mask}
+        assert masks and set(masks) == {mask}
 
 
 @pytest.mark.parametrize("name", ["bert padded", "modernbert", "vit"])
@@ -214,7 +214,7 @@ def test_cross_attention_of_as_many_keys_as_queries_is_no_self_attention() -> No
 
 
 def test_decoding_with_an_encoder_is_exact() -> None:
-    """Cross-attention reads keys of a cache: they come from no projection of the graph."""
+    """Cross-attention reads its keys from a cache, so they come from no projection in the graph."""
     torch.manual_seed(0)
     model = t5().eval()
 

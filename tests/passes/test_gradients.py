@@ -1,4 +1,4 @@
-"""Training through the backend on CPU: gradients are those of the plain model."""
+"""Training through the backend on CPU: gradients equal those of the plain model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 
 class Attention(nn.Module):
-    """Grouped attention under a policy given as a dense mask, or left to the backend."""
+    """Grouped-query attention, under a policy as a dense mask or without one, so that the backend applies it."""
 
     def __init__(self, policy: Mask | None = None, *, float_mask: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
@@ -133,9 +133,9 @@ def test_dropout_in_training_is_left_alone_with_the_reason() -> None:
 
 
 def test_rows_that_see_nothing_have_gradients_that_are_numbers() -> None:
-    """The first queries of a left-padded row see no key; their output is zero and so is what flows back."""
+    """The first queries of a left-padded row see no key, so their output and their gradients are zero."""
     torch.manual_seed(0)
     model, x = Attention(float_mask=True), torch.randn(2, 20, 16)
     backend = sc.Backend(causal & ~sink(3), inner="eager")
-    found = gradients(model, torch.compile(model, backend=backend), x)
-    assert all(bool(g.isfinite().all()) for g in found.values())
+    by_name = gradients(model, torch.compile(model, backend=backend), x)
+    assert all(bool(g.isfinite().all()) for g in by_name.values())

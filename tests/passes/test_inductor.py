@@ -1,4 +1,4 @@
-"""FlexAttention's C++ kernel on CPU, where a compile costs ten seconds: few cases, each the scene of a known trap."""
+"""FlexAttention's C++ kernel on CPU. A compile takes ten seconds, so there are few cases, each for a known trap."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def both(model: Any, *args: Any, policy: Mask | None = None, dynamic: bool | None = None) -> tuple[Any, Any, sc.Backend]:
-    """The model through FlexAttention and through the dense reference."""
+    """Run the model through FlexAttention and through the dense reference."""
     backend = sc.Backend(policy, kernel="flex")
     fused = torch.compile(model, backend=backend, dynamic=dynamic)
     dense = torch.compile(model, backend=sc.Backend(policy, inner="eager"), dynamic=dynamic)
@@ -38,7 +38,7 @@ def assert_fused(backend: sc.Backend) -> None:
 
 
 class Projections(nn.Module):
-    """Attention without rotary embeddings, so that q and k are views of a linear layer's output, and with what follows it."""
+    """Attention whose q and k are views of a linear layer's output (no rotary embeddings), with operations after it."""
 
     def __init__(self, heads: int = 4, kv_heads: int = 2, *, softcap: float = 0.0) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def test_one_compile_serves_growing_lengths() -> None:
 
 
 def test_a_bias_is_read_by_the_kernel() -> None:
-    """T5's relative positions and ALiBi arrive as float masks."""
+    """T5's relative positions and ALiBi reach attention as float masks."""
     model, x, bias = Projections(), torch.randn(2, 150, 32), torch.randn(1, 4, 150, 150)
     fused, dense, backend = both(model)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_documents_of_a_policy_reach_the_kernel() -> None:
 
 
 def test_tensors_of_a_policy_with_lists_for_query_and_for_kv_heads() -> None:
-    """Spread over the query heads, the policy names its tensors in another order than before."""
+    """A policy by KV head names its tensors in another order once it is expanded to query heads."""
     one, other = (document(torch.arange(40).div(n, rounding_mode="floor")[None]) for n in (7, 11))
     policy = per_head([one, other]) & per_head([other & one, one, other, other])
     fused, dense, _ = both(Projections(), policy=policy)
@@ -141,7 +141,7 @@ def test_queries_keys_and_values_may_be_one_buffer() -> None:
 
 
 def test_static_cache_decoding_with_padding() -> None:
-    """The cache's length is a tensor that every step adds to: positions must be those from before."""
+    """Every step adds to the cache's length in place, so positions must come from the length before the step."""
     model = DECODERS[0].build()
     backend = sc.Backend(causal & (sink(4) | sliding_window(16)))
     fast: Any = torch.compile(model, backend=backend)
@@ -161,7 +161,7 @@ def test_static_cache_decoding_with_padding() -> None:
 
 
 def attend_under(x: Tensor, mask: Tensor) -> Tensor:
-    """Attention over ``[batch, length, 32]`` under a mask from outside."""
+    """Attention over ``[batch, length, 32]`` under a mask that is an argument."""
     q = x.unflatten(-1, (4, 8)).transpose(1, 2)
     return F.scaled_dot_product_attention(q, q.cos(), q.sin(), attn_mask=mask)
 
@@ -175,7 +175,7 @@ MASKS: dict[str, Callable[[int], Tensor]] = {
 
 @pytest.mark.parametrize("kind", MASKS)
 def test_masks_of_growing_length_reach_the_kernel(kind: str) -> None:
-    """The C++ template knows the sizes of q and k alone: those of a captured mask fail with ``ks2 was not declared``."""
+    """The C++ template knows the sizes of q and k only. Sizes of a captured mask fail with ``ks2 was not declared``."""
     fused, _, backend = both(attend_under, dynamic=True)
     with torch.no_grad():
         for length in (130, 200):
@@ -199,7 +199,7 @@ def test_padding_overwritten_before_attention_is_read_before() -> None:
 
 
 def test_policies_do_not_share_what_inductor_caches() -> None:
-    """Same graph, same shapes: what differs are the numbers in a mask, or the content of a tensor it reads."""
+    """The graphs and shapes are equal. Only numbers in a mask, or the content of a tensor that it reads, differ."""
     x = torch.randn(1, 130, 32)
     halves, thirds = (document(torch.arange(130).div(n, rounding_mode="floor")[None]) for n in (65, 44))
     windows = (causal & sliding_window(n) for n in (3, 50))
@@ -221,5 +221,5 @@ def test_learned_sinks_run_the_reference_and_say_why() -> None:
         got = fast(tokens(), use_cache=False).logits
         assert_equal(got, model(tokens(), use_cache=False).logits)
     assert {site.reason for site in backend.report.sites} == {
-        "FlexAttention returns no log-sum-exp on CPU, which learned sinks need"
+        "learned sinks need the log-sum-exp, which FlexAttention does not return on CPU"
     }

@@ -1,4 +1,4 @@
-"""Which kernel a call gets, how heads are grouped, and that what is forced and cannot be had says why."""
+"""The kernel choice and the head groups of a call, and the reasons why a forced kernel cannot run it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def operands(heads: int = 8, kv_heads: int = 4, length: int = 40, dim: int = 16)
 def graph_of(
     monkeypatch: pytest.MonkeyPatch, model: Any, *args: Any, backend: sc.Backend, run: bool = True, **kwargs: Any
 ) -> GraphModule:
-    """The graph that reaches the inner compiler."""
+    """Return the graph that reaches the inner compiler."""
     seen: list[GraphModule] = []
 
     def keep(gm: GraphModule, *_: Any) -> Any:
@@ -104,7 +104,7 @@ def test_the_choice_by_device_dtype_and_mask(
 def test_long_dense_prompts_go_to_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_choice, "capability", lambda: (9, 0))
     monkeypatch.setattr(kernel_choice, "flash_installed", lambda: True)
-    monkeypatch.setattr(kernel_choice, "FLASH_FROM", 32)
+    monkeypatch.setattr(tuning, "FLASH_FROM", 32)
     q, k, v = (x.bfloat16() for x in operands(dim=64))
     assert explained(None, q, k, v, device="cuda") == "FlexAttention FLASH"
 
@@ -123,8 +123,8 @@ def test_attention_without_a_mask_is_sdpa(policy: Mask | None) -> None:
 @pytest.mark.parametrize(
     ("kernel", "options", "reason"),
     [
-        ("flash", {}, "flash needs CUDA, and the call runs on cpu"),
-        ("triton", {}, "triton needs CUDA, and the call runs on cpu"),
+        ("flash", {}, "flash needs CUDA, but the call runs on cpu"),
+        ("triton", {}, "triton needs CUDA, but the call runs on cpu"),
         ("sdpa", {"policy": STREAMING}, r"SDPA needs a dense mask for causal & \(sink\(4\) \| sliding_window\(64\)\)"),
         ("flex", {"inner": "eager"}, "inner='eager' has no FlexAttention kernels"),
     ],
@@ -139,10 +139,10 @@ def test_a_kernel_that_cannot_be_had_is_an_error_with_the_reason(kernel: str, op
     [
         ({"flash": False}, "flash-attn-4 is not installed: pip install --pre flash-attn-4"),
         ({"capability": (8, 0)}, r"FLASH needs a Hopper or Blackwell GPU, not compute capability \(8, 0\)"),
-        ({"dtype": torch.float32}, "FLASH takes bfloat16 and float16, not torch.float32"),
-        ({"dim": 80}, r"FLASH takes one head_dim of 64, 96, 128, 256, not \[80\]"),
-        ({"policy": per_head([prefix(torch.tensor([3, 4]))] * 4)}, "FLASH is used with masks that read no tensor"),
-        ({"inner": "aot_eager"}, "inner='aot_eager' does not reach FLASH"),
+        ({"dtype": torch.float32}, "FLASH needs bfloat16 or float16, not torch.float32"),
+        ({"dim": 80}, r"FLASH needs one head_dim of 64, 96, 128, 256, not \[80\]"),
+        ({"policy": per_head([prefix(torch.tensor([3, 4]))] * 4)}, "FLASH needs a mask that reads no tensor"),
+        ({"inner": "aot_eager"}, "FLASH needs inner='inductor', not inner='aot_eager'"),
     ],
 )
 def test_flash_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], reason: str) -> None:
@@ -186,7 +186,7 @@ def test_tensorrt_names_the_package_and_the_extra() -> None:
     ids=str,
 )
 def test_groups_of_heads_come_back_in_order(pattern: list[Mask]) -> None:
-    """Every group here is one that SDPA takes without a mask, so nothing is compiled; the oracle writes the mask out."""
+    """SDPA runs every group here without a mask, so nothing is compiled. The oracle uses a dense mask."""
     q, k, v = operands()
     policy = per_head(pattern)
     backend = sc.Backend(policy, inner="aot_eager")
@@ -201,7 +201,7 @@ def test_groups_of_heads_come_back_in_order(pattern: list[Mask]) -> None:
 def test_the_output_of_groups_lies_in_memory_as_that_of_one_kernel() -> None:
     def viewed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = F.scaled_dot_product_attention(q, k, v)
-        return out.transpose(1, 2).view(2, 40, -1)  # fails on a tensor whose heads do not lie inside positions
+        return out.transpose(1, 2).view(2, 40, -1)  # raises unless all heads of a position lie together in memory
 
     q, k, v = torch.randn(3, 2, 40, 8, 16).transpose(2, 3).unbind()
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_the_output_of_groups_lies_in_memory_as_that_of_one_kernel() -> None:
         ([causal, STREAMING, STREAMING, causal], 2),
         ([causal, causal, causal, causal], 1),
         ([causal & sliding_window(n) for n in (1, 2, 3, 4)], 4),
-        ([causal if n % 3 == 0 else causal & sliding_window(n) for n in range(8)], 1),  # groups within a KV head: not cut
+        ([causal if n % 3 == 0 else causal & sliding_window(n) for n in range(8)], 1),  # groups within a KV head: one group
     ],
 )
 def test_equal_masks_are_one_group(monkeypatch: pytest.MonkeyPatch, pattern: list[Mask], groups: int) -> None:
@@ -263,11 +263,11 @@ def test_tables_of_a_static_prompt_are_kept_with_the_graph(monkeypatch: pytest.M
     monkeypatch.setattr(inner_compiler, "_compile", lambda gm, *_: lambda *args: (args[0],))
     with torch.no_grad():
         torch.compile(attend, backend=backend, dynamic=False)(*operands())
-    assert len(calls) == 1  # at compile time, with numbers for everything
+    assert len(calls) == 1  # at compile time, when every size is a number
 
 
 def test_a_folded_step_gives_its_tables_the_tensors_they_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The union over a KV head's query heads may name its tensors in another order than the mask itself."""
+    """The union over the query heads of a KV head may name its tensors in another order than the mask itself."""
     documents = [document(torch.arange(40).div(n, rounding_mode="floor")[None]) for n in (3, 5, 7, 11)]
     policy = per_head([documents[0], documents[1] & documents[2], documents[3], causal] * 2)
     q, k, v = operands()
@@ -280,7 +280,7 @@ def test_a_folded_step_gives_its_tables_the_tensors_they_ask_for(monkeypatch: py
     gm = graph_of(monkeypatch, step, q[:, :, :1], k, v, torch.tensor(9), backend=backend, run=False)
     (node,) = (n for n in gm.graph.nodes if "block_tables" in str(n.target))
     mask, cut, _, captures, _ = block_tables.block_tables_op.build(node.args)
-    assert cut.heads == 4  # lists for KV heads
+    assert cut.heads == 4  # one list for each KV head
     assert [n.args[0].target if n.op != "get_attr" else n.target for n in captures] == [
         c.name for c in block_tables.tensor_names(mask)
     ]
@@ -310,9 +310,9 @@ def test_the_width_of_a_step_serves_every_position(mask: Mask, kv_len: int, bloc
 @pytest.mark.parametrize("heads", [4, 8])
 def test_a_kv_head_lists_what_any_of_its_query_heads_sees(heads: int) -> None:
     pattern = [causal & sliding_window(n + 1) for n in range(heads)]
-    found = block_layout.per_kv_head(per_head(pattern), heads, 4).for_heads(4).dense(9, 9, heads=4)
+    listed = block_layout.per_kv_head(per_head(pattern), heads, 4).for_heads(4).dense(9, 9, heads=4)
     seen = per_head(pattern).dense(9, 9, heads=heads).unflatten(1, (4, -1)).any(2)
-    assert (found >= seen).all()
+    assert (listed >= seen).all()
     assert block_layout.per_kv_head(causal, heads, 4) == causal
 
 

@@ -1,4 +1,4 @@
-"""Every form of scaled_dot_product_attention is read for what it is, through every way of repeating keys and values."""
+"""Every form of scaled_dot_product_attention is read correctly, with every way of repeating keys and values."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_mask_from_outside_is_used_as_it_is(shape: tuple[int, ...], kind: str)
 
 
 def test_causal_counts_from_the_first_key_when_queries_are_fewer() -> None:
-    """``is_causal`` of torch aligns to the upper left corner, unlike a text with a cache."""
+    """``is_causal`` of torch aligns to the upper left corner, unlike causal attention over a cache."""
     result = compare(lambda q, k, v: sdpa(q, k, v, is_causal=True), *qkv(4, 9))
     assert_read(result, "causal")
     assert result.report.sites[0].density == pytest.approx((1 + 2 + 3 + 4) / 36)
@@ -88,7 +88,7 @@ def test_zero_dropout_is_read_and_more_is_left() -> None:
 
 def test_a_scale_decided_at_run_time_is_left() -> None:
     result = compare(lambda q, k, v, scale: sdpa(q, k, v, scale=scale), *qkv(), 0.3, dynamic=True)
-    assert_left(result, "scale is decided at run time")
+    assert_left(result, "scale is a value of the graph: pass a Python number")
 
 
 def test_attention_without_a_head_axis_is_left() -> None:
@@ -98,7 +98,7 @@ def test_attention_without_a_head_axis_is_left() -> None:
 
 def test_a_batch_of_keys_that_broadcasts_is_left() -> None:
     q, k, v = qkv()
-    assert_left(compare(sdpa, q, k[:1], v[:1]), "query, key and value have batch sizes 2, 1 and 1")
+    assert_left(compare(sdpa, q, k[:1], v[:1]), "query, key and value need one batch size, not 2, 1 and 1")
 
 
 def test_half_precision_is_read() -> None:
@@ -199,7 +199,7 @@ def test_a_cache_written_after_the_repetition_is_not_peeled() -> None:
     assert [site.kv_heads for site in result.report.sites] == [4, 2]
 
 
-# -- what a policy makes of it --------------------------------------------------------------------------------------------
+# -- policies ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("repeat", REPEATS, ids=lambda f: f.__name__)

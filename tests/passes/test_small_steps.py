@@ -1,4 +1,4 @@
-"""Steps of a few numbers, compiled as on CUDA, say what they say when they are not."""
+"""Small steps give the same numbers compiled, as on CUDA, and un-compiled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from sparse_compile.masks import causal, page_topk, sink, sliding_window
 from sparse_compile.passes.kernels.operands import Append
-from sparse_compile.passes.ops import block_tables, cache_update, page_classes
+from sparse_compile.passes.ops import block_tables, cache_update, page_selection
 from sparse_compile.passes.ops.quantized_append import append_in_torch
 from sparse_compile.passes.ops.ring import _ring_step
 from sparse_compile.passes.ops.small_steps import run_compiled
@@ -23,14 +23,14 @@ STATIC = sink(4) | sliding_window(100)
 
 
 def both(function: Callable[..., Any], *args: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """What ``function`` gives and leaves behind in its arguments, as it is and compiled."""
-    found = []
+    """Yield pairs of tensors, un-compiled and compiled: the results of ``function``, and its arguments after the call."""
+    tensors = []
     for compiled in (False, True):
-        mine = tree_map_only(Tensor, Tensor.clone, args)
-        result = run_compiled(function, *tree_flatten(mine)) if compiled else function(*mine)
-        found.append([x for x in tree_flatten((result, mine))[0] if isinstance(x, Tensor)])
-    assert len(found[0]) == len(found[1]) > 0
-    yield from zip(*found, strict=True)
+        copies = tree_map_only(Tensor, Tensor.clone, args)
+        result = run_compiled(function, *tree_flatten(copies)) if compiled else function(*copies)
+        tensors.append([x for x in tree_flatten((result, copies))[0] if isinstance(x, Tensor)])
+    assert len(tensors[0]) == len(tensors[1]) > 0
+    yield from zip(*tensors, strict=True)
 
 
 def assert_equal(a: Tensor, b: Tensor) -> None:
@@ -44,7 +44,7 @@ def test_positions_and_tables() -> None:
         column = torch.tensor(at)
         cut = block_tables.Cut(1, 1, 1024, 0, 0, q_block=128, kv_block=128, width=8, split=False)
         for a, b in (
-            *both(page_classes._page_classes, chosen, 1, column, [], 64, 32, True),
+            *both(page_selection._page_classes, chosen, 1, column, [], 64, 32, True),
             *both(block_tables._block_tables, causal & STATIC, cut, column, [], CPU),
             *both(_ring_step, ring, ring + 1, 4, torch.full((2, 1), at), torch.tensor([[at], [-1]])),
             *both(cache_update._cache_tokens, 2, 1, column, torch.tensor([at, 3, 7]), None, []),
@@ -60,11 +60,11 @@ def test_a_token_in_fewer_bits(kind: str) -> None:
         tails = [torch.randn(2, 3, 128, 32) for _ in range(2)]
         parts = [[torch.zeros(2, *shape, dtype=d) for shape, d in f.parts(3, 256, 32, torch.float32)] for f in (keys, values)]
         new = [torch.randn(1, 3, 1, 32) for _ in range(2)]
-        told = (torch.tensor(at), None, keys, values, 16, "minmax")
+        options = (torch.tensor(at), None, keys, values, 16, "minmax")
         state = (*tails, *(QuantizedTensor(*part) for part in parts), torch.zeros(2, 3, 16, 64))
-        fields: Any = (*state, *new, *told)
+        fields: Any = (*state, *new, *options)
         for a, b in both(append_in_torch, Append(*fields)):
-            if kind == "fp8" and a.dtype == torch.uint8:  # a division is a product with the reciprocal, once compiled
+            if kind == "fp8" and a.dtype == torch.uint8:  # compiled code multiplies by the reciprocal instead of dividing
                 numbers = (x.view(torch.float8_e4m3fn).float() for x in (a, b))
                 torch.testing.assert_close(*numbers, rtol=1 / 8, atol=2**-9)
             else:

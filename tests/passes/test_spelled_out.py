@@ -1,4 +1,4 @@
-"""Attention that models spell out is read for what it is, and what only looks like attention is not touched."""
+"""Attention that models write as matmul and softmax is read correctly, and other products are not changed."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_attention_spelled_out_is_read(form: str) -> None:
 
 
 def test_learned_sinks_are_read() -> None:
-    """gpt-oss: one more column of logits per head, cut off after the softmax."""
+    """gpt-oss adds a column of logits for each head, and cuts it off after the softmax."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
         scores = torch.matmul(q, k.transpose(2, 3)) * 0.3
@@ -91,7 +91,7 @@ def test_learned_sinks_are_read() -> None:
 
 
 def test_weights_that_are_only_stored_before_the_cast_do_not_matter() -> None:
-    """Scores and float32 weights may be used elsewhere: they are computed for that, and the attention is rewritten."""
+    """If scores or float32 weights are used elsewhere, they are computed for that use, and the attention is still rewritten."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.mT
@@ -101,12 +101,12 @@ def test_weights_that_are_only_stored_before_the_cast_do_not_matter() -> None:
 
 
 LEFT: dict[str, tuple[Attention, str]] = {
-    "weights returned": (lambda q, k, v: ((w := (q @ k.mT).softmax(-1)) @ v) + w.sum(), "the attention weights are used by"),
+    "weights returned": (lambda q, k, v: ((w := (q @ k.mT).softmax(-1)) @ v) + w.sum(), "attention weights are also used by"),
     "weights dropped": (
         lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 1e-9) @ v,
         "dropout of attention weights with p=1e-09",
     ),
-    "relu of scores": (lambda q, k, v: (q @ k.mT).relu().softmax(-1) @ v, "scores pass through relu, which is not understood"),
+    "relu of scores": (lambda q, k, v: (q @ k.mT).relu().softmax(-1) @ v, "scores pass through relu, which"),
     "scale after mask": (
         lambda q, k, v: ((q @ k.mT + tril()) * 0.5).softmax(-1) @ v,
         "scaled or capped after a mask or bias was added",
@@ -146,7 +146,7 @@ def test_what_cannot_be_rewritten_is_left_with_its_reason(form: str) -> None:
 def test_weights_overwritten_in_place_are_left() -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = (q @ k.mT).softmax(-1)
-        dropped = F.dropout(weights, 0.1, training=False)  # in evaluation the same memory
+        dropped = F.dropout(weights, 0.1, training=False)  # without training, dropout returns the same tensor
         weights[..., 0] = 0
         return dropped @ v
 
@@ -170,7 +170,7 @@ def test_operands_overwritten_between_the_products_are_left() -> None:
 
 
 def test_a_float_attribute_that_became_a_symbol_is_read() -> None:
-    """``dynamic=True`` makes floats of modules dynamic as well; the graph is for the value they have."""
+    """``dynamic=True`` makes float attributes of modules dynamic too. The graph holds for their current value."""
 
     class Scaled(nn.Module):
         scaling = 0.3
@@ -199,13 +199,13 @@ def test_attention_inside_branches_is_left() -> None:
         return torch.cond(q.sum() > 0, lambda q, k, v: sdpa(q, k, v), lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (q, k, v))
 
     result = compare(attention, *qkv())
-    assert result.reasons == ["inside cond: the passes do not rewrite the bodies of such ops"] * 2
+    assert result.reasons == ["it is inside cond: the passes do not rewrite the bodies of such ops"] * 2
     assert result.error < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")  # by the eager model
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")  # from the eager model
 def test_flex_attention_of_the_model_is_left() -> None:
-    assert_left(compare(lambda q, k, v: flex_attention(q, k, v), *qkv()), "FlexAttention written by the model")
+    assert_left(compare(lambda q, k, v: flex_attention(q, k, v), *qkv()), "the model calls FlexAttention itself")
 
 
 # -- no attention ---------------------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def test_what_is_no_attention_is_not_in_the_report(form: str) -> None:
 
 
 def gate(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A mixture: softmax over the outputs of an MLP, times a table."""
+    """A mixture of experts: the softmax over the outputs of an MLP, times a table."""
     return F.linear(q.relu(), k[0, 0]).softmax(-1) @ v
 
 

@@ -1,4 +1,4 @@
-"""The attention modules of ``torch.nn`` through the backend: written out and exact, or left with the reason."""
+"""The attention modules of ``torch.nn`` through the backend: they are written out exactly, or left with a reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.comparison import compare, words
 
 N, SHORT = 20, 7
 STREAMING = causal & (sink(1) | sliding_window(3))
-CROSS = "cross-attention: its keys have no place in the text of the queries"
+CROSS = "cross-attention: no policy applies, because its keys are not in the text of the queries"
 
 
 def hidden_keys() -> Tensor:
@@ -45,7 +45,7 @@ def test_a_transformer_encoder_is_exact(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("nested", [False, True], ids=["dense", "nested"])
 def test_a_padded_transformer_encoder_is_exact_on_valid_rows(nested: bool) -> None:
-    """Eagerly torch may run nested tensors, which give zeros for padding."""
+    """Eager torch may run nested tensors, which give zeros for padding."""
     model = stack()
     model.enable_nested_tensor = nested  # type: ignore[assignment]  # an attribute of the encoder
     hidden = hidden_keys()
@@ -60,7 +60,7 @@ def test_a_causal_transformer_encoder_is_exact(options: dict[str, Any]) -> None:
     inputs = states() if options.get("batch_first", True) else states().transpose(0, 1)
     result = compare(stack(**options), inputs, mask=mask, is_causal=True)
     assert result.reasons == []
-    # The fused layer of torch takes the mask alone, and drops what is_causal said.
+    # The fused layer of torch takes only the mask, and ignores is_causal.
     assert result.masks in (["causal"] * 2, ["~explicit"] * 2)
     assert result.error < 1e-5
 
@@ -79,7 +79,7 @@ def test_a_transformer_encoder_builds_its_mask_in_the_graph() -> None:
 
 
 class MultiHead(nn.Module):
-    """``nn.MultiheadAttention`` with its weights used or not."""
+    """``nn.MultiheadAttention``, whose weights are used or not."""
 
     def __init__(self, *, uses_weights: bool = False, **options: Any) -> None:
         super().__init__()
@@ -181,7 +181,8 @@ def test_multi_head_attention_that_cannot_be_written_out_is_left(name: str) -> N
     options, inputs = LEFT[name]
     result = compare(MultiHead(**options).eval(), states().transpose(0, 1), **inputs)
     assert result.masks == []
-    assert result.reasons == ["nn.MultiheadAttention is asked for its attention weights, or is unbatched or extended"]
+    (reason,) = result.reasons
+    assert reason.startswith("nn.MultiheadAttention returns its attention weights, has no batch axis, or adds keys")
     assert result.error < 1e-5
 
 

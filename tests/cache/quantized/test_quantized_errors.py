@@ -192,9 +192,9 @@ def test_groups_of_numbers_stay_right_in_the_head_of_one_that_is_none(which: str
     ("forms", "dim", "reason"),
     [
         ((Format("int8", 32, 1), Format("int4", 1, 32)), 128, ""),
-        ((Format("int8", 4, 1), Format()), 128, "groups of a power of two from 8 tokens on, not of 128 and 4"),
-        ((Format("int4", 32, 1), Format()), 70, "a head_dim that 4 divides"),
-        ((Format(), Format("int8", 1, 2)), 128, "at most 32 groups of values in a head, not 64"),
+        ((Format("int8", 4, 1), Format()), 128, "a power of two of at least 8 (or 1), not head_dim 128 and groups of 4"),
+        ((Format("int4", 32, 1), Format()), 70, "only if 4 divides the head_dim"),
+        ((Format(), Format("int8", 1, 2)), 128, "a head has at most 32 groups of channels, not 64"),
     ],
 )
 def test_codes_that_the_kernel_does_not_read_are_decoded(forms: tuple[Format, Format], dim: int, reason: str) -> None:

@@ -99,7 +99,7 @@ def test_a_model_of_another_policy_cannot_use_choices_again() -> None:
     chosen = causal & page_topk(16, page=4, every=4)
     cache = new_cache(sc.Policy(prefill=causal, decode=chosen))
     for other, error in (
-        (sc.Policy(prefill=causal, decode=chosen & sliding_window(24)), "uses choices again"),
+        (sc.Policy(prefill=causal, decode=chosen & sliding_window(24)), "reuses its page selection"),
         (sc.Policy(prefill=causal, decode=causal & page_topk(8, page=4)), "was not built for"),
     ):
         torch._dynamo.reset()
