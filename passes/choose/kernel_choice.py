@@ -44,7 +44,7 @@ def _demanded(call: Attention, target: Target, kernels: Sequence[K]) -> KernelCh
     reason = kernel.why_not(call, target)
     if reason:
         raise ValueError(f"kernel={target.kernel!r} cannot run {call.name}: {reason}; use kernel='auto'")
-    return KernelChoice(kernel, "forced by kernel=" if kernel is kernels[-1] else "")
+    return KernelChoice(kernel, f"kernel={target.kernel!r} forces it" if kernel is kernels[-1] else "")
 
 
 def capability() -> tuple[int, int] | None:

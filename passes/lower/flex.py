@@ -1,13 +1,11 @@
-"""FlexAttention's generated kernels: Triton on CUDA, C++ on CPU."""
+"""FlexAttention's Triton kernels, and what all kernels of FlexAttention share."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.fx import Node
 
-from sparse_compile.masks.score_mods import SinkLogits
 from sparse_compile.masks.selection.page_topk import offered
 from sparse_compile.passes.choose.block_layout import (
     Layout,
@@ -25,7 +23,7 @@ from sparse_compile.passes.ir.fx_nodes import op_name
 from sparse_compile.passes.ir.kv_source import Selected
 from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.target import Target
-from sparse_compile.passes.kernels.limits import HALF, SMALLEST_HEAD, SMALLEST_PAGE
+from sparse_compile.passes.kernels.limits import SMALLEST_HEAD, SMALLEST_PAGE
 from sparse_compile.passes.lower.emitter import Emitter
 from sparse_compile.passes.lower.kernel import Kernel, needs_device
 from sparse_compile.passes.lower.tables import tables
@@ -34,7 +32,7 @@ from sparse_compile.passes.ops.flex_attention import FlexAttention, Spec
 from sparse_compile.passes.ops.materialize import materialize
 from sparse_compile.passes.ops.opaque_attention import attention_op
 from sparse_compile.passes.storage.graph_text import to_text
-from sparse_compile.passes.torch_private import cpu_has_avx2, overload
+from sparse_compile.passes.torch_private import overload
 
 
 class FlexKernel(Kernel):
@@ -58,7 +56,7 @@ class Triton(FlexKernel):
         return 40
 
     def why_not(self, call: Attention, target: Target) -> str:
-        return no_flex_attention(self, call, target) or not_in_triton(call)
+        return no_flex_attention(self, call, target) or not_in_triton(self, call)
 
     def layout(self, call: Attention, seen: NamedMask, target: Target) -> Layout:
         folded = folds(call, seen, target)
@@ -70,54 +68,24 @@ class Triton(FlexKernel):
         return prefill_layout(call, seen, (BLOCK, BLOCK), kernel_options(tiles_of(call, "prefill", target), "prefill"))
 
 
-class Cpp(FlexKernel):
-    """FlexAttention's C++ kernels."""
-
-    name, title = "cpp", "FlexAttention"
-    aliases = ("flex",)
-    device = "cpu"
-    takes_any_mask = True
-
-    def rank(self, call: Attention, target: Target) -> int | None:
-        return 20
-
-    def why_not(self, call: Attention, target: Target) -> str:
-        return no_flex_attention(self, call, target) or _not_in_cpp(call, target)
-
-    def layout(self, call: Attention, seen: NamedMask, target: Target) -> Layout:
-        if isinstance(call.kv, Selected) and call.kv.new.is_step:
-            return selection_layout(call, call.kv, seen, every_column=True)
-        return prefill_layout(call, seen, (BLOCK, BLOCK), {}, every_column=True)
-
-
 def no_flex_attention(kernel: Kernel, call: Attention, target: Target) -> str:
     """Why the inner compiler or the device cannot run FlexAttention; empty if they can."""
-    if target.inner not in ("inductor", "eager") and target.gradients:
+    if target.inner == "eager":
+        return "inner='eager' has no FlexAttention kernels"
+    if target.inner != "inductor" and target.gradients:
         return f"FlexAttention has gradients only with inner='inductor', not inner={target.inner!r}"
     return needs_device(kernel, call, target)
 
 
-def not_in_triton(call: Attention) -> str:
-    """Why Triton kernels cannot run ``call``; empty if they can."""
+def not_in_triton(kernel: Kernel, call: Attention) -> str:
+    """Why ``kernel``, which is written in Triton, cannot run ``call``; empty if it can."""
     query_dim, _, value_dim = call.dims
     smallest = min(query_dim, value_dim)
     if smallest < SMALLEST_HEAD:
-        return f"FlexAttention needs a head_dim of at least {SMALLEST_HEAD} on CUDA, not {smallest}"
+        return f"{kernel.title} needs a head_dim of at least {SMALLEST_HEAD} on CUDA, not {smallest}"
     page = call.kv.selection.page_size if call.chooses_pages and isinstance(call.kv, Selected) else BLOCK
     if page < SMALLEST_PAGE or page & (page - 1):
-        return f"FlexAttention needs a page size on CUDA that is a power of two and at least {SMALLEST_PAGE}, not {page}"
-    return ""
-
-
-def _not_in_cpp(call: Attention, target: Target) -> str:
-    if target.gradients:
-        return "FlexAttention has no gradients on CPU"
-    if call.score_mod is not None and isinstance(call.score_mod.parts()[-1], SinkLogits):
-        return "learned sinks need the log-sum-exp, which FlexAttention does not return on CPU"
-    if not cpu_has_avx2():
-        return "FlexAttention needs AVX2 on CPU"
-    if call.dtype not in (torch.float32, *HALF):
-        return f"FlexAttention needs float32, bfloat16 or float16 on CPU, not {call.dtype}"
+        return f"{kernel.title} needs a page size on CUDA that is a power of two and at least {SMALLEST_PAGE}, not {page}"
     return ""
 
 

@@ -60,11 +60,9 @@ class Kernel(ABC):
 
 def needs_device(kernel: Kernel, call: Attention, target: Target) -> str:
     """Why ``kernel`` cannot run ``call`` on its device or with the inner compiler; empty if it can."""
-    device = target.device_of(call)
     if target.inner == "eager":
-        return "inner='eager' has no FlexAttention kernels"
-    if kernel.device == "cuda" and device != "cuda":
-        return f"{kernel.name} needs CUDA, but the call runs on {device}"
-    if kernel.device == "cpu" and device != "cpu":
-        return f"{kernel.name} needs a CPU, but the call runs on {device}"
-    return ""
+        return "inner='eager' runs every call on the dense reference"
+    device = target.device_of(call)
+    if kernel.device in (None, device):
+        return ""
+    return f"{kernel.name} needs {'CUDA' if kernel.device == 'cuda' else 'a CPU'}, but the call runs on {device}"

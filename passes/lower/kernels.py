@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from sparse_compile.passes.lower.cpp import Cpp
 from sparse_compile.passes.lower.flash import Flash
-from sparse_compile.passes.lower.flex import Cpp, Triton
+from sparse_compile.passes.lower.flex import Triton
 from sparse_compile.passes.lower.kernel import Kernel
 from sparse_compile.passes.lower.paged import PagedAttention
 from sparse_compile.passes.lower.reference import Reference

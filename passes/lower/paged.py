@@ -28,7 +28,7 @@ from sparse_compile.passes.storage.codec import Format
 
 
 class PagedAttention(Kernel):
-    """One launch for all heads of a layer, and one launch that merges the splits."""
+    """Our kernel, which runs all heads of a layer in one launch and merges the splits in a second one."""
 
     name, title = "pages", "page attention"
     device = "cuda"
@@ -50,7 +50,7 @@ class PagedAttention(Kernel):
             return f"page attention needs at most {MOST_KV_HEADS} KV heads, not {call.kv_heads}"
         pages = call.kv.pages if isinstance(call.kv, Selected) else call.kv
         unreadable = unreadable_format(pages.forms, pages.dims) if isinstance(pages, Quantized) else ""
-        return unreadable or not_in_triton(call)
+        return unreadable or not_in_triton(self, call)
 
     def layout(self, call: Attention, seen: NamedMask, target: Target) -> Layout:
         if isinstance(call.kv, Selected):
