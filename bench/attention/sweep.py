@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from unittest import mock
 
 import torch
@@ -119,6 +119,7 @@ def sweep(*, smoke: bool = False) -> list[Row]:
                 timing = trial.run()
             except RuntimeError as error:
                 problem = str(error).splitlines()[0][:80]
+        tiles = " ".join(f"{name}={value}" for name, value in asdict(trial.tiles).items())
         rows.append(
             measured(
                 timing,
@@ -130,7 +131,7 @@ def sweep(*, smoke: bool = False) -> list[Row]:
                 q_len=trial.length if trial.phase == "prefill" else 1,
                 kv_len=trial.length,
                 dtype="bfloat16",
-                kernel=f"{tuning.as_text(trial.tiles)} programs={trial.programs}",
+                kernel=f"{tiles} programs={trial.programs}",
                 note=problem,
             )
         )

@@ -95,9 +95,9 @@ class PageTopK(Mask):
 
         Raises ``ValueError`` for a cycle and for a leader that runs after ``layer``.
         """
-        leaders, path = {layer: self.share} if isinstance(self.share, int) and self.share != layer else {}, [layer]
-        if isinstance(self.share, tuple):
-            leaders = dict(self.share)
+        path, leaders = [layer], dict(self.share) if isinstance(self.share, tuple) else {}
+        if isinstance(self.share, int) and self.share != layer:
+            leaders = {layer: self.share}
         while path[-1] in leaders:
             path.append(leaders[path[-1]])
             if path[-1] in path[:-1]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -101,8 +101,3 @@ def splits_for(sequences: int, blocks: int) -> int:
 def multiprocessors() -> int:
     """The number of multiprocessors of the GPU; that of an H100 (132) on a machine without a GPU."""
     return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 132
-
-
-def as_text(tiles: Tiles) -> str:
-    """``tiles`` as text for tables of results."""
-    return " ".join(f"{name}={value}" for name, value in asdict(tiles).items())

@@ -106,7 +106,7 @@ class Order:
     def __init__(self, graph: Graph) -> None:
         self._at = {node: k for k, node in enumerate(graph.nodes)}
 
-    def knows(self, node: Node) -> bool:
+    def holds(self, node: Node) -> bool:
         """Whether ``node`` was in the graph when this order was taken."""
         return node in self._at
 

@@ -59,12 +59,14 @@ class MovingFrame:
 
         return self._turn(point, k, by, self.text, self.ropes)
 
-    def sink_scores(self, point: Node, q: Node, keys: Node, texts: Node, ring: RingStorage, scale: float, *, one: bool) -> Node:
+    def sink_scores(
+        self, point: Node, q: Node, keys: Node, texts: Node, ring: RingStorage, scale: float, *, is_step: bool
+    ) -> Node:
         """The scores ``[B, Hq, Q, sink]`` of the sink, computed with the queries rotated to their places in the cache."""
         last = ring.sink + ring.recent - 1
         heads, group = value_of(keys).shape[1], value_of(q).shape[1] // value_of(keys).shape[1]
         turned = self._turn(point, q, lambda text, ropes: text.clamp(max=last) - ropes, self.text, self.ropes)
-        if one:
+        if is_step:
             first: Node = inline(point, lambda keys: keys[:, :, : ring.sink], keys)
         else:
             place = emit(point, overload(sink_places), texts, ring.sink)

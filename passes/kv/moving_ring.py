@@ -20,5 +20,5 @@ def moving_ring(call: Attention, ring: Ring, frame: MovingFrame) -> tuple[Node, 
     k, v = ring_rows(point, ring, frame.settled(point, k, ring.storage), v, call.q)
     scores = None
     if ring.storage.sink:
-        scores = frame.sink_scores(point, call.q, k, ring.at.texts, ring.storage, call.scale, one=is_step)
+        scores = frame.sink_scores(point, call.q, k, ring.at.texts, ring.storage, call.scale, is_step=is_step)
     return k, v, scores

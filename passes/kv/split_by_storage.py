@@ -46,12 +46,12 @@ def split_by_storage(
 
     With ``is_prompt``, the call sees the new tokens only.
     """
-    layer = _Layer(call, update, positions)
-    return tuple(_group(layer, number, storage, is_prompt) for number, storage in enumerate(update.plan.storages))
+    cached = _CachedCall(call, update, positions)
+    return tuple(_group(cached, number, storage, is_prompt) for number, storage in enumerate(update.plan.storages))
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _CachedCall:
     """One call over the cache of its layer."""
 
     call: Attention
@@ -73,21 +73,21 @@ def query_heads(call: Attention, storage: Storage) -> tuple[int, ...]:
     return tuple(head * call.group + g for head in storage.heads for g in range(call.group))
 
 
-def _group(layer: _Layer, number: int, storage: Storage, is_prompt: bool) -> StorageGroup:
-    call, plan = layer.call, layer.plan
+def _group(cached: _CachedCall, number: int, storage: Storage, is_prompt: bool) -> StorageGroup:
+    call, plan = cached.call, cached.plan
     heads, names = query_heads(call, storage), _Names(dict(call.sources))
     policy = _policy(call, heads)
-    new = layer.positions.of(call.node, layer.update, storage.heads if len(plan.storages) > 1 else None)
+    new = cached.positions.of(call.node, cached.update, storage.heads if len(plan.storages) > 1 else None)
     group_call = replace(call, q=pick_heads(call.node, call.q, heads if len(plan.storages) > 1 else None), policy=full)
     if is_prompt and not plan.rotation:
-        mask = call.mask & policy if layer.is_strict else call.mask  # relaxed: one chunk, which sees all of itself
-        group_call = replace(group_call, kv=Prompt(_stored(layer, number, storage, new, None)), mask=mask)
+        mask = call.mask & policy if cached.is_strict else call.mask  # without strict, the prompt sees itself
+        group_call = replace(group_call, kv=Prompt(_stored(cached, number, storage, new, None)), mask=mask)
     elif isinstance(storage, layer_plan.PageStorage):
-        kv = _stored(layer, number, storage, new, None)
-        group_call = replace(group_call, kv=kv, mask=_mask_over_pages(layer, policy, new, names))
+        kv = _stored(cached, number, storage, new, None)
+        group_call = replace(group_call, kv=kv, mask=_mask_over_pages(cached, policy, new, names))
     else:
         assert isinstance(storage, layer_plan.RingStorage)
-        group_call = _over_ring(layer, group_call, number, storage, policy, new, names)
+        group_call = _over_ring(cached, group_call, number, storage, policy, new, names)
     return StorageGroup(replace(group_call, sources=names.sources), heads)
 
 
@@ -100,49 +100,49 @@ def _policy(call: Attention, heads: Sequence[int]) -> Mask:
 
 
 def _stored(
-    layer: _Layer, number: int, storage: Storage, new: NewTokens, window: tuple[int, int] | None
+    cached: _CachedCall, number: int, storage: Storage, new: NewTokens, window: tuple[int, int] | None
 ) -> Paged | Quantized | Selected | Ring:
     """The KV source of storage ``number`` of a layer."""
-    keys, values = layer.update.buffers_of(number)
+    keys, values = cached.update.buffers_of(number)
     if isinstance(storage, layer_plan.RingStorage):
-        at, positions = layer.positions.ring(layer.call.node, layer.plan, storage.ring_kind), layer.positions
+        at, positions = cached.positions.ring(cached.call.node, cached.plan, storage.ring_kind), cached.positions
         may_hold = positions.has_padding or storage.slots == storage.sink
         return Ring(storage, keys, values, new, at, positions.text, window, may_hold)
     pages: Paged | Quantized = Paged(keys, values, new)
     if storage.forms is not None:
-        pages = Quantized(Paged(keys, values, new), *layer.update.quantized_of(number), storage.forms, layer.plan.debug)
+        pages = Quantized(Paged(keys, values, new), *cached.update.quantized_of(number), storage.forms, cached.plan.debug)
     if storage.selection is None:
         return pages
-    state = layer.update.selection_state_of(number)
-    return Selected(pages, storage.selection, state, storage.leads(layer.plan.layer))
+    state = cached.update.selection_state_of(number)
+    return Selected(pages, storage.selection, state, storage.leads(cached.plan.layer))
 
 
 # -- pages --------------------------------------------------------------------------------------------------------------
 
 
-def _mask_over_pages(layer: _Layer, policy: Mask, new: NewTokens, names: _Names) -> Mask:
+def _mask_over_pages(cached: _CachedCall, policy: Mask, new: NewTokens, names: _Names) -> Mask:
     """The mask over columns. Text positions equal columns unless there is padding; then the policy looks text positions up."""
-    model = layer.call.mask
+    model = cached.call.mask
     if policy in (full, causal) or model.implies(policy):
         return model & policy
     if new.texts is None:
-        return model & (policy if layer.is_strict else relaxed(policy, _first_column(layer, names)))
+        return model & (policy if cached.is_strict else relaxed(policy, _first_column(cached, names)))
     texts = names.capture(new.texts)
-    return model & remapped(_relaxed(layer, policy, names), texts, texts, ordered=True)
+    return model & remapped(_relaxed(cached, policy, names), texts, texts, ordered=True)
 
 
-def _first_column(layer: _Layer, names: _Names) -> Captured:
+def _first_column(cached: _CachedCall, names: _Names) -> Captured:
     """The column of the first new token, ``[1]``."""
-    start = layer.update.columns
+    start = cached.update.columns
     return names.capture(start, Source(start, (), (), (None,)))
 
 
-def _relaxed(layer: _Layer, policy: Mask, names: _Names) -> Mask:
-    """The policy. A relaxed chunk sees the chunk, and what the policy shows to the position before the chunk."""
-    if layer.is_strict or policy in (full, causal):
+def _relaxed(cached: _CachedCall, policy: Mask, names: _Names) -> Mask:
+    """The policy. In mode ``chunk_relaxed``, a query sees its chunk, and what the policy shows to the one before it."""
+    if cached.is_strict or policy in (full, causal):
         return policy
-    positions = layer.positions
-    before = inline(layer.call.node, lambda texts, rows: texts[: rows.shape[0]], layer.update.texts, positions.columns)
+    positions = cached.positions
+    before = inline(cached.call.node, lambda texts, rows: texts[: rows.shape[0]], cached.update.texts, positions.columns)
     return relaxed(policy, names.capture(before))
 
 
@@ -150,30 +150,36 @@ def _relaxed(layer: _Layer, policy: Mask, names: _Names) -> Mask:
 
 
 def _over_ring(
-    layer: _Layer, part: Attention, number: int, storage: layer_plan.RingStorage, policy: Mask, new: NewTokens, names: _Names
+    cached: _CachedCall,
+    group_call: Attention,
+    number: int,
+    storage: layer_plan.RingStorage,
+    policy: Mask,
+    new: NewTokens,
+    names: _Names,
 ) -> Attention:
-    window = _window(layer, policy)
-    ring = _stored(layer, number, storage, new, window)
+    window = _window(cached, policy)
+    ring = _stored(cached, number, storage, new, window)
     assert isinstance(ring, Ring)
-    mask = _mask_over_ring(layer, policy, ring, names)
+    mask = _mask_over_ring(cached, policy, ring, names)
     kv: KVSource = ring
-    score_mod: ScoreMod | None = part.score_mod
-    if layer.plan.rotation:
-        frame = layer.positions.frame(layer.call, layer.update)
-        k, v, scores = moving_ring(part, ring, frame)
+    score_mod: ScoreMod | None = group_call.score_mod
+    if cached.plan.rotation:
+        frame = cached.positions.frame(cached.call, cached.update)
+        k, v, scores = moving_ring(group_call, ring, frame)
         kv = Dense(k, v)
         if scores is not None:
             replaced = sink_scores(names.capture(scores), names.capture(ring.at.texts))
             score_mod = replaced if score_mod is None else replaced >> score_mod
-    return replace(part, kv=kv, mask=mask, score_mod=score_mod, positions=Positions())
+    return replace(group_call, kv=kv, mask=mask, score_mod=score_mod, positions=Positions())
 
 
-def _window(layer: _Layer, policy: Mask) -> tuple[int, int] | None:
+def _window(cached: _CachedCall, policy: Mask) -> tuple[int, int] | None:
     """The sizes of sink and window, if a step sees exactly these of a ring; else None."""
-    call = layer.call
-    if not layer.positions.is_step or not layer.is_strict or call.mask.captures() or call.score_mod is not None:
+    call = cached.call
+    if not cached.positions.is_step or not cached.is_strict or call.mask.captures() or call.score_mod is not None:
         return None
-    return whole_window(call.mask & policy, layer.plan.columns)
+    return whole_window(call.mask & policy, cached.plan.columns)
 
 
 def whole_window(mask: Mask, length: int) -> tuple[int, int] | None:
@@ -186,16 +192,16 @@ def whole_window(mask: Mask, length: int) -> tuple[int, int] | None:
     return (past.sink, past.recent) if mask.implies(plain) and plain.implies(mask) else None
 
 
-def _mask_over_ring(layer: _Layer, policy: Mask, ring: Ring, names: _Names) -> Mask:
+def _mask_over_ring(cached: _CachedCall, policy: Mask, ring: Ring, names: _Names) -> Mask:
     """The mask over the places of a ring and its chunk, with positions looked up."""
-    policy, ordered = _relaxed(layer, policy, names), not layer.positions.is_step
+    policy, ordered = _relaxed(cached, policy, names), not cached.positions.is_step
     by_text = names.capture(ring.text), names.capture(ring.at.texts)
-    model = layer.call.mask
+    model = cached.call.mask
     if not model.captures():
         return remapped(model & policy, *by_text, ordered=ordered)
     # The model's own mask counts columns, padding included, and a tensor in it begins at the first new column.
-    model = model.bind({Q_START: _first_column(layer, names)})
-    by_column = remapped(model, names.capture(layer.positions.columns), names.capture(ring.at.columns), ordered=ordered)
+    model = model.bind({Q_START: _first_column(cached, names)})
+    by_column = remapped(model, names.capture(cached.positions.columns), names.capture(ring.at.columns), ordered=ordered)
     return by_column & remapped(policy, *by_text, ordered=ordered)
 
 

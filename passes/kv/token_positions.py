@@ -118,7 +118,10 @@ class TokenPositions:
 
 
 def _padded(first: Attention, calls: Sequence[Attention]) -> Attention | None:
-    """A call whose mask says which tokens are padding; None without one. Any layer will do, as padding is the same for all."""
+    """The first call whose mask reads tensors that are all computed before ``first``; None without one.
+
+    The mask shows which tokens are padding, and padding is the same in all layers.
+    """
     order = Order(first.node.graph)
     for call in calls:
         if call.mask.captures():

@@ -51,7 +51,7 @@ class Scene:
 
     def is_fresh(self, earlier: Node, read: Iterable[Node], until: Node) -> bool:
         """Whether ``earlier``, made for another call, runs before ``until``, and none of ``read`` is overwritten in between."""
-        if not self.order.knows(earlier):
+        if not self.order.holds(earlier):
             return True  # made for this call
         return self.order.before(earlier, until) and not any(
             self.order.written(node, since=earlier, until=until) for node in read

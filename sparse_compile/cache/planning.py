@@ -138,15 +138,10 @@ def _storages(
         )
         past = _union([needed_past(mask, mode, max_length) for mask in {*prefill, *decode}])
         slots = most if past is None else -(-(past.sink + past.recent + rollback) // page_size) * page_size
-        # A head that selects pages stores pages. After the loop ``whole`` and ``selector`` are those of decode steps.
-        for phase in (prefill, decode):
-            whole = union(phase)
-            selector = selector_of(whole)
-            if selector is not None:
-                check_budget(selector, whole, max_length)
-                if phase is prefill:
-                    check_pages(selector, BLOCK, prefill=True)
-                past = None
+        in_prefill, whole = _selector(union(prefill), max_length, prefill=True), union(decode)
+        selector = _selector(whole, max_length, prefill=False)
+        if in_prefill is not None or selector is not None:
+            past = None  # a head that selects pages stores pages
         if past is None or slots >= most:
             pages.setdefault((selector, forms[head]), {})[head] = whole
         else:
@@ -190,3 +185,13 @@ def check_dtype(dtype: torch.dtype) -> None:
     """Raise ``ValueError`` unless ``dtype`` is a floating point type."""
     if not dtype.is_floating_point:
         raise ValueError(f"a SparseCache needs a floating point dtype, got {dtype}")
+
+
+def _selector(whole: Mask, length: int, *, prefill: bool) -> PageTopK | None:
+    """The selector of a KV head, or None. Raises ``ValueError`` if its budget, or its pages in a prefill, do not work."""
+    selector = selector_of(whole)
+    if selector is not None:
+        check_budget(selector, whole, length)
+        if prefill:
+            check_pages(selector, BLOCK, prefill=True)
+    return selector
