@@ -206,7 +206,7 @@ class Backend:
         return rewrite
 
     def _check_layers(self, seen: set[int | None]) -> None:
-        """Raise for a policy that names a layer beyond the model. Only a graph with all layers from 0 on can tell."""
+        """Raise for a policy that names a layer beyond the model. Only a graph with all layers from 0 on shows their number."""
         layers = {layer for layer in seen if layer is not None}
         if self.policy is not None and len(layers) > 1 and layers == set(range(len(layers))):
             self.policy.check_layers(len(layers))

@@ -36,7 +36,7 @@ def capture(mask: Mask, field: str, rank: int, shape: str, dtypes: tuple[torch.d
 def look_up(tensor: Tensor, *index: Index) -> Any:
     """Return ``tensor[index]``, where an axis of size 1 is broadcast to every index.
 
-    The clamp at 0 tells the compiler that no index is negative. Without it, FlexAttention's C++ template would have to wrap
+    The clamp at 0 proves to the compiler that no index is negative. Without it, FlexAttention's C++ template would have to wrap
     the index around an axis of dynamic size, which does not compile (``ks2 was not declared``, torch 2.13).
     """
     return tensor[tuple(x * 0 if size == 1 else _not_negative(x) for x, size in zip(index, tensor.shape, strict=True))]

@@ -53,7 +53,7 @@ def watch_attention(rewrite: Rewrite, *, look: Look, sums: Callable[[int, int, i
 def _check(call: Attention) -> None:
     where = call.name
     if call.layer is None:
-        raise ValueError(f"{where} needs to be in a numbered layer, because heads are told apart by layer")
+        raise ValueError(f"{where} needs to be in a numbered layer, because a head is named by its layer and number")
     at = call.positions
     if expr_of(at.q_start) != 0 or expr_of(at.kv_start) != 0 or at.q_shift is not None:
         raise ValueError(f"{where} continues a text ({at}): observe whole texts, without a cache")

@@ -142,7 +142,7 @@ class Attention:
 
     @property
     def is_step(self) -> bool:
-        """Whether the call has exactly one query in every run."""
+        """Whether the call has exactly one query each time the graph runs."""
         return is_one(self.q_len)
 
     # -- where it comes from ----------------------------------------------------------------------------------------
@@ -164,7 +164,10 @@ class Attention:
 
 
 def phase_of(q_len: Any, kv: KVSource, mask: Mask, *, is_self_attention: bool) -> Phase:
-    """``prefill`` or ``decode`` for causal self-attention, ``other`` for everything else."""
+    """The phase of a call. Cross-attention is ``other``. One query over a cache or over several keys is ``decode``.
+
+    All other calls over a cache are ``prefill``. So are calls without a cache under a causal mask. The rest is ``other``.
+    """
     if not is_self_attention:
         return "other"
     if isinstance(kv, Cached):

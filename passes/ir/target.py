@@ -71,7 +71,7 @@ K = TypeVar("K", bound=Candidate)
 
 @dataclass(frozen=True)
 class KernelChoice(Generic[K]):
-    """The kernel of a call, why no faster one runs (empty for the usual choice), and the refusal of every faster kernel."""
+    """The kernel of a call, why it is the dense reference (empty for other kernels), and the refusals of faster kernels."""
 
     kernel: K
     why: str = ""

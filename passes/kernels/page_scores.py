@@ -211,7 +211,7 @@ def _score_pages(
                tl.num_programs(0) - 1, GROUP, ROWS, DIM, WIDTH, CHANNELS, PAGE, PER, MINMAX, POOL, BLOCK)  # fmt: skip
 
 
-# As in `_pick_pages`, Triton must not know that the offsets of scores and classes are multiples of more than four.
+# As in `_pick_pages`, Triton must not assume that the offsets of scores and classes are multiples of more than four.
 @triton.jit(do_not_specialize=["class_b", "class_h", "pages", "budget", "width"])
 def _select_pages(
     q, k, v, keys, values, summary, scores, counts, table,

@@ -114,7 +114,7 @@ def _field(word, index):
     return ((word >> (index * 16)) & 0xFFFF).to(tl.int32)
 
 
-# Triton must know only that four divides the offsets. Each thread then holds the same pages of scores and of classes.
+# Triton may assume only that four divides the offsets. Each thread then holds the same pages of scores and of classes.
 @triton.jit(do_not_specialize=["class_b", "class_h", "heads", "pages", "budget", "width"])
 def _pick_pages(
     scores, classes, columns, anchor, changed, counts, table, class_b, class_h, heads, pages, budget, width,

@@ -67,7 +67,7 @@ class Emitter:
         return [self._capture(name, self.point) for name in tensor_names(mask)]
 
     def score_captures(self) -> list[Node]:
-        """The tensors that the score mod reads. They may be computed after the mask, so the call reads them if it can."""
+        """The tensors that the score mod reads. They are read at the call, unless they are overwritten before it."""
         names = self.call.score_mod.captures() if self.call.score_mod is not None else ()
         tensors = []
         for name in names:

@@ -86,7 +86,7 @@ def _classes(emitter: Emitter, pages: Selected, layout: Layout) -> Node:
 def _append_and_choose(emitter: Emitter, pages: Selected, classes: Node, changed: Node) -> Node:
     """Append the new token and select pages, in a layer that scores its own pages. The same op writes quantized pages.
 
-    With ``check_finite``, the op that checks writes the quantized pages first.
+    With ``check_finite``, an op of its own first checks the token and appends it to the quantized pages.
     """
     state, selection, selector, new = pages.state, pages.selection, pages.selection.selector, pages.new
     quantized = pages.pages if isinstance(pages.pages, Quantized) else None

@@ -23,9 +23,10 @@ CONSTANT_TABLE_BYTES = 16 << 20
 
 
 def tables(emitter: Emitter, layout: Layout, *, repeat_for_group: bool = False) -> Node | list[Node] | Left:
-    """The positions of the first query and key, and the block tables of a layout. A selector selects their blocks.
+    """The positions of the first query and key, and the block tables of a layout.
 
-    With ``repeat_for_group``, tables of selected pages are repeated for query heads, instead of one for each KV head.
+    If the mask has a selector, the tables list the blocks that it selects. With ``repeat_for_group``, tables of selected pages
+    are repeated for query heads, instead of one for each KV head.
     """
     if not has_selector(emitter.seen.mask):
         return _block_tables(emitter, layout)
@@ -85,7 +86,7 @@ def seen_pairs(emitter: Emitter, layout: Layout) -> Node | list[Node] | Left:
 
 
 def _where(emitter: Emitter) -> tuple[Any, ...]:
-    """The key that tells tables of one mask apart: lengths, positions, device, and the tensors that names stand for."""
+    """The key that differs between tables of one mask: lengths, positions, device, and the tensors that names stand for."""
     call = emitter.call
     return expr_of(call.q_len), expr_of(call.kv_len), call.positions, call.device, str(call.sources)
 

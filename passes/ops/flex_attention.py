@@ -23,7 +23,7 @@ from sparse_compile.passes.torch_private import flex_attention_op
 class Spec:
     """Everything that the kernel of a call is generated from, besides its operands.
 
-    ``heads`` is the number of query heads if the mask tells heads apart, else 1. ``block`` holds the queries and keys of a
+    ``heads`` is the number of query heads if the mask differs between them, else 1. ``block`` holds the queries and keys of a
     table block. ``options`` are FlexAttention's kernel options. ``group`` query heads are folded into the rows of their KV
     head, so that a decode step supports any group size and needs tables only for KV heads. ``starts`` are the text positions
     of the first query and key; None means they are read from tensors. ``gradients`` prepares for a backward pass.

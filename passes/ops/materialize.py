@@ -14,8 +14,9 @@ from sparse_compile.passes.torch_private import look_up_unchecked
 class Lookups:
     """The tensors that a kernel captures, and how its mods read them.
 
-    The C++ template knows only the sizes of q, k and v. A size or stride of another tensor fails with ``ks2 was not declared``
-    (torch 2.13). On CPU, a tensor of dynamic size is therefore captured flat, with its strides as a tensor.
+    The C++ template declares only the sizes of q, k and v. A size or stride of another tensor fails with
+    ``ks2 was not declared`` (torch 2.13). On CPU, a tensor of dynamic size is therefore captured flat, with its strides as a
+    tensor.
     """
 
     def __init__(self, captures: Sequence[Tensor]) -> None:

@@ -275,7 +275,7 @@ def misfit(k: Tensor, v: Tensor, buffers: Sequence[Tensor], plan: LayerPlan) -> 
 def needed_past(mask: Mask, mode: str, length: int) -> Past | None:
     """Return which past keys queries under ``mask`` need, or None if they need all of them.
 
-    In mode ``chunk_relaxed``, a query also sees the one token more that the query before the chunk saw.
+    In mode ``chunk_relaxed``, a query sees what the query before its chunk saw, so one more recent token is needed.
     """
     past = visible_past(mask, length)
     if past is None or mode == "strict":

@@ -52,9 +52,10 @@ class SparseCache(Cache):
     |                 | chunk; the result depends on the chunks (DuoAttention's published prefill)                   |
 
     With ``cache_positions`` a query is placed at its position in the cache instead of in the text (StreamingLLM,
-    https://arxiv.org/abs/2309.17453). The sink stays near, and texts may be longer than the model's largest position. This
-    needs rotary position embeddings, and a policy under which every head drops keys. ``max_length`` may then be as large as you
-    like if the model is called token by token or chunk by chunk; ``generate`` and padding build masks over all of it.
+    https://arxiv.org/abs/2309.17453). The sink is never farther from a query than the cache is large, and texts may be
+    longer than the model's largest position. This needs rotary position embeddings, and a policy under which every head drops
+    keys. ``max_length`` may then be as large as you like if the model is called token by token or chunk by chunk.
+    ``generate`` and padding build masks over all of it.
 
         >>> policy = sc.policies.streaming_llm(sink=4, recent=28)
         >>> cache = sc.SparseCache(model.config, policy, max_length=4096)

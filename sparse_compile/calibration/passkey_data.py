@@ -114,7 +114,7 @@ class Passkeys:
 
     @property
     def digest(self) -> str:
-        """A hash of everything that the texts are made of, to tell them from other texts."""
+        """A hash of everything that the texts are made of. Other texts have another hash."""
         parts = [part.tolist() for part in (self.haystack, self.opening, *self.words, *self.announcing, *self.asking)]
         made = (parts, len(self.asking), self.size, self.shortest, self.longest, self.seed)
         return hashlib.sha256(repr(made).encode()).hexdigest()[:16]
