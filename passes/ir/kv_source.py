@@ -1,7 +1,7 @@
 """The sources of keys and values: a closed set of types that the cache pass creates and kernels read.
 
 Nothing here writes to a graph. The chosen kernel decides how it reads a source: in place, or as dense tensors that
-``lower/cache_writes.py`` makes from it.
+``lower/nodes/cache_writes.py`` makes from it.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ from sparse_compile.passes.ir.kv_source import Selected
 from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.target import Target
 from sparse_compile.passes.kernels.limits import SMALLEST_HEAD, SMALLEST_PAGE
-from sparse_compile.passes.lower.emitter import Emitter
 from sparse_compile.passes.lower.kernel import Kernel, needs_device
-from sparse_compile.passes.lower.tables import tables
+from sparse_compile.passes.lower.nodes.emitter import Emitter
+from sparse_compile.passes.lower.nodes.tables import tables
 from sparse_compile.passes.ops.block_tables import BLOCK, tensor_names
 from sparse_compile.passes.ops.flex_attention import FlexAttention, Spec
 from sparse_compile.passes.ops.materialize import materialize

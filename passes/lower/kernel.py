@@ -16,7 +16,7 @@ from sparse_compile.passes.choose.named_mask import NamedMask
 from sparse_compile.passes.ir.attention import Attention
 from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.target import Target
-from sparse_compile.passes.lower.emitter import Emitter
+from sparse_compile.passes.lower.nodes.emitter import Emitter
 
 
 class Kernel(ABC):

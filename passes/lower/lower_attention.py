@@ -15,10 +15,10 @@ from sparse_compile.passes.ir.head_slices import join_heads
 from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.rewrite import Rewrite, StorageGroup
 from sparse_compile.passes.ir.target import HeadGroup, Target
-from sparse_compile.passes.lower.emitter import Emitter
 from sparse_compile.passes.lower.kernel import Kernel
 from sparse_compile.passes.lower.kernels import KERNELS
-from sparse_compile.passes.lower.scene import Scene, Shared
+from sparse_compile.passes.lower.nodes.emitter import Emitter
+from sparse_compile.passes.lower.nodes.scene import Scene, Shared
 
 Group = HeadGroup[Kernel]
 

@@ -17,11 +17,11 @@ from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.target import Target
 from sparse_compile.passes.kernels.limits import LARGEST_HEAD, MOST_KV_HEADS, MOST_VALUE_GROUPS, SMALLEST_KEY_GROUP
 from sparse_compile.passes.kernels.operands import PagedDecode, PageRead, RingRead, Stored
-from sparse_compile.passes.lower.cache_writes import page_rows, write_once
-from sparse_compile.passes.lower.emitter import Emitter
 from sparse_compile.passes.lower.flex import not_in_triton
 from sparse_compile.passes.lower.kernel import Kernel, needs_device
-from sparse_compile.passes.lower.page_choice import chosen_pages
+from sparse_compile.passes.lower.nodes.cache_writes import page_rows, write_once
+from sparse_compile.passes.lower.nodes.emitter import Emitter
+from sparse_compile.passes.lower.nodes.page_choice import chosen_pages
 from sparse_compile.passes.ops.block_tables import BLOCK
 from sparse_compile.passes.ops.paged_decode import paged_decode
 from sparse_compile.passes.storage.codec import Format

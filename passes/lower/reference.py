@@ -10,9 +10,9 @@ from sparse_compile.passes.ir.attention import Attention
 from sparse_compile.passes.ir.kv_source import Selected
 from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.target import Target
-from sparse_compile.passes.lower.emitter import Emitter
 from sparse_compile.passes.lower.kernel import Kernel
-from sparse_compile.passes.lower.tables import seen_pairs
+from sparse_compile.passes.lower.nodes.emitter import Emitter
+from sparse_compile.passes.lower.nodes.tables import seen_pairs
 from sparse_compile.passes.ops.reference_attention import ReferenceAttention
 
 

@@ -18,8 +18,8 @@ from sparse_compile.passes.ir.kv_source import can_be_read_in_place
 from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.target import Target
 from sparse_compile.passes.kernels.limits import HALF, LARGEST_HEAD
-from sparse_compile.passes.lower.emitter import Emitter
 from sparse_compile.passes.lower.kernel import Kernel, needs_device
+from sparse_compile.passes.lower.nodes.emitter import Emitter
 from sparse_compile.passes.lower.reference import dense_or_selected, lower_dense
 
 

@@ -21,7 +21,7 @@ from sparse_compile.passes import inner_compiler
 from sparse_compile.passes.choose import block_layout, head_groups, kernel_choice, tuning
 from sparse_compile.passes.choose.tuning import Tiles
 from sparse_compile.passes.ir.rewrite import Rewrite
-from sparse_compile.passes.lower import tables
+from sparse_compile.passes.lower.nodes import tables
 from sparse_compile.passes.ops import block_tables
 from support.models import DECODERS, tokens
 

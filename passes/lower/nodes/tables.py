@@ -13,8 +13,8 @@ from sparse_compile.passes.choose.block_layout import Layout
 from sparse_compile.passes.ir.fx_nodes import expr_of, hint_of
 from sparse_compile.passes.ir.kv_source import Selected
 from sparse_compile.passes.ir.left import Left
-from sparse_compile.passes.lower.emitter import Emitter
-from sparse_compile.passes.lower.page_choice import chosen_blocks, chosen_pages
+from sparse_compile.passes.lower.nodes.emitter import Emitter
+from sparse_compile.passes.lower.nodes.page_choice import chosen_blocks, chosen_pages
 from sparse_compile.passes.ops.block_tables import BlockTables, Cut, block_tables_op, tensor_names
 from sparse_compile.passes.ops.reference_attention import DenseMask, ListedPairs
 from sparse_compile.passes.torch_private import real_tensors
