@@ -12,7 +12,7 @@ from sparse_compile.report import Report, Site
 
 if TYPE_CHECKING:
     from sparse_compile.cache.sparse_cache import SparseCache
-    from sparse_compile.passes.ops.cache_update import SparseCacheError
+    from sparse_compile.passes.ops.cache.cache_update import SparseCacheError
 
 __all__ = [
     "Backend",
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
             raise ImportError("SparseCache needs transformers: pip install 'sparse-compile[hf]'") from missing
         return SparseCache
     if name == "SparseCacheError":
-        from sparse_compile.passes.ops.cache_update import SparseCacheError
+        from sparse_compile.passes.ops.cache.cache_update import SparseCacheError
 
         return SparseCacheError
     raise AttributeError(f"module 'sparse_compile' has no attribute {name!r}")

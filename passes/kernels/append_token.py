@@ -1,8 +1,8 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 """Append one token of each sequence on CUDA: store it, quantize the groups that it belongs to, and summarize its page.
 
-``ops/quantized_append.py`` and ``storage/codec.py`` define the results. The quantized bits must equal those of a prefill. Every
-operation is therefore the one that torch uses on CUDA; torch divides by a Python number by multiplying with its inverse.
+``ops/cache/quantized_append.py`` and ``storage/codec.py`` define the results. The quantized bits must equal those of a prefill.
+Every operation is therefore the one that torch uses on CUDA; torch divides by a Python number by multiplying with its inverse.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from sparse_compile.passes.ir.fx_emit import emit, inline
 from sparse_compile.passes.ir.fx_nodes import value_of
-from sparse_compile.passes.ops.rope_positions import rotate, sink_places
+from sparse_compile.passes.ops.cache.rope_positions import rotate, sink_places
 from sparse_compile.passes.storage.layer_plan import LayerPlan, RingStorage
 from sparse_compile.passes.torch_private import overload
 

@@ -15,7 +15,7 @@ from sparse_compile.passes.ir.fx_nodes import value_of
 from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.kv.find_caches import read_update
 from sparse_compile.passes.ops.block_tables import Q_START
-from sparse_compile.passes.ops.cache_update import CacheUpdate, SparseCacheError
+from sparse_compile.passes.ops.cache.cache_update import CacheUpdate, SparseCacheError
 from sparse_compile.passes.storage.layer_plan import LayerPlan, Storage, misfit, needed_past
 
 

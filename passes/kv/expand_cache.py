@@ -20,7 +20,7 @@ from sparse_compile.passes.kv.checks import check_choice, check_storage, check_u
 from sparse_compile.passes.kv.find_caches import read_update, updates_of
 from sparse_compile.passes.kv.split_by_storage import query_heads, split_by_storage
 from sparse_compile.passes.kv.token_positions import TokenPositions
-from sparse_compile.passes.ops.cache_update import CacheUpdate, SparseCacheError
+from sparse_compile.passes.ops.cache.cache_update import CacheUpdate, SparseCacheError
 
 
 def expand_cache(rewrite: Rewrite) -> int:

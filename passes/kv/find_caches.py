@@ -15,7 +15,7 @@ from sparse_compile.passes.ir.kv_source import Cached, Dense
 from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.positions import Positions
 from sparse_compile.passes.ir.rewrite import Rewrite
-from sparse_compile.passes.ops.cache_update import CacheUpdate, cache_update
+from sparse_compile.passes.ops.cache.cache_update import CacheUpdate, cache_update
 
 
 def find_caches(rewrite: Rewrite) -> int:

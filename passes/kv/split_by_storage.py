@@ -33,7 +33,7 @@ from sparse_compile.passes.ir.rewrite import StorageGroup
 from sparse_compile.passes.kv.moving_ring import moving_ring
 from sparse_compile.passes.kv.token_positions import TokenPositions
 from sparse_compile.passes.ops.block_tables import Q_START
-from sparse_compile.passes.ops.cache_update import CacheUpdate
+from sparse_compile.passes.ops.cache.cache_update import CacheUpdate
 from sparse_compile.passes.storage import layer_plan
 from sparse_compile.passes.storage.layer_plan import LayerPlan, Storage
 from sparse_compile.passes.torch_private import real_tensors

@@ -19,9 +19,9 @@ from sparse_compile.passes.ir.fx_nodes import Order
 from sparse_compile.passes.ir.kv_source import NewTokens, RingChunk, RingStep
 from sparse_compile.passes.kv.cache_positions import MovingFrame, period_of
 from sparse_compile.passes.ops.block_tables import tensor_names
-from sparse_compile.passes.ops.cache_update import CacheUpdate, cache_tokens, page_positions
-from sparse_compile.passes.ops.ring import ring_chunk, ring_step
-from sparse_compile.passes.ops.rope_positions import stream_advance, stream_positions
+from sparse_compile.passes.ops.cache.cache_update import CacheUpdate, cache_tokens, page_positions
+from sparse_compile.passes.ops.cache.ring import ring_chunk, ring_step
+from sparse_compile.passes.ops.cache.rope_positions import stream_advance, stream_positions
 from sparse_compile.passes.storage.graph_text import to_text
 from sparse_compile.passes.storage.layer_plan import LayerPlan
 from sparse_compile.passes.torch_private import overload

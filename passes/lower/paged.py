@@ -23,7 +23,7 @@ from sparse_compile.passes.lower.nodes.cache_writes import page_rows, write_once
 from sparse_compile.passes.lower.nodes.emitter import Emitter
 from sparse_compile.passes.lower.nodes.page_choice import chosen_pages
 from sparse_compile.passes.ops.block_tables import BLOCK
-from sparse_compile.passes.ops.paged_decode import paged_decode
+from sparse_compile.passes.ops.cache.paged_decode import paged_decode
 from sparse_compile.passes.storage.codec import Format
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sparse_compile.passes.ops.cache_update import SparseCacheError
+from sparse_compile.passes.ops.cache.cache_update import SparseCacheError
 
 
 @dataclass

@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sparse_compile.cache.device_positions import DevicePositions
 from sparse_compile.cache.host_state import HostState
-from sparse_compile.passes.ops import cache_update  # noqa: F401  # registers the op that update() calls
+from sparse_compile.passes.ops.cache import cache_update  # noqa: F401  # registers the op that update() calls
 from sparse_compile.passes.storage.codec import QuantizedTensor, dequantize
 from sparse_compile.passes.storage.graph_text import to_text
 from sparse_compile.passes.storage.layer_plan import LayerPlan, SelectionState, misfit, quantized_of

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_compile.passes.ops.rope_positions import rotate
+from sparse_compile.passes.ops.cache.rope_positions import rotate
 from sparse_compile.passes.storage.layer_plan import LayerPlan
 
 FIND = (

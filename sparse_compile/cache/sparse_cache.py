@@ -19,7 +19,7 @@ from sparse_compile.cache.page_buffers import Selection
 from sparse_compile.cache.planning import Geometry, check_dtype, check_sizes, plan_layers
 from sparse_compile.cache.rope import in_cache_positions
 from sparse_compile.masks import Mask
-from sparse_compile.passes.ops.cache_update import SparseCacheError
+from sparse_compile.passes.ops.cache.cache_update import SparseCacheError
 from sparse_compile.passes.storage.layer_plan import LayerPlan
 from sparse_compile.passes.torch_private import mark_static, real_tensors
 from sparse_compile.policy import Policy, as_policy

@@ -110,7 +110,7 @@ def check(
     ``change`` modifies the numbers of tails and tokens in place.
     """
     from sparse_compile.passes.kernels.append_token import launch_append
-    from sparse_compile.passes.ops.quantized_append import append_in_torch
+    from sparse_compile.passes.ops.cache.quantized_append import append_in_torch
 
     torch.manual_seed(SEED)
     forms = kv.forms(*dims, PAGE)
@@ -202,7 +202,7 @@ def test_what_is_not_finite_stays_in_its_group(name: str, wrong: float) -> None:
 def test_a_step_that_chooses_pages_encodes_as_well(name: str, padded: bool, every: int) -> None:
     from sparse_compile.passes.kernels.operands import PageScoring, SelectPages
     from sparse_compile.passes.kernels.page_scores import launch_select_pages
-    from sparse_compile.passes.ops.quantized_append import append_in_torch
+    from sparse_compile.passes.ops.cache.quantized_append import append_in_torch
 
     torch.manual_seed(SEED)
     forms = FORMATS[name].forms(64, 64, PAGE)
@@ -236,7 +236,7 @@ def test_a_step_that_chooses_pages_encodes_as_well(name: str, padded: bool, ever
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
 def test_a_graph_goes_on_as_columns_advance(name: str) -> None:
     from sparse_compile.passes.kernels.append_token import launch_append
-    from sparse_compile.passes.ops.quantized_append import append_in_torch
+    from sparse_compile.passes.ops.cache.quantized_append import append_in_torch
 
     torch.manual_seed(SEED)
     forms = FORMATS[name].forms(64, 64, PAGE)

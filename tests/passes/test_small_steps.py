@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from sparse_compile.masks import causal, page_topk, sink, sliding_window
 from sparse_compile.passes.kernels.operands import Append
-from sparse_compile.passes.ops import block_tables, cache_update, page_selection
-from sparse_compile.passes.ops.quantized_append import append_in_torch
-from sparse_compile.passes.ops.ring import _ring_step
+from sparse_compile.passes.ops import block_tables
+from sparse_compile.passes.ops.cache import cache_update, page_selection
+from sparse_compile.passes.ops.cache.quantized_append import append_in_torch
+from sparse_compile.passes.ops.cache.ring import _ring_step
 from sparse_compile.passes.ops.small_steps import run_compiled
 from sparse_compile.passes.storage.codec import Format, QuantizedTensor
 

@@ -13,8 +13,8 @@ from sparse_compile.passes.ir.fx_nodes import value_of
 from sparse_compile.passes.ir.kv_source import Dense, KVSource, NewTokens, Paged, Prompt, Quantized, Ring, Selected
 from sparse_compile.passes.ir.ring_rows import new_tokens, ring_rows
 from sparse_compile.passes.kernels.operands import Append
-from sparse_compile.passes.ops.page_selection import score_pages_by_keys, summarize_pages
-from sparse_compile.passes.ops.quantized_append import CheckedAppend, ReadQuantized, quantized_append, read_quantized
+from sparse_compile.passes.ops.cache.page_selection import score_pages_by_keys, summarize_pages
+from sparse_compile.passes.ops.cache.quantized_append import CheckedAppend, ReadQuantized, quantized_append, read_quantized
 from sparse_compile.passes.torch_private import overload
 
 

@@ -16,7 +16,7 @@ from sparse_compile.passes.ir.ring_rows import new_tokens
 from sparse_compile.passes.kernels.operands import PageScoring, SelectPages
 from sparse_compile.passes.lower.nodes.cache_writes import append_quantized, write_once
 from sparse_compile.passes.lower.nodes.emitter import Emitter
-from sparse_compile.passes.ops.page_selection import page_classes, pick_pages, select_pages
+from sparse_compile.passes.ops.cache.page_selection import page_classes, pick_pages, select_pages
 from sparse_compile.passes.ops.prefill_block_selection import SelectBlocks, select_blocks
 from sparse_compile.passes.storage.codec import Format
 from sparse_compile.passes.storage.graph_text import to_text

@@ -12,8 +12,8 @@ import sparse_compile as sc
 from sparse_compile.cache.kv_format import ByLayer
 from sparse_compile.masks import causal, page_topk, sink, sliding_window
 from sparse_compile.passes.kernels.operands import Append, PageScoring, SelectPages
-from sparse_compile.passes.ops.page_selection import select_pages
-from sparse_compile.passes.ops.quantized_append import CheckedAppend, quantized_append
+from sparse_compile.passes.ops.cache.page_selection import select_pages
+from sparse_compile.passes.ops.cache.quantized_append import CheckedAppend, quantized_append
 from sparse_compile.passes.storage.codec import Format, QuantizedTensor
 from sparse_compile.passes.storage.layer_plan import RingStorage
 from support.oracles.cache import error

@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 import sparse_compile as sc
 from sparse_compile.masks import Mask, causal, page_topk, per_head, prefix, sink, sliding_window
-from sparse_compile.passes.ops.cache_update import SparseCacheError
+from sparse_compile.passes.ops.cache.cache_update import SparseCacheError
 from support.oracles.cache import random_tokens
 from support.oracles.selection import build
 

@@ -28,7 +28,7 @@ from sparse_compile.masks.selection.page_scoring import (
 from sparse_compile.masks.selection.page_topk import offered, static_part
 from sparse_compile.passes.kernels.operands import Append, SelectPages
 from sparse_compile.passes.ops.block_tables import batch_of, bind, starts, tensor_names
-from sparse_compile.passes.ops.quantized_append import append
+from sparse_compile.passes.ops.cache.quantized_append import append
 from sparse_compile.passes.ops.small_steps import in_few_kernels
 from sparse_compile.passes.ops.structured import StructuredOp
 from sparse_compile.passes.storage.graph_text import from_text

@@ -1,0 +1,1 @@
+"""The ops that read and write the buffers of a SparseCache."""
