@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch.fx import Node
@@ -27,10 +28,21 @@ from sparse_compile.passes.ir.captured_source import Source
 from sparse_compile.passes.ir.fx_emit import inline
 from sparse_compile.passes.ir.fx_nodes import value_of
 from sparse_compile.passes.ir.head_slices import pick_heads
-from sparse_compile.passes.ir.kv_source import Dense, KVSource, NewTokens, Paged, Prompt, Quantized, Ring, Selected
+from sparse_compile.passes.ir.kv_source import (
+    Dense,
+    KVSource,
+    NewTokens,
+    Paged,
+    Prompt,
+    Quantized,
+    Ring,
+    Selected,
+    can_be_read_in_place,
+)
 from sparse_compile.passes.ir.positions import Positions
 from sparse_compile.passes.ir.rewrite import StorageGroup
 from sparse_compile.passes.kv.moving_ring import moving_ring
+from sparse_compile.passes.kv.own_padding import without_own_padding
 from sparse_compile.passes.kv.token_positions import TokenPositions
 from sparse_compile.passes.ops.block_tables import Q_START
 from sparse_compile.passes.ops.cache.cache_update import CacheUpdate
@@ -62,6 +74,11 @@ class _CachedCall:
     def plan(self) -> LayerPlan:
         return self.update.plan
 
+    @cached_property
+    def without_padding(self) -> Mask:
+        """The mask of the model without the padding that the cache records."""
+        return without_own_padding(self.call, self.update)
+
     @property
     def is_strict(self) -> bool:
         """Whether the policy applies to each query of a chunk by itself, as in mode ``strict``."""
@@ -84,7 +101,8 @@ def _group(cached: _CachedCall, number: int, storage: Storage, is_prompt: bool) 
         group_call = replace(group_call, kv=Prompt(_stored(cached, number, storage, new, None)), mask=mask)
     elif isinstance(storage, layer_plan.PageStorage):
         kv = _stored(cached, number, storage, new, None)
-        group_call = replace(group_call, kv=kv, mask=_mask_over_pages(cached, policy, new, names))
+        in_place = can_be_read_in_place(kv)
+        group_call = replace(group_call, kv=kv, mask=_mask_over_pages(cached, policy, new, names, in_place=in_place))
     else:
         assert isinstance(storage, layer_plan.RingStorage)
         group_call = _over_ring(cached, group_call, number, storage, policy, new, names)
@@ -120,10 +138,15 @@ def _stored(
 # -- pages --------------------------------------------------------------------------------------------------------------
 
 
-def _mask_over_pages(cached: _CachedCall, policy: Mask, new: NewTokens, names: _Names) -> Mask:
-    """The mask over columns. Text positions equal columns unless there is padding; then the policy looks text positions up."""
+def _mask_over_pages(cached: _CachedCall, policy: Mask, new: NewTokens, names: _Names, *, in_place: bool) -> Mask:
+    """The mask over columns. Text positions equal columns unless there is padding; then the policy looks text positions up.
+
+    A kernel that reads pages ``in_place`` gets the padding of the cache as text positions as well.
+    """
     model = cached.call.mask
-    if policy in (full, causal) or model.implies(policy):
+    if in_place and new.texts is not None and cached.without_padding != model:
+        model, policy = cached.without_padding, full if model.implies(policy) else policy
+    elif policy in (full, causal) or model.implies(policy):
         return model & policy
     if new.texts is None:
         return model & (policy if cached.is_strict else relaxed(policy, _first_column(cached, names)))
@@ -175,11 +198,16 @@ def _over_ring(
 
 
 def _window(cached: _CachedCall, policy: Mask) -> tuple[int, int] | None:
-    """The sizes of sink and window, if a step sees exactly these of a ring; else None."""
-    call = cached.call
-    if not cached.positions.is_step or not cached.is_strict or call.mask.captures() or call.score_mod is not None:
+    """The sizes of sink and window, if a step sees exactly these of a ring, counted in text positions; else None.
+
+    A window of the model counts columns. They are as far apart as text positions where all padding is on the left.
+    """
+    call, model = cached.call, cached.without_padding
+    if not cached.positions.is_step or not cached.is_strict or model.captures() or call.score_mod is not None:
         return None
-    return whole_window(call.mask & policy, cached.plan.columns)
+    if model not in (causal, call.mask) and not cached.update.is_left:
+        return None
+    return whole_window(model & policy, cached.plan.columns)
 
 
 def whole_window(mask: Mask, length: int) -> tuple[int, int] | None:

@@ -7,12 +7,14 @@ from typing import Any
 
 from torch.fx import Node
 
-from sparse_compile.masks import causal
+from sparse_compile.masks import Captured, Mask, causal, full
+from sparse_compile.masks.operators import And
+from sparse_compile.masks.patterns.remapped import Remapped
 from sparse_compile.masks.selection.page_topk import offered
 from sparse_compile.passes.choose.block_layout import Layout, selection_layout
 from sparse_compile.passes.choose.named_mask import NamedMask
 from sparse_compile.passes.ir.attention import Attention
-from sparse_compile.passes.ir.kv_source import Paged, Quantized, Ring, Selected, can_be_read_in_place
+from sparse_compile.passes.ir.kv_source import Dense, Paged, Prompt, Quantized, Ring, Selected, can_be_read_in_place
 from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.target import Target
 from sparse_compile.passes.kernels.limits import LARGEST_HEAD, MOST_KV_HEADS, MOST_VALUE_GROUPS, SMALLEST_KEY_GROUP
@@ -40,8 +42,10 @@ class PagedAttention(Kernel):
         if reason := needs_device(self, call, target):
             return reason
         if not can_be_read_in_place(call.kv):
+            if isinstance(call.kv, Ring):
+                return f"page attention reads a ring only under a sink and a window of text positions, not under {call.visible}"
             return "page attention needs a decode step over a ring, selected pages or quantized pages of a SparseCache"
-        if not isinstance(call.kv, Ring) and (call.score_mod is not None or offered(call.visible) != causal):
+        if not isinstance(call.kv, Ring) and (call.score_mod is not None or not _sees_the_past(call)):
             return f"page attention needs a causal mask and no score mod, not {call.visible} with score mod {call.score_mod}"
         query_dim, _, value_dim = call.dims
         if max(query_dim, value_dim) > LARGEST_HEAD:
@@ -89,7 +93,21 @@ class PagedAttention(Kernel):
             keys, values = (Stored.of(c, form) for c, form in zip((pages.keys, pages.values), pages.forms, strict=True))
         else:
             keys, values = (Stored(rows) for rows in page_rows(emitter.node, pages, call.q))
-        return PageRead(keys, values, counts, table, kv.new.start, None, page_size, usual)
+        return PageRead(keys, values, counts, table, kv.new.start, kv.new.texts, page_size, usual)
+
+
+def _sees_the_past(call: Attention) -> bool:
+    """Whether a step may read every earlier token that is not padding. The kernel reads padding from the text positions."""
+    most = offered(call.visible)
+    return all(_is_past(part, call) for part in (most.masks if isinstance(most, And) else (most,)))
+
+
+def _is_past(part: Mask, call: Attention) -> bool:
+    if not isinstance(part, Remapped):
+        return part == causal
+    assert not isinstance(call.kv, Dense | Prompt | Ring)
+    sources = [call.sources.get(Captured.of(at).name) for at in (part.queries, part.keys)]
+    return part.mask in (full, causal) and all(at is not None and at.node is call.kv.new.texts for at in sources)
 
 
 def _ring(kv: Ring, emitter: Emitter) -> RingRead[Node]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_compile.cache.padding import Padding
+
 
 class DevicePositions:
     """The position tensors that all layers of a cache share. ``cache_update`` documents each tensor."""
@@ -12,6 +14,7 @@ class DevicePositions:
     def __init__(
         self,
         max_batch: int,
+        columns: int,
         page_columns: int,
         rings: tuple[tuple[int, int], ...],
         device: torch.device,
@@ -20,6 +23,7 @@ class DevicePositions:
         selects: bool,
     ) -> None:
         self.max_batch = max_batch
+        self.padding = Padding(max_batch, columns, device)
         self.columns = torch.zeros((), dtype=torch.int64, device=device)
         self.texts = torch.zeros(max_batch, dtype=torch.int64, device=device)
         self.page_texts = torch.full((max_batch, page_columns), -1, dtype=torch.int32, device=device) if page_columns else None
@@ -38,6 +42,7 @@ class DevicePositions:
         """Reset the positions to those of an empty cache."""
         for tensor in self.tensors():
             tensor.fill_(-1 if tensor.dim() == 2 else 0)
+        self.padding.clear()
 
     def choose_anew(self) -> None:
         """Make the next decode step score its pages again instead of reusing earlier scores."""

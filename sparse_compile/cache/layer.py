@@ -71,6 +71,8 @@ class SparseCacheLayer(CacheLayerMixin):
             self.buffers,
             self.stream,
             at.anchor,
+            at.padding.valid,
+            at.padding.is_left,
             self.selection,
             self.quantized,
             self.text,

@@ -181,10 +181,12 @@ def check_sizes(max_length: int, max_batch: int, page_size: int, rollback: int) 
             raise ValueError(f"{name} needs to be at least {least}, got {value}")
 
 
-def check_dtype(dtype: torch.dtype) -> None:
-    """Raise ``ValueError`` unless ``dtype`` is a floating point type."""
-    if not dtype.is_floating_point:
+def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
+    """Return a floating point type; a config that was saved names it as text. Raises ``ValueError`` for anything else."""
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not (isinstance(named, torch.dtype) and named.is_floating_point):
         raise ValueError(f"a SparseCache needs a floating point dtype, got {dtype}")
+    return named
 
 
 def _selector(whole: Mask, length: int, *, prefill: bool) -> PageTopK | None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from sparse_compile.cache.device_positions import DevicePositions
@@ -40,7 +41,7 @@ def save(cache: Contents, path: str | Path) -> None:
     from safetensors.torch import save_file
 
     rows, columns = cache.host_state.batch or 0, cache.host_state.columns
-    tensors = {name: part.contiguous().cpu() for name, part in cache.parts(rows).items() if part.numel()}
+    tensors = {name: part.contiguous().cpu() for name, part in _contents(cache).items() if part.numel()}
     header = {"format": FORMAT, "version": str(VERSION), "rows": str(rows), "columns": str(columns), "cache": _identity(cache)}
     save_file(tensors, str(path), metadata=header)
 
@@ -71,17 +72,40 @@ def load(cache: Contents, path: str | Path) -> None:
             f"{path} holds {rows} sequences of {columns} tokens, but the cache has room for {cache.max_batch} of "
             f"{cache.max_length}: load it into a larger cache"
         )
-    parts = cache.parts(rows, columns)
+    if wrong := _restore(cache, tensors, rows, columns):
+        raise ValueError(f"{path} is broken: {wrong} is missing or has another shape")
+
+
+def copy(source: Contents, target: Contents) -> str:
+    """Copy the contents of a cache to a larger one. Returns what does not fit, and then copies nothing; empty if all did."""
+    return _restore(target, _contents(source), source.host_state.batch or 0, source.host_state.columns)
+
+
+def _contents(cache: Contents) -> dict[str, Tensor]:
+    parts = cache.parts(cache.host_state.batch or 0)
+    if (valid := cache.positions.padding.valid) is not None:
+        parts["valid"] = valid[:, : cache.host_state.columns]
+    return parts
+
+
+def _restore(cache: Contents, tensors: dict[str, Tensor], rows: int, columns: int) -> str:
+    """Fill a cache. Returns the name of a tensor that is missing or has another shape, and then changes nothing."""
+    parts, valid = cache.parts(rows, columns), tensors.get("valid")
+    if valid is not None and (valid.shape != (rows, columns) or valid.dtype != torch.bool):
+        return "valid"
     wrong = [name for name, part in parts.items() if part.numel() and not _fits(tensors.get(name), part)]
     if wrong:
-        raise ValueError(f"{path} is broken: {wrong[0]} is missing or has another shape")
+        return wrong[0]
     cache.reset()
     for name, part in parts.items():
         if part.numel():
             part.copy_(tensors[name])
+    if valid is not None:
+        cache.positions.padding.restore(valid)
     cache.positions.columns.fill_(columns)
     cache.positions.choose_anew()
     cache.host_state.columns, cache.host_state.batch = columns, rows or None
+    return ""
 
 
 def _fits(tensor: Tensor | None, part: Tensor) -> bool:

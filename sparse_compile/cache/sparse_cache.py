@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sparse_compile.cache.host_state import HostState
 from sparse_compile.cache.kv_format import ByLayer, check_formats, formats_of
 from sparse_compile.cache.layer import SparseCacheLayer
 from sparse_compile.cache.page_buffers import Selection
-from sparse_compile.cache.planning import Geometry, check_dtype, check_sizes, plan_layers
+from sparse_compile.cache.planning import Geometry, check_sizes, dtype_of, plan_layers
 from sparse_compile.cache.rope import in_cache_positions
 from sparse_compile.masks import Mask
 from sparse_compile.passes.ops.cache.cache_update import SparseCacheError
@@ -88,12 +89,14 @@ class SparseCache(Cache):
         debug: bool = False,
     ) -> None:
         check_sizes(max_length, max_batch, page_size, rollback)
-        dtype = dtype or getattr(config, "dtype", None) or torch.get_default_dtype()
-        check_dtype(dtype)
+        dtype = dtype_of(dtype or getattr(config, "dtype", None) or torch.get_default_dtype())
         device = torch.device(device) if device is not None else torch.get_default_device()
+        self._built = partial(
+            SparseCache, config, policy, max_batch=max_batch, page_size=page_size, dtype=dtype, device=device, mode=mode,
+            cache_positions=cache_positions, rollback=rollback, kv=kv, debug=debug,
+        )  # fmt: skip
         self.geometry, self.policy = Geometry.of(config), as_policy(policy)
         self.max_length, self.max_batch, self.mode = max_length, max_batch, mode
-        self._adds_no_mask = getattr(config, "_attn_implementation", None) != "eager"
         sizes = {"max_length": max_length, "page_size": page_size, "rollback": rollback}
         formats = formats_of(kv, len(self.geometry.masks), self.geometry.kv_heads)
         check_formats(formats, device)
@@ -104,8 +107,11 @@ class SparseCache(Cache):
             plans, frequencies = in_cache_positions(plans, config, self.geometry.key_dim, device)
         has_pages = any(storage.holds_every_key for plan in plans for storage in plan.storages)
         selects = any(storage.selection is not None for plan in plans for storage in plan.storages)
-        columns = plans[0].columns if has_pages else 0
-        self.positions = DevicePositions(max_batch, columns, plans[0].rings, device, moving=cache_positions, selects=selects)
+        columns = plans[0].columns
+        sizes_of_pages = columns, columns if has_pages else 0
+        self.positions = DevicePositions(
+            max_batch, *sizes_of_pages, plans[0].rings, device, moving=cache_positions, selects=selects
+        )
         self.host_state = HostState(max_length, max_batch, len(plans))
         # The same objects as ``layers``, with their own type.
         self.cached_layers = self._build_layers(plans, frequencies, dtype, device)
@@ -168,15 +174,28 @@ class SparseCache(Cache):
         return token * self.max_batch * self.max_length
 
     @property
-    def is_compileable(self) -> bool:
-        """Whether ``generate`` should build masks itself, which keeps the shapes of decode steps static.
+    def dtype(self) -> torch.dtype:
+        """The dtype in which keys and values are stored unless they are quantized."""
+        return self.cached_layers[0].dtype
 
-        A padded prompt works better with the two-dimensional mask, because the backend recognizes it as padding. The same holds
-        for eager attention: it adds its mask to the scores, and such a term could be anything.
+    @property
+    def kv_formats(self) -> set[str]:
+        """The formats of quantized keys and values; empty if nothing is quantized."""
+        forms = [form for layer in self.cached_layers for storage in layer.plan.storages for form in storage.forms or ()]
+        return {form.kind for form in forms if form.kind}
+
+    @property
+    def is_chunkable(self) -> bool:
+        """Whether a prompt may be cut into chunks without any change of its result."""
+        return self.mode == "strict" and not self.cached_layers[0].plan.rotation
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether masks are built for all columns: True in a traced model, whose masks are recognized and never built.
+
+        Outside of graphs it is False, because ``generate`` would otherwise build a mask of queries times columns there.
         """
-        if torch.compiler.is_compiling():
-            return True
-        return self._adds_no_mask and (self.max_batch == 1 or self.host_state.columns > 0)
+        return torch.compiler.is_compiling()
 
     def _tensors(self) -> list[Tensor]:
         frequencies = {id(layer.stream[2]): layer.stream[2] for layer in self.cached_layers if layer.stream}
@@ -200,6 +219,22 @@ class SparseCache(Cache):
         """Empty the cache. Its tensors keep their addresses."""
         self.positions.clear()
         self.host_state.forget()
+
+    def reserve(self, max_length: int) -> None:
+        """Make room for texts of ``max_length`` tokens. The contents stay, but their memory moves, so graphs are compiled anew.
+
+        ``generate`` calls this for caches that it has made itself. Raises ``SparseCacheError`` if heads that hold every token
+        in a cache of this length would have a ring in the longer one.
+        """
+        if max_length <= self.max_length:
+            return
+        larger = self._built(max_length=max_length)
+        if serialization.copy(self, larger):
+            raise SparseCacheError(
+                f"a cache for {self.max_length} tokens cannot grow to {max_length}, where other heads have rings: build it for "
+                "the longest text, with model.sparse_cache(max_length=...). The cache is unchanged"
+            )
+        self.__dict__.update(larger.__dict__)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens: after ``crop(-3)`` it is as if the last three had never been appended.
@@ -228,6 +263,7 @@ class SparseCache(Cache):
             columns.masked_fill_(gone, -1)
         if at.page_texts is not None:
             at.page_texts[:, first:] = -1
+        at.padding.crop(first)
         at.texts[:rows] = texts
         at.columns.sub_(remove)
         for rope in at.stream[:1]:
@@ -296,6 +332,7 @@ class SparseCache(Cache):
         for part in self.parts(max(held, rows.numel())).values():
             if part.dim():
                 part[: rows.numel()] = part.index_select(0, rows)
+        self.positions.padding.select(rows)
         self.positions.choose_anew()
         self.host_state.batch = rows.numel() or None
 

@@ -43,6 +43,8 @@ class CacheUpdate(NamedTuple, Generic[T]):
     - ``stream``: empty unless tokens are rotated by their position in the cache. Then it holds the rotary position of the next
       token ``[]``, the text position minus the rotary position of the keys ``[max_batch]``, and the layer's frequencies.
     - ``anchor``: the column ``[]`` from which the steps that score pages are counted.
+    - ``valid``: False where a column is padding, ``[B, columns]``; None while nothing is padding.
+    - ``is_left``: whether all padding comes before all tokens.
     - ``selection``: the ``SelectionState`` tensors of each storage group that selects pages. If another layer scores the pages,
       they are that layer's tensors without the summary.
     - ``quantized``: the ``QuantizedTensor`` of keys and that of values, for each quantized storage group.
@@ -57,6 +59,8 @@ class CacheUpdate(NamedTuple, Generic[T]):
     buffers: list[T]
     stream: list[T]
     anchor: T | None
+    valid: T | None
+    is_left: bool
     selection: list[T]
     quantized: list[T]
     plan: LayerPlan
