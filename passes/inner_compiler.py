@@ -12,6 +12,9 @@ import torch
 from torch.fx import GraphModule
 
 from sparse_compile import masks
+from sparse_compile.passes.ir.fx_nodes import memory_of
+from sparse_compile.passes.ir.kv_source import Dense
+from sparse_compile.passes.ir.rewrite import Rewrite
 from sparse_compile.passes.torch_private import cache_bypasses, has_inductor_option, inductor_modes, inner_backend
 
 
@@ -46,6 +49,14 @@ def for_steps() -> dict[str, Any]:
     """
     wanted = {"combo_kernels": True, "combo_kernel_per_subkernel_blocks": True}
     return {name: value for name, value in wanted.items() if has_inductor_option(name)}
+
+
+def returns_keys(rewrite: Rewrite) -> bool:
+    """Whether the graph returns keys or values of an attention call, as it does with a cache that grows (``DynamicCache``)."""
+    output = next(iter(reversed(rewrite.gm.graph.nodes)))
+    returned = {memory_of(node) for node in output.all_input_nodes}
+    sources = [call.kv for call in rewrite.calls if isinstance(call.kv, Dense)]
+    return any(memory_of(node) in returned for kv in sources for node in (kv.k, kv.v))
 
 
 @cache

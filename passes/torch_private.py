@@ -82,6 +82,24 @@ def flex_attention_op() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return op
 
 
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Return attention ``[B, Hq, Q, D]`` by the kernel that SDPA would run, and its log-sum-exp ``[B, Hq, Q]`` in float32.
+
+    The public ``scaled_dot_product_attention`` does not return the log-sum-exp. Raises ``RuntimeError`` on CUDA if SDPA has no
+    fused kernel for these tensors. No gradients flow.
+    """
+    ops = torch.ops.aten
+    if not q.is_cuda:
+        out, lse = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        return out, lse
+    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    if choice == torch.nn.attention.SDPBackend.CUDNN_ATTENTION.value:
+        out, lse = ops._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
+    else:
+        out, lse = ops._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+    return out, lse.reshape(q.shape[:3])
+
+
 def cpu_has_avx2() -> bool:
     """Whether the CPU has AVX2, which FlexAttention's C++ template needs."""
     return bool(torch.cpu._is_avx2_supported())
@@ -127,6 +145,16 @@ def compile_id() -> Any:
 def recompile_limit() -> int:
     """Return how often Dynamo compiles the same code before it runs that code uncompiled."""
     return int(torch._dynamo.config.recompile_limit)
+
+
+def raise_recompile_limit() -> None:
+    """Let Dynamo compile the same code for as many kinds of call as a server sees, instead of 8.
+
+    Beyond its limit, Dynamo silently runs a model un-compiled, without its policy. The limits are settings of the process.
+    """
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 512)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8192)
 
 
 def without_recompile_limit() -> AbstractContextManager[Any]:

@@ -38,10 +38,12 @@ def _ranked(call: Attention, target: Target, kernels: Sequence[K]) -> list[K]:
 
 
 def _demanded(call: Attention, target: Target, kernels: Sequence[K]) -> KernelChoice[K]:
-    """The kernel that ``target`` forces. If several share the name, the one for the device."""
+    """The kernel that ``target`` forces. If several share the name, the first that can run the call on its device."""
     named = [kernel for kernel in kernels if target.kernel in (kernel.name, *kernel.aliases)]
-    kernel = next((kernel for kernel in named if kernel.device == target.device_of(call)), named[0])
-    reason = kernel.why_not(call, target)
+    here = [kernel for kernel in named if kernel.device in (None, target.device_of(call))] or named
+    reasons = [kernel.why_not(call, target) for kernel in here]
+    at = reasons.index("") if "" in reasons else -1
+    kernel, reason = here[at], reasons[at]
     if reason:
         raise ValueError(f"kernel={target.kernel!r} cannot run {call.name}: {reason}; use kernel='auto'")
     return KernelChoice(kernel, f"kernel={target.kernel!r} forces it" if kernel is kernels[-1] else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sparse_compile.passes.lower.chunk import ChunkedSDPA
 from sparse_compile.passes.lower.cpp import Cpp
 from sparse_compile.passes.lower.flash import Flash
 from sparse_compile.passes.lower.flex import Triton
@@ -10,4 +11,4 @@ from sparse_compile.passes.lower.paged import PagedAttention
 from sparse_compile.passes.lower.reference import Reference
 from sparse_compile.passes.lower.sdpa import SDPA
 
-KERNELS: tuple[Kernel, ...] = (PagedAttention(), Flash(), SDPA(), Triton(), Cpp(), Reference())
+KERNELS: tuple[Kernel, ...] = (PagedAttention(), ChunkedSDPA(), Flash(), SDPA(), Triton(), Cpp(), Reference())

@@ -46,7 +46,7 @@ class SDPA(Kernel):
         device = target.device_of(call)
         if call.plain_form is None and not (device == "cpu" and call.is_step):
             return f"SDPA needs a dense mask for {call.visible}"
-        return _no_fused_kernel(call, target) if device == "cuda" else ""
+        return no_fused_kernel(call, target) if device == "cuda" else ""
 
     def layout(self, call: Attention, seen: NamedMask, target: Target) -> Layout:
         return dense_or_selected(call, seen)
@@ -68,7 +68,7 @@ def _skips(call: Attention) -> bool:
     return call.chooses_pages or (call.has_policy and not any(isinstance(node, PerHead) for node in call.visible.walk()))
 
 
-def _no_fused_kernel(call: Attention, target: Target) -> str:
+def no_fused_kernel(call: Attention, target: Target) -> str:
     """Why SDPA has no fused kernel; empty if it has. Without one, it computes all scores at once and repeats KV heads."""
     dims = set(call.dims)
     if call.dtype not in HALF:
