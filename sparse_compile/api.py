@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from sparse_compile.compiled_call import CompiledCall
 from sparse_compile.dynamo import Backend, Hooks
+from sparse_compile.generation import Generation, generating
 from sparse_compile.masks import Mask
 from sparse_compile.passes import torch_private
 from sparse_compile.policy import Policy
@@ -34,12 +36,22 @@ def compile(
     *,
     mode: str | None = None,
     dynamic: bool | None = None,
+    cache: Mapping[str, Any] | None = None,
+    prefill_chunk_size: int | None = 8192,
     **backend_options: Any,
 ) -> Any:
     """Compile ``model`` in place and return it, so that ``model.generate()`` runs compiled too.
 
     ``torch.compile(model).generate()`` would silently run un-compiled. The options are those of ``Backend``, and the report is
-    ``model.sparse_compile_report``. If Dynamo gives up on the model and runs it un-compiled, this warns with
+    ``model.sparse_compile_report``.
+
+    ``generate()`` makes a ``SparseCache`` for the policy where transformers would make a ``DynamicCache``, and reuses its
+    memory in the next call. ``cache`` has the options of these caches, such as ``{"kv": "int8"}``; so does ``cache_config`` of
+    ``generate``. ``model.sparse_cache(max_length=...)`` makes one for calls of your own. Prompts of more than
+    ``prefill_chunk_size`` tokens, all sequences together, run in chunks; None runs them whole. On CUDA, decode steps run as
+    CUDA graphs; ``mode="default"`` turns that off.
+
+    If Dynamo gives up on the model and runs it un-compiled, this warns with
     ``SparseCompileWarning``; with ``strict=True`` it raises ``SparseCompileError``. Raises ``ValueError`` if the policy names
     layers or heads that the model does not have.
 
@@ -50,12 +62,14 @@ def compile(
     chosen = Backend(policy, hooks=Hooks(isolated=_isolates()), **backend_options)
     if chosen.policy is not None:
         check_policy(chosen.policy, model)
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        # For static caches, generate() compiles decode steps with Inductor itself, which would bypass this backend.
-        generation.disable_compile = True
-    model.compile(backend=chosen, mode=mode, dynamic=dynamic, **_isolation())
-    torch_private.set_compiled_call(model, _watched(torch_private.compiled_call(model), chosen))
+    torch_private.raise_recompile_limit()
+    inner = generating(model)
+    for module in {model, inner or model}:
+        module.compile(backend=chosen, mode=mode, dynamic=dynamic, **_isolation())
+        run = CompiledCall(torch_private.compiled_call(module), module, chosen, prefill_chunk_size)
+        torch_private.set_compiled_call(module, run)
+    if inner is not None:
+        Generation(inner, chosen, dict(cache or {})).install()
     object.__setattr__(model, "sparse_compile_report", chosen.report)
     return model
 
@@ -83,20 +97,6 @@ def _isolation() -> dict[str, Any]:
     return {"isolate_recompiles": True} if _isolates() else {}
 
 
-def _watched(run: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
-    """Wrap ``run`` to report calls that run no compiled graph."""
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        before = backend.calls
-        result = run(*args, **kwargs)
-        if backend.calls == before and not torch.compiler.is_compiling():
-            message = "the model ran un-compiled, without its policy, because Dynamo skipped it or reached its recompile limit"
-            backend.report_trouble(message)
-        return result
-
-    return watched
-
-
 def explain(
     model: nn.Module, *args: Any, policy: Policy | Mask | None = None, device: str | None = None, **kwargs: Any
 ) -> Report:
@@ -113,7 +113,7 @@ def explain(
     chosen = planner(policy, model, device)
     # Each explanation is a separate backend; before torch 2.13 it would use up the recompiles of the model's code.
     with torch.no_grad(), torch_private.without_recompile_limit():
-        _watched(torch.compile(model, backend=chosen, **_isolation()), chosen)(*args, **kwargs)
+        CompiledCall(torch.compile(model, backend=chosen, **_isolation()), model, chosen, chunk=None)(*args, **kwargs)
     return chosen.report
 
 

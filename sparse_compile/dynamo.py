@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # the passes import sympy and Dynamo, which takes a second, s
 
 INNER = ("inductor", "aot_eager", "cudagraphs", "tensorrt", "eager")
 KERNELS = ("auto", "autotune", "flash", "triton", "flex", "sdpa", "reference")
+CUDA_GRAPHS = "triton.cudagraphs"  # an option of Inductor
 OPTIONS = ("policy", "inner", "kernel", "strict", "inductor")
 
 
@@ -139,10 +140,13 @@ class Backend:
             return _refusing(refused)
         self._record(rewrite)
         inner = "eager" if self.hooks.dry else self.inner
+        config = self._config(rewrite, mode)
         with torch.no_grad() if rewrite.cache_uses else nullcontext():
-            compiled, note = compile_inner(gm, inputs, inner=inner, mode=mode, config=self._config(rewrite))
-        if note and note not in self.report.notes:
-            self.report.notes.append(note)
+            compiled, note = compile_inner(gm, inputs, inner=inner, mode=mode, config=config)
+        # Users did not ask for CUDA graphs, so they need not know that the next step overwrites the results of this one.
+        copies = mode is None and config.get(CUDA_GRAPHS) is True
+        if note:
+            self.report_note(note)
 
         uses = rewrite.cache_uses
 
@@ -157,20 +161,29 @@ class Backend:
                 result = compiled(*args)
             for host_state, batch, tokens, use in updates:
                 host_state.note(batch, tokens, use.layers, last=use.last)
-            return result
+            return [x.clone() if isinstance(x, Tensor) else x for x in result] if copies else result
 
         return run
 
-    def _config(self, rewrite: Rewrite) -> dict[str, Any]:
-        """The Inductor options for the kernel choice and the kind of graph. Options of the user override them."""
-        from sparse_compile.passes.inner_compiler import for_steps
+    def _config(self, rewrite: Rewrite, mode: str | None) -> dict[str, Any]:
+        """The Inductor options for the kernel choice and the kind of graph. Options of the user override them.
+
+        On CUDA, decode steps over a SparseCache run as CUDA graphs unless ``mode`` says otherwise, because their shapes and
+        addresses never change. Prompts over a cache never do, because their work depends on how much the cache holds. Nor does
+        a graph that returns keys or values: in the next run of a CUDA graph they would be overwritten.
+        """
+        from sparse_compile.passes.inner_compiler import for_steps, returns_keys
         from sparse_compile.passes.ir.kv_source import Cached
 
         # autotune tunes attention only, so matrix products stay with ATen.
         tune = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"} if self.kernel == "autotune" else {}
         steps = [call for call in rewrite.calls if isinstance(call.kv, Cached) and call.phase == "decode"]
-        if self.inner == "inductor" and any(call.device.type == "cuda" for call in steps):
-            tune |= for_steps()
+        if self.inner != "inductor" or all(call.device.type != "cuda" for call in rewrite.calls):
+            return tune | self.inductor
+        if rewrite.cache_uses and len(steps) == len(rewrite.calls):
+            tune |= for_steps() | ({CUDA_GRAPHS: True} if mode is None else {})
+        elif rewrite.cache_uses or returns_keys(rewrite):
+            tune[CUDA_GRAPHS] = False
         return tune | self.inductor
 
     def _with(self, options: Mapping[str, Any]) -> Backend:
@@ -242,10 +255,14 @@ class Backend:
             )
             self.report_trouble(message)
 
-    def report_trouble(self, message: str) -> None:
-        """Note in the report that something will not run as requested, and warn; with ``strict``, raise instead of warning."""
+    def report_note(self, message: str) -> None:
+        """Note something in the report that users did not ask for, but may want to know."""
         if message not in self.report.notes:
             self.report.notes.append(message)
+
+    def report_trouble(self, message: str) -> None:
+        """Note in the report that something will not run as requested, and warn; with ``strict``, raise instead of warning."""
+        self.report_note(message)
         if self.strict:
             raise SparseCompileError(message)
         warnings.warn(message, SparseCompileWarning, stacklevel=3)

@@ -1,0 +1,94 @@
+"""What a compiled model runs for ``model(...)``: masks of fixed shape, long prompts in chunks, and a watch over Dynamo."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_compile.cache.padding import Padding
+from sparse_compile.dynamo import Backend
+
+# Arguments of a model that have one entry for each new token, and the axis of the tokens.
+BY_TOKEN = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0}
+# Arguments that mean the same for every chunk of a prompt.
+WHOLE = ("attention_mask", "past_key_values", "use_cache", "return_dict", "logits_to_keep")
+
+
+class CompiledCall:
+    """The compiled forward pass of ``model``. ``run`` is what ``torch.compile`` made of it.
+
+    Prompts of more than ``chunk`` tokens in a ``SparseCache`` run in chunks, if only the last logits are needed. None runs
+    them whole.
+    """
+
+    def __init__(self, run: Callable[..., Any], model: nn.Module, backend: Backend, chunk: int | None) -> None:
+        self.run, self.backend, self.chunk = run, backend, chunk
+        self.parameters = list(inspect.signature(model.forward).parameters)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model. Calls that run no compiled graph are reported."""
+        if torch.compiler.is_compiling():
+            return self.run(*args, **kwargs)
+        cache = _argument("past_key_values", args, kwargs, self.parameters)
+        padding = getattr(getattr(cache, "positions", None), "padding", None)
+        if isinstance(padding, Padding):
+            kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+            return self._over_cache(cache, padding, kwargs)
+        return self._watched(*args, **kwargs)
+
+    def _over_cache(self, cache: Any, padding: Padding, kwargs: dict[str, Any]) -> Any:
+        tokens = _tokens(kwargs)
+        step = self._chunk_of(cache, kwargs, tokens)
+        for start in range(0, tokens, step) if step < tokens else ():
+            stop = min(start + step, tokens)
+            held = cache.host_state.columns
+            part = {name: _slice(name, value, start, stop) for name, value in kwargs.items()}
+            if isinstance(mask := kwargs.get("attention_mask"), Tensor):
+                part["attention_mask"] = padding.mask_for(mask[:, : held + stop - start], stop - start, held)
+            result = self._watched(**part)
+        if step < tokens:
+            return result
+        if isinstance(mask := kwargs.get("attention_mask"), Tensor):
+            kwargs["attention_mask"] = padding.mask_for(mask, tokens, cache.host_state.columns)
+        return self._watched(**kwargs)
+
+    def _chunk_of(self, cache: Any, kwargs: Mapping[str, Any], tokens: int) -> int:
+        """The number of tokens of a chunk; ``tokens`` if the prompt runs whole."""
+        rows = cache.max_batch
+        if self.chunk is None or not cache.is_chunkable:
+            return tokens
+        step = max(128, self.chunk // rows // 128 * 128)
+        keeps_last = isinstance(kept := kwargs.get("logits_to_keep"), int) and 0 < kept <= 128
+        mask = kwargs.get("attention_mask")
+        known = all(value is None or name in BY_TOKEN or name in WHOLE for name, value in kwargs.items())
+        two_dimensional = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+        return step if tokens > step and keeps_last and known and two_dimensional else tokens
+
+    def _watched(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.backend.calls
+        result = self.run(*args, **kwargs)
+        if self.backend.calls == before:
+            self.backend.report_trouble(
+                "the model ran un-compiled, without its policy, because Dynamo skipped it or reached its recompile limit"
+            )
+        return result
+
+
+def _argument(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], parameters: list[str]) -> Any:
+    at = parameters.index(name) if name in parameters else len(args)
+    return kwargs.get(name, args[at] if at < len(args) else None)
+
+
+def _tokens(kwargs: Mapping[str, Any]) -> int:
+    given = [kwargs[name] for name in ("input_ids", "inputs_embeds") if isinstance(kwargs.get(name), Tensor)]
+    return int(given[0].shape[1]) if given else 0
+
+
+def _slice(name: str, value: Any, start: int, stop: int) -> Any:
+    if name not in BY_TOKEN or not isinstance(value, Tensor):
+        return value
+    return value.narrow(BY_TOKEN[name], start, stop - start)

@@ -1,0 +1,202 @@
+"""``generate()`` of a compiled transformers model: it makes, lends and reuses the ``SparseCache`` that the policy needs.
+
+Three methods of transformers are replaced on the compiled model alone; each calls the original. ``generate`` returns the cache
+to the model afterwards. ``_prepare_cache_for_generation`` supplies it. ``_update_model_kwargs_for_generation`` says which mask
+the next step gets. ``get_compiled_call`` keeps ``generate`` from compiling a second time around a static cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+from torch import nn
+
+from sparse_compile.cache.padding import Padding
+from sparse_compile.dynamo import Backend
+
+HOOKS = ("generate", "_prepare_cache_for_generation", "_update_model_kwargs_for_generation", "get_compiled_call")
+# Candidate tokens of assisted decoding that a cache can take back.
+ROLLBACK = 64
+_lock = Lock()
+
+
+@dataclass
+class _Call:
+    """One call of ``generate``: the cache that it was lent, and the size and options of that cache."""
+
+    cache: Any = None
+    key: tuple[str, ...] = ()
+
+
+@dataclass
+class _Spare:
+    """The cache of the last call, and the options that it was built with."""
+
+    cache: Any = None
+    key: tuple[str, ...] = ()
+
+
+_call: ContextVar[_Call | None] = ContextVar("sparse_compile_generate", default=None)
+
+
+@dataclass
+class Generation:
+    """The caches of ``model.generate()``. ``options`` are arguments of ``SparseCache``, such as ``kv``."""
+
+    model: Any
+    backend: Backend
+    options: Mapping[str, Any]
+    refused: str = ""  # why this model gets the caches of transformers
+    _spare: _Spare = field(default_factory=_Spare)
+
+    def install(self) -> None:
+        """Replace the methods of the model, and give it ``sparse_cache``."""
+        for name in HOOKS:
+            object.__setattr__(self.model, name, getattr(self, name.removeprefix("_")))
+        object.__setattr__(self.model, "sparse_cache", self.sparse_cache)
+
+    def sparse_cache(self, max_length: int, max_batch: int = 1, **options: Any) -> Any:
+        """Return a ``SparseCache`` for this model and its policy, for ``max_batch`` sequences of ``max_length`` tokens.
+
+        ``options`` are those of ``SparseCache``. Those that were passed to ``sparse_compile.compile`` as ``cache`` apply
+        unless they are given here.
+
+            >>> model = sc.compile(model, sc.policies.streaming_llm(sink=4, recent=28), inner="eager")
+            >>> cache = model.sparse_cache(max_length=64)
+            >>> model.generate(tokens, max_new_tokens=2, past_key_values=cache).shape
+            torch.Size([1, 10])
+        """
+        from sparse_compile.cache.sparse_cache import SparseCache
+
+        settings = {"dtype": self.model.dtype, "device": self.model.device, **self.options, **options}
+        return SparseCache(self.model.config, self.backend.policy, max_length=max_length, max_batch=max_batch, **settings)
+
+    # -- what replaces the methods of transformers ------------------------------------------------------------------
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Run ``generate`` of transformers, and keep its cache for the next call unless the caller gets it."""
+        from sparse_compile.passes.ops.cache.cache_update import SparseCacheError
+
+        call = _Call()
+        token = _call.set(call)
+        try:
+            result = type(self.model).generate(self.model, *args, **kwargs)
+        except SparseCacheError as error:
+            if call.cache is None or kwargs.get("streamer") is not None:
+                raise
+            call.cache = None
+            self._refuse(str(error))
+            result = type(self.model).generate(self.model, *args, **kwargs)
+        finally:
+            _call.reset(token)
+        if call.cache is not None and getattr(result, "past_key_values", None) is not call.cache:
+            self._return(call)
+        return result
+
+    def prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, length: int, *rest: Any
+    ) -> Any:
+        """Supply a ``SparseCache`` where transformers would make a ``DynamicCache``."""
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            self._check_text(given, model_kwargs)
+            if getattr(given, "made_by_generate", False):
+                given.reserve(rounded(length))
+        elif self._lends(generation_config):
+            rows = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) * batch
+            assisted = getattr(mode, "value", "") == "assisted_generation"
+            model_kwargs["past_key_values"] = self._lend(rows, length, assisted, generation_config.cache_config or {})
+            if model_kwargs["past_key_values"] is None:
+                del model_kwargs["past_key_values"]
+            else:
+                return None
+        original = type(self.model)._prepare_cache_for_generation
+        return original(self.model, generation_config, model_kwargs, mode, batch, length, *rest)
+
+    def update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Extend the arguments of the next step, whose mask needs no look if that of the prompt was understood."""
+        original = type(self.model)._update_model_kwargs_for_generation
+        updated: dict[str, Any] = original(self.model, outputs, model_kwargs, *args, **kwargs)
+        padding = getattr(getattr(updated.get("past_key_values"), "positions", None), "padding", None)
+        if isinstance(padding, Padding) and updated.get("attention_mask") is not None:
+            updated["attention_mask"] = padding.vouch(updated["attention_mask"])
+        return updated
+
+    def get_compiled_call(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the model itself, which is compiled already."""
+        return self.model.__call__
+
+    # -- lending ----------------------------------------------------------------------------------------------------
+
+    def _lends(self, generation_config: Any) -> bool:
+        config, model = generation_config, self.model
+        ours = config.cache_implementation is None and config.use_cache is not False and not config.is_assistant
+        return ours and not self.refused and not model.config.is_encoder_decoder and model._supports_default_dynamic_cache()
+
+    def _lend(self, rows: int, length: int, assisted: bool, options: Mapping[str, Any]) -> Any:
+        """A cache that is empty and large enough; None if this model cannot have one."""
+        options = dict(options)
+        if assisted:
+            options.setdefault("rollback", ROLLBACK)
+            length += ROLLBACK
+        key = tuple(f"{name}={value!r}" for name, value in sorted(options.items()))
+        with _lock:
+            cache, spare = self._spare.cache, self._spare
+            if cache is not None:
+                spare.cache = None
+            fits = cache is not None and spare.key == key and cache.max_batch >= rows and cache.max_length >= length
+            fits = fits and cache.positions.columns.device == self.model.device and cache.dtype == self.model.dtype
+        if not fits:
+            del cache  # before the next one is allocated
+            try:
+                cache = self.sparse_cache(rounded(length), rows, **options)
+            except (ValueError, TypeError, ImportError) as error:
+                if self.options or options.keys() - {"rollback"}:
+                    raise
+                self._refuse(str(error))
+                return None
+        cache.reset()
+        cache.made_by_generate = True  # its length was not chosen by anyone, so it may grow
+        call = _call.get()
+        if call is not None:
+            call.cache, call.key = cache, key
+        return cache
+
+    def _return(self, call: _Call) -> None:
+        with _lock:
+            self._spare.cache, self._spare.key = call.cache, call.key
+
+    def _refuse(self, why: str) -> None:
+        self.refused = why
+        self.backend.report_note(f"generate() uses the caches of transformers, because a SparseCache does not work here: {why}")
+
+    def _check_text(self, cache: Any, model_kwargs: Mapping[str, Any]) -> None:
+        """Raise if the prompt of a second call does not contain the text that the cache holds."""
+        from sparse_compile.passes.ops.cache.cache_update import SparseCacheError
+
+        held = getattr(getattr(cache, "host_state", None), "columns", 0)
+        mask = model_kwargs.get("attention_mask")
+        positions = model_kwargs.get("position_ids")
+        given = mask.shape[1] if mask is not None else positions.shape[-1] if positions is not None else None
+        if held and given is not None and given <= held:
+            raise SparseCacheError(
+                f"the cache holds {held} tokens, and the prompt has {given}: call reset() on the cache for another text, or "
+                "pass the whole conversation, with the tokens that the cache holds. The cache is unchanged"
+            )
+
+
+def rounded(length: int) -> int:
+    """``length`` rounded up by at most a thirty-second, so that texts of similar length share a cache."""
+    unit = max(64, 1 << max(0, length.bit_length() - 6))
+    return -(-length // unit) * unit
+
+
+def generating(model: nn.Module) -> nn.Module | None:
+    """The model whose ``generate`` runs: ``model`` itself, or the first one inside it, as in a PEFT model."""
+    return next((module for module in model.modules() if hasattr(type(module), "_prepare_cache_for_generation")), None)
