@@ -21,6 +21,7 @@ from bench.measure.report import report
 from bench.models.cache import run_cache, run_cache_attention
 from bench.models.calibration import run_gates
 from bench.models.compiling import run_compile
+from bench.models.generate import run_generate
 from bench.models.generation import run_cache_generate, run_cache_prefill
 from bench.models.model import run_model
 from bench.models.quantized import run_quantized_attention, run_quantized_cache, run_quantized_model
@@ -50,7 +51,7 @@ BENCHES = {
 def main() -> None:
     """Run one benchmark, or make the report."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("name", choices=[*BENCHES, "quality", "report"])
+    parser.add_argument("name", choices=["generate", *BENCHES, "quality", "report"])
     parser.add_argument("--smoke", action="store_true", help="run with tiny sizes, in seconds, on any machine")
     parser.add_argument(
         "--out", type=Path, help="folder of the CSVs (default: bench/results, or a temporary folder with --smoke)"
@@ -65,6 +66,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: what was measured so far is written"))
     if arguments.name == "quality":
         smoke(out) if arguments.smoke else quality(out)
+        print(f"written to {out}")
+        return
+    if arguments.name == "generate":
+        run_generate(out, smoke=arguments.smoke)
         print(f"written to {out}")
         return
     try:
