@@ -9,13 +9,15 @@ from sparse_compile.passes.ir.rewrite import Pass, Rewrite
 from sparse_compile.passes.kv.expand_cache import expand_cache
 from sparse_compile.passes.kv.find_caches import find_caches
 from sparse_compile.passes.lift.lift_masks import lift_masks
+from sparse_compile.passes.lower.close_regions import close_regions
 from sparse_compile.passes.lower.lower_attention import lower_attention
 from sparse_compile.passes.lower.remove_dead_code import remove_dead_code
+from sparse_compile.passes.read.open_regions import open_regions
 from sparse_compile.passes.read.read_attention import read_attention
 from sparse_compile.passes.read.unfuse_modules import unfuse
 
-UNDERSTAND: tuple[Pass, ...] = (unfuse, read_attention, lift_masks, find_caches, assign_policy)
-REPLACE: tuple[Pass, ...] = (expand_cache, lower_attention, remove_dead_code)
+UNDERSTAND: tuple[Pass, ...] = (open_regions, unfuse, read_attention, lift_masks, find_caches, assign_policy)
+REPLACE: tuple[Pass, ...] = (expand_cache, lower_attention, remove_dead_code, close_regions)
 PASSES: tuple[Pass, ...] = (*UNDERSTAND, *REPLACE)
 
 

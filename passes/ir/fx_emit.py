@@ -15,6 +15,7 @@ from torch.fx.node import map_aggregate
 from torch.fx.proxy import GraphAppendingTracer
 
 from sparse_compile.passes.ir.fx_nodes import is_in_place, value_of
+from sparse_compile.passes.ir.region import is_visible
 from sparse_compile.passes.torch_private import mode_of, name_source
 
 
@@ -29,7 +30,7 @@ def emit_int(graph: Graph, expr: sympy.Expr, point: Node) -> int | Node | None:
     for node in graph.nodes:
         if node is point:
             break
-        if isinstance(value := value_of(node), torch.SymInt) and value.node.expr == expr:
+        if isinstance(value := value_of(node), torch.SymInt) and value.node.expr == expr and is_visible(node, point):
             holder: Node = node
             return holder
     if not isinstance(expr, sympy.Add | sympy.Mul):

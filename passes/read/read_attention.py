@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from sparse_compile.passes.ir.fx_nodes import Order, op_name
 from sparse_compile.passes.ir.left import Left
@@ -19,10 +19,9 @@ from sparse_compile.passes.read.self_attention import is_self_attention
 def read_attention(rewrite: Rewrite) -> int:
     """Find every attention call and read it into a ``WrittenCall``. Returns 0, because reading changes nothing."""
     results = _calls(rewrite.gm)
-    for user, body in _bodies(rewrite.gm):
-        results += [
-            Left(call.node, f"it is inside {user}: the passes do not rewrite the bodies of such ops") for call in _calls(body)
-        ]
+    for op, body in _bodies(rewrite.gm):
+        reason = rewrite.closed.get(op, "the passes do not rewrite the bodies of such ops")
+        results += [Left(call.node, f"it is inside {op_name(op)}: {reason}") for call in _calls(body)]
     calls = [result for result in results if isinstance(result, WrittenCall)]
     rewrite.written = [replace(call, is_self_attention=is_self_attention(call)) for call in calls]
     rewrite.left += [result for result in results if isinstance(result, Left)]
@@ -43,13 +42,19 @@ def _calls(gm: GraphModule) -> list[WrittenCall | Left]:
     return results
 
 
-def _bodies(gm: GraphModule) -> Iterator[tuple[str, GraphModule]]:
-    """The graphs that higher-order ops (activation checkpointing, ``torch.cond``) run, each with the name of its op."""
+def _bodies(gm: GraphModule) -> Iterator[tuple[Node, GraphModule]]:
+    """The bodies that higher-order ops still have, each with the outermost op that it is in."""
     for node in gm.graph.nodes:
         body = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
         if isinstance(body, GraphModule):
-            yield op_name(next(iter(node.users), None)), body
-            yield from _bodies(body)
+            op = next(iter(node.users), node)
+            yield op, body
+            yield from ((op, inner) for _, inner in _bodies(body))
+
+
+def has_attention(body: GraphModule) -> bool:
+    """Whether a body, or a body inside it, has an attention call."""
+    return bool(_calls(body)) or any(_calls(inner) for _, inner in _bodies(body))
 
 
 OPAQUE = {

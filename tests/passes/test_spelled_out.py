@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
-from torch.utils.checkpoint import checkpoint
 
 import sparse_compile as sc
-from sparse_compile.masks import causal
 from support.comparison import assert_left, assert_read, compare, qkv
 
 N = 12
@@ -185,22 +183,6 @@ def test_a_float_attribute_that_became_a_symbol_is_read() -> None:
     for scaling in (0.3, 0.6):
         model.scaling = scaling
         torch.testing.assert_close(fast(x), model(x))
-
-
-def test_attention_inside_activation_checkpointing_is_left() -> None:
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return checkpoint(lambda q: sdpa(q, k, v, is_causal=True), q, use_reentrant=False)
-
-    assert_left(compare(attention, *qkv(), policy=causal), "inside tag_activation_checkpoint")
-
-
-def test_attention_inside_branches_is_left() -> None:
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return torch.cond(q.sum() > 0, lambda q, k, v: sdpa(q, k, v), lambda q, k, v: (q @ k.mT).softmax(-1) @ v, (q, k, v))
-
-    result = compare(attention, *qkv())
-    assert result.reasons == ["it is inside cond: the passes do not rewrite the bodies of such ops"] * 2
-    assert result.error < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")  # from the eager model

@@ -18,6 +18,7 @@ from sparse_compile.passes.choose.named_mask import NamedMask
 from sparse_compile.passes.ir.attention import Attention
 from sparse_compile.passes.ir.fx_emit import attach, emit_int, inline
 from sparse_compile.passes.ir.head_slices import pick_heads
+from sparse_compile.passes.ir.region import regions_around
 from sparse_compile.passes.lower.nodes.cache_writes import dense_tensors
 from sparse_compile.passes.lower.nodes.scene import Scene
 from sparse_compile.passes.ops.block_tables import KV_START, Q_START, tensor_names
@@ -79,13 +80,14 @@ class Emitter:
     def _capture(self, name: Captured, point: Node) -> Node:
         if name.name in self.seen.constants:
             return self.constant(point, name.name, self.seen.constants[name.name])
-        source, is_early = self.call.sources[name.name], point is not self.node
-        key = (self.realized, is_early, str(source))
+        source = self.call.sources[name.name]
+        overwritten = source.node in self.scene.overwritten
+        key = (self.realized, overwritten, str(source))
 
         def fetch() -> Node:
-            copies = is_early and not self.realized
+            copies = overwritten and not self.realized
             node: Node = inline(point, lambda x: source.read(x).clone() if copies else source.read(x), source.node)
-            if not self.realized or (node.op == "placeholder" and not is_early):
+            if not self.realized or (node.op == "placeholder" and not overwritten):
                 return node
             return self.call_function(point, overload(materialize), node)
 
@@ -99,7 +101,8 @@ class Emitter:
         The node is valid while none of the nodes in ``read`` is overwritten. ``until`` is by default the point where tables are
         computed.
         """
-        shared = self.scene.shared
+        # A node in a region can be read in that region only.
+        shared, key = self.scene.shared, (key, regions_around(until or self.point))
         if key not in shared or not self.scene.is_fresh(shared[key], read, until or self.point):
             shared[key] = make()
         made: Node = shared[key]

@@ -39,7 +39,7 @@ def chosen_blocks(emitter: Emitter, layout: Layout) -> Node | Left:
     operands: Any = SelectBlocks(
         emitter.query(), k, layout.mask, layout.heads, q_start, kv_start, at.q_shift, captures, width, layout.split
     )
-    return emitter.call_op(point, select_blocks, operands)
+    return emitter.call_op(emitter.node, select_blocks, operands)
 
 
 def chosen_pages(emitter: Emitter, pages: Selected, layout: Layout, *, repeat_for_group: bool = False) -> list[Node]:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from sparse_compile.passes.ir.attention import Attention
 from sparse_compile.passes.ir.fx_nodes import Order
 from sparse_compile.passes.ir.left import Left
+from sparse_compile.passes.ir.region import regions_around
 from sparse_compile.passes.ir.target import Target
 
 Shared = dict[object, Any]
@@ -19,6 +20,9 @@ Shared = dict[object, Any]
 @dataclass(frozen=True)
 class Scene:
     """The surroundings of ``call``. Tables go before ``point``: the call itself, unless its mask must be read earlier.
+
+    For a call in a region, ``point`` is outside of the region if its mask is known there, so that tables are computed once for
+    all layers, and are not computed again for gradients.
 
     ``reads`` are the nodes that its mask, score mod and positions read. ``overwritten`` are those among them that are written
     to before the call. ``shared`` holds the nodes that calls with equal masks share.
@@ -44,11 +48,6 @@ class Scene:
         point = _point(call, order, reads, overwritten, shared) if reads_mask else call.node
         return point if isinstance(point, Left) else Scene(gm, call, target, shared, order, point, reads, overwritten)
 
-    @property
-    def is_early(self) -> bool:
-        """Whether the mask reads tensors that are overwritten before the call, so that they have to be copied."""
-        return self.point is not self.call.node
-
     def is_fresh(self, earlier: Node, read: Iterable[Node], until: Node) -> bool:
         """Whether ``earlier``, made for another call, runs before ``until``, and none of ``read`` is overwritten in between."""
         if not self.order.holds(earlier):
@@ -64,7 +63,8 @@ def _point(call: Attention, order: Order, reads: frozenset[Node], overwritten: f
     A static cache, for example, advances its length before attention, but the model's mask was computed from the old length.
     """
     if not overwritten:
-        return call.node
+        known = (begin for begin in regions_around(call.node) if _is_known(reads, order, begin, call.node))
+        return next(known, call.node)
     last = order.last(call.mask_nodes)
     late = [n for n in overwritten if last is None or order.before(last, n) or order.written(n, since=n, until=last)]
     if last is None or late:
@@ -74,3 +74,8 @@ def _point(call: Attention, order: Order, reads: frozenset[Node], overwritten: f
     # All calls under this mask share the place, so that each call can use the nodes that an earlier call put there.
     point: Node = shared.setdefault(("after", last), last.next)
     return point
+
+
+def _is_known(reads: frozenset[Node], order: Order, at: Node, until: Node) -> bool:
+    """Whether all tensors that a mask reads are complete ``at`` a node, and not overwritten from there to the call."""
+    return all(order.before(node, at) and not order.written(node, since=at, until=until) for node in reads)

@@ -13,6 +13,7 @@ from sparse_compile.passes.choose.block_layout import Layout
 from sparse_compile.passes.ir.fx_nodes import expr_of, hint_of
 from sparse_compile.passes.ir.kv_source import Selected
 from sparse_compile.passes.ir.left import Left
+from sparse_compile.passes.ir.region import regions_around
 from sparse_compile.passes.lower.nodes.emitter import Emitter
 from sparse_compile.passes.lower.nodes.page_choice import chosen_blocks, chosen_pages
 from sparse_compile.passes.ops.block_tables import BlockTables, Cut, block_tables_op, tensor_names
@@ -52,11 +53,19 @@ def _block_tables(emitter: Emitter, layout: Layout) -> Node | list[Node] | Left:
         return emitter.call_op(emitter.point, block_tables_op, operands)
 
     kind = (layout.mask, layout.heads, layout.block, layout.split, layout.width)
-    return emitter.share(("tables", emitter.seen.heads, kind, *_where(emitter)), emitter.scene.reads, make)
+    node = emitter.share(("tables", emitter.seen.heads, kind, *_where(emitter)), emitter.scene.reads, make)
+    return _outputs(emitter, node, 6 if layout.split else 4)
 
 
-def dense_mask(emitter: Emitter, mask: Mask) -> Node | Left:
-    """The node of ``DenseMask``, whose outputs are the positions of the first query and key, and ``mask`` as a tensor."""
+def _outputs(emitter: Emitter, node: Node, count: int) -> Node | list[Node]:
+    """A node with ``count`` outputs, or its outputs if the call is in a region, because only tensors can be passed into it."""
+    if not regions_around(emitter.node):
+        return node
+    return [emitter.share((node, n), (), lambda n=n: emitter.item(emitter.point, node, n)) for n in range(count)]  # type: ignore[misc]
+
+
+def dense_mask(emitter: Emitter, mask: Mask) -> Node | list[Node] | Left:
+    """The positions of the first query and key, and ``mask`` as a tensor: the outputs of ``DenseMask``."""
     numbers = _numbers(emitter)
     if isinstance(numbers, Left):
         return numbers
@@ -67,7 +76,7 @@ def dense_mask(emitter: Emitter, mask: Mask) -> Node | Left:
         return emitter.call_module(emitter.point, "dense_mask", module, *numbers, shift, emitter.device, *captures)
 
     key = ("dense mask", mask, emitter.seen.heads, *_where(emitter))
-    return emitter.share(key, emitter.scene.reads, make)
+    return _outputs(emitter, emitter.share(key, emitter.scene.reads, make), 3)
 
 
 def seen_pairs(emitter: Emitter, layout: Layout) -> Node | list[Node] | Left:
@@ -79,7 +88,7 @@ def seen_pairs(emitter: Emitter, layout: Layout) -> Node | list[Node] | Left:
     if isinstance(selected, Left) or isinstance(dense, Left):
         return selected if isinstance(selected, Left) else dense
     point, heads = emitter.node, emitter.call.heads if emitter.heads is None else len(emitter.heads)
-    first_query, first_key, visible = (emitter.item(point, dense, n) for n in range(3))
+    first_query, first_key, visible = [emitter.item(point, dense, n) for n in range(3)] if isinstance(dense, Node) else dense
     listed = [emitter.item(point, selected, n) for n in (2, 3)] if isinstance(selected, Node) else selected[2:]
     pairs = emitter.call_module(point, "listed_pairs", ListedPairs(layout.block), visible, *listed, heads)
     return [first_query, first_key, pairs]
