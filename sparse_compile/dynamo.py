@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from sparse_compile.masks import Mask
+from sparse_compile.masks import Mask, full
 from sparse_compile.passes import torch_private
 from sparse_compile.policy import Policy, as_policy
 from sparse_compile.report import Report
@@ -224,10 +224,19 @@ class Backend:
         if self.policy is not None and len(layers) > 1 and layers == set(range(len(layers))):
             self.policy.check_layers(len(layers))
 
+    def _has_mask_for(self, module: str) -> bool:
+        """Whether the policy restricts a call of ``module`` in any phase."""
+        from sparse_compile.passes.ir.fx_nodes import layer_index
+
+        phases = ("prefill", "decode", "other") if self.policy is not None else ()
+        masks = (self.policy.mask_for(module, layer_index(module), phase) for phase in phases if self.policy is not None)
+        return any(mask is not None and mask != full for mask in masks)
+
     def _mask_for(self, call: Attention) -> Mask | None:
         return None if self.policy is None else self.policy.mask_for(call.module, call.layer, call.phase)
 
     def _record(self, rewrite: Rewrite) -> None:
+        from sparse_compile.passes.ir.fx_nodes import module_path
         from sparse_compile.report_rows import site_rows
 
         report = self.report
@@ -246,6 +255,13 @@ class Backend:
         if rewrite.left and self.strict:
             reasons = "; ".join(f"{call.node.name}: {call.reason}" for call in rewrite.left)
             raise SparseCompileError(f"strict=True, but {len(rewrite.left)} attention calls stay as they are: {reasons}")
+        without_policy = [call for call in rewrite.left if self._has_mask_for(module_path(call.node))]
+        if without_policy:
+            reasons = "; ".join(dict.fromkeys(call.reason for call in without_policy))
+            self.report_trouble(
+                f"{len(without_policy)} attention calls stay as they are and run without the policy: {reasons}. "
+                "report.left has each of them"
+            )
         limit = torch_private.recompile_limit()
         if attempt + 1 >= limit:
             message = (
