@@ -142,6 +142,15 @@ def compile_id() -> Any:
     return torch._guards.CompileContext.current_compile_id()
 
 
+def current_trace() -> Any:
+    """Return an object that stands for one run of Dynamo over some code, or None outside a compilation.
+
+    All graphs that a wrapper cuts from one graph of Dynamo, such as those of DistributedDataParallel, have the same one. A
+    second run over the same code has another one, although Dynamo's compile id is the same.
+    """
+    return torch._guards.TracingContext.try_get()
+
+
 def recompile_limit() -> int:
     """Return how often Dynamo compiles the same code before it runs that code uncompiled."""
     return int(torch._dynamo.config.recompile_limit)

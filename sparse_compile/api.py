@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +13,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from sparse_compile.compiled_call import CompiledCall
-from sparse_compile.dynamo import Backend, Hooks
-from sparse_compile.generation import Generation, generating
+from sparse_compile.dynamo import Backend, Hooks, SparseCompileWarning
+from sparse_compile.generation import REPLACED, Generation, generating
 from sparse_compile.masks import Mask
 from sparse_compile.passes import torch_private
 from sparse_compile.policy import Policy
@@ -51,9 +53,9 @@ def compile(
     ``prefill_chunk_size`` tokens, all sequences together, run in chunks; None runs them whole. On CUDA, decode steps run as
     CUDA graphs; ``mode="default"`` turns that off.
 
-    If Dynamo gives up on the model and runs it un-compiled, this warns with
-    ``SparseCompileWarning``; with ``strict=True`` it raises ``SparseCompileError``. Raises ``ValueError`` if the policy names
-    layers or heads that the model does not have.
+    Copies of the model, also by ``pickle``, run un-compiled and have no report, so copying warns with
+    ``SparseCompileWarning``. So does a call if Dynamo gives up on the model and runs it un-compiled; with ``strict=True``, that
+    raises ``SparseCompileError``. Raises ``ValueError`` if the policy names layers or heads that the model does not have.
 
         >>> model = sc.compile(model, causal & (sink(4) | sliding_window(64)), inner="eager")
         >>> model.generate(tokens, max_new_tokens=2).shape
@@ -71,7 +73,23 @@ def compile(
     if inner is not None:
         Generation(inner, chosen, dict(cache or {})).install()
     object.__setattr__(model, "sparse_compile_report", chosen.report)
+    for module in {model, inner or model}:
+        object.__setattr__(module, "__getstate__", partial(_state_of_copy, module))
     return model
+
+
+def _state_of_copy(model: nn.Module) -> dict[str, Any]:
+    """The state from which ``copy`` and ``pickle`` build a copy of a compiled model, without the report of the original.
+
+    A module does not copy its compiled function, so a copy runs un-compiled, and a report on it would be wrong.
+    """
+    message = (
+        f"a copy of a compiled {type(model).__name__} runs un-compiled, without sparse_compile and without its policy: "
+        "call sparse_compile.compile on the copy"
+    )
+    warnings.warn(message, SparseCompileWarning, stacklevel=2)
+    state: Any = type(model).__getstate__(model)
+    return {name: value for name, value in state.items() if name not in ("sparse_compile_report", "__getstate__", *REPLACED)}
 
 
 def check_policy(policy: Policy, model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -112,6 +113,7 @@ class Backend:
         self.hooks = hooks or Hooks()
         # The number of a graph in the report, by Dynamo's numbers of its code and of its compile.
         self._graphs: dict[tuple[int | None, int], int] = {}
+        self._traces: dict[int, Callable[[], Any]] = {}  # the last trace of each graph, as a weak reference
         self.report = Report()
         self.calls = 0  # how often compiled graphs ran; ``compile`` uses it to detect a model that runs un-compiled
 
@@ -138,7 +140,7 @@ class Backend:
             rewrite = self._rewrite(gm, inputs)
         except Refused as refused:
             return _refusing(refused)
-        self._record(rewrite)
+        self._record(rewrite, _tokens_held(rewrite.cache_uses, inputs))
         inner = "eager" if self.hooks.dry else self.inner
         config = self._config(rewrite, mode)
         with torch.no_grad() if rewrite.cache_uses else nullcontext():
@@ -193,7 +195,7 @@ class Backend:
             raise ValueError(f"unknown option {unknown[0]!r}: sparse_compile takes {', '.join(OPTIONS)}")
         settings = {"policy": self.policy, "inner": self.inner, "kernel": self.kernel, "strict": self.strict}
         other = Backend(**{**settings, "inductor": self.inductor, "hooks": self.hooks, **options})
-        other.report, other._graphs = self.report, self._graphs
+        other.report, other._graphs, other._traces = self.report, self._graphs, self._traces
         return other
 
     def _rewrite(self, gm: GraphModule, inputs: Sequence[Any]) -> Rewrite:
@@ -235,7 +237,7 @@ class Backend:
     def _mask_for(self, call: Attention) -> Mask | None:
         return None if self.policy is None else self.policy.mask_for(call.module, call.layer, call.phase)
 
-    def _record(self, rewrite: Rewrite) -> None:
+    def _record(self, rewrite: Rewrite, held: int | None) -> None:
         from sparse_compile.passes.ir.fx_nodes import module_path
         from sparse_compile.report_rows import site_rows
 
@@ -249,7 +251,12 @@ class Backend:
             self._graphs[frame, attempt] = report.compiles
         graph = self._graphs[frame, attempt]
         # Dynamo may discard a graph and trace the same code again, such as to make a float a constant. The last trace counts.
-        report.sites = [site for site in report.sites if site.graph != graph] + site_rows(rewrite, graph)
+        # DistributedDataParallel cuts a graph into pieces, which add up.
+        trace = torch_private.current_trace()
+        is_piece = graph in self._traces and trace is not None and self._traces[graph]() is trace
+        report.sites = [site for site in report.sites if is_piece or site.graph != graph] + site_rows(rewrite, graph, held)
+        if trace is not None:
+            self._traces[graph] = weakref.ref(trace)
         if self.hooks.isolated:
             attempt = earlier
         if rewrite.left and self.strict:
@@ -291,6 +298,13 @@ def _refusing(why: Refused) -> Callable[..., Any]:
         raise why.error from None
 
     return run
+
+
+def _tokens_held(uses: Sequence[CacheUse], inputs: Sequence[Any]) -> int | None:
+    """The number of tokens in the cache of a graph when it is compiled; None if that is not one number."""
+    states = [getattr(inputs[use.argument], "sparse_cache_host_state", None) for use in uses]
+    held = {None if state is None else int(state.columns) for state in states}
+    return held.pop() if len(held) == 1 else None
 
 
 def _sizes(use: CacheUse, args: Sequence[Any]) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from sparse_compile.cache.padding import Padding
 from sparse_compile.dynamo import Backend
 
 HOOKS = ("generate", "_prepare_cache_for_generation", "_update_model_kwargs_for_generation", "get_compiled_call")
+REPLACED = (*HOOKS, "sparse_cache")  # the attributes that a compiled model has of its own
 # Candidate tokens of assisted decoding that a cache can take back.
 ROLLBACK = 64
 _lock = Lock()

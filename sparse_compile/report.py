@@ -54,6 +54,9 @@ class Site:
     def density(self) -> float | None:
         """Visible pairs divided by all pairs at the traced lengths; None for calls that were left.
 
+        A prefill over a ``SparseCache`` starts after the tokens that the cache held when it was traced, and all slots of the
+        cache count as keys. A decode step counts as one over a full cache.
+
         Padding and other tensors that are known only at run time count as fully visible. A page_topk counts with its full
         budget.
         """

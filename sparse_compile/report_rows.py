@@ -9,7 +9,7 @@ from sparse_compile.masks.selection.page_topk import has_selector
 from sparse_compile.masks.unknown_tensors import without_symbols
 from sparse_compile.passes.ir.attention import Attention
 from sparse_compile.passes.ir.fx_nodes import hint_of, layer_index, module_path
-from sparse_compile.passes.ir.kv_source import Selected
+from sparse_compile.passes.ir.kv_source import Cached, Selected
 from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.rewrite import HeldBytes, Rewrite
 from sparse_compile.passes.ir.target import HeadGroup
@@ -17,16 +17,19 @@ from sparse_compile.passes.ops.block_tables import BLOCK
 from sparse_compile.report import Site
 
 
-def site_rows(rewrite: Rewrite, graph: int) -> list[Site]:
-    """Return one row for each attention call: the rewritten calls in the order of the graph, then those that were left."""
-    rows = [_rewritten(call, rewrite, graph) for call in rewrite.calls] + [_left(call, graph) for call in rewrite.left]
+def site_rows(rewrite: Rewrite, graph: int, held: int | None) -> list[Site]:
+    """Return one row for each attention call: the rewritten calls in the order of the graph, then those that were left.
+
+    ``held`` is the number of tokens in the cache of the graph, if it has one and that is known.
+    """
+    rows = [_rewritten(call, rewrite, graph, held) for call in rewrite.calls] + [_left(call, graph) for call in rewrite.left]
     return rows
 
 
-def _rewritten(call: Attention, rewrite: Rewrite, graph: int) -> Site:
+def _rewritten(call: Attention, rewrite: Rewrite, graph: int, held_tokens: int | None) -> Site:
     groups = rewrite.head_groups[call.node]
     choices = [group.choice for group in groups]
-    at, held = call.positions, rewrite.held.get(call.node, HeldBytes())
+    held = rewrite.held.get(call.node, HeldBytes())
     q_len, kv_len = hint_of(call.q_len), hint_of(call.kv_len)
     estimates = has_selector(call.policy) and call.phase != "decode"
     lossy = "lossy: in a prefill, page_topk selects keys for blocks of queries, by their mean query" if estimates else ""
@@ -46,7 +49,7 @@ def _rewritten(call: Attention, rewrite: Rewrite, graph: int) -> Site:
         score_mod=str(call.score_mod) if call.score_mod is not None else "",
         heads=call.heads,
         kv_heads=call.kv_heads,
-        traced=(q_len, kv_len, kv_len - q_len if at.q_shift is not None or not at.q_start.is_Integer else int(at.q_start)),
+        traced=(q_len, kv_len, _first_query(call, held_tokens)),
         kv_nbytes=sum(held.heads) if held.heads else None,
         kv_head_nbytes=held.heads,
         kv_dense_nbytes=held.dense,
@@ -55,6 +58,19 @@ def _rewritten(call: Attention, rewrite: Rewrite, graph: int) -> Site:
         refused=tuple(dict.fromkeys((refusal.kernel, refusal.reason) for choice in choices for refusal in choice.refused)),
         mask=without_symbols(call.visible),
     )
+
+
+def _first_query(call: Attention, held: int | None) -> int:
+    """The position of the first query in the traced example; where it is not known, the queries are taken for the last ones.
+
+    A decode step over a cache counts as one over a full cache, because its graph runs until the cache is full.
+    """
+    at = call.positions
+    if isinstance(call.kv, Cached) and call.phase == "prefill" and held is not None:
+        return held
+    if at.q_shift is None and at.q_start.is_Integer:
+        return int(at.q_start)
+    return hint_of(call.kv_len) - hint_of(call.q_len)
 
 
 def _block(groups: Sequence[HeadGroup[Any]]) -> tuple[int, int]:
