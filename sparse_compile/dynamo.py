@@ -154,6 +154,8 @@ class Backend:
 
         def run(*args: Any) -> Any:
             self.calls += 1
+            for check in rewrite.checks:
+                check(args)
             updates = [(args[use.argument].sparse_cache_host_state, *_sizes(use, args), use) for use in uses]
             for host_state, batch, tokens, use in updates:
                 host_state.admit(batch, tokens, use.layers, empty=use.empty)

@@ -74,6 +74,7 @@ class Rewrite:
     held: dict[Node, HeldBytes] = field(default_factory=dict)
     replaced: list[Node] = field(default_factory=list)
     cache_uses: list[CacheUse] = field(default_factory=list)
+    checks: list[Callable[[Sequence[Any]], None]] = field(default_factory=list)  # of the inputs of a run, before it starts
     closed: dict[Node, str] = field(default_factory=dict)  # ops whose bodies stay as they are, each with the reason
 
     def keep(self, results: Sequence[Attention | Left]) -> None:
