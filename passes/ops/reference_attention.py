@@ -145,13 +145,14 @@ def reference_attention(
         added = pointwise(torch.zeros((), dtype=q.dtype, device=q.device), b, h, i, j)
         hidden = torch.full((), -torch.inf, dtype=q.dtype, device=q.device)
         return nn.functional.scaled_dot_product_attention(q, k, v, torch.where(visible, added.to(q.dtype), hidden), scale=scale)
-    scores = (q @ k.transpose(-1, -2)).float() * scale
+    # The softmax needs single precision at least.
+    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
     if pointwise is not None:
         scores = pointwise(scores, b, h, i, j)
     # A row of only -inf has no softmax. Its scores become 0 here, and its weights become 0 below.
     scores = scores.masked_fill(~visible, -torch.inf).masked_fill(~visible.any(dim=-1, keepdim=True), 0)
     if sink is not None:
-        logits = Captured.of(sink.logits).tensor.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        logits = Captured.of(sink.logits).tensor.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         weights = torch.cat([scores, logits], dim=-1).softmax(dim=-1)[..., :-1]
     else:
         weights = scores.softmax(dim=-1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -13,12 +12,12 @@ from sparse_compile.passes.ir.fx_nodes import Order, argument, hint_of, op_name,
 from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.score_steps import Add, Hide, Scale, Step, Tanh
 from sparse_compile.passes.ir.written_call import WrittenCall
+from sparse_compile.passes.read.scalars import CASTS, number
 from sparse_compile.passes.read.sdpa import build_call
 
 PRODUCTS = {"matmul", "bmm", "einsum"}
 # Operations other than casts that models apply to attention weights. They are followed only to give the reason in the report.
 CHANGES = set("mul __mul__ imul div truediv add iadd sub masked_fill nan_to_num clamp view reshape flatten getitem".split())
-CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "contiguous"}
 TRANSPOSES = {"transpose", "swapaxes", "permute", "mT"}
 
 
@@ -174,9 +173,9 @@ def _walk(node: Node, chain: Chain) -> Node | None:
 
 
 def _walk_scale(node: Node, chain: Chain, name: str) -> Node | None:
-    scores, factor = node.args[0], _number(node.args[1])
+    scores, factor = node.args[0], number(node.args[1])
     if factor is None and name in ("mul",):
-        scores, factor = node.args[1], _number(node.args[0])
+        scores, factor = node.args[1], number(node.args[0])
     if factor is None or not isinstance(scores, Node):
         return None
     chain.steps.append(Scale(factor if "mul" in name else 1 / factor))
@@ -204,31 +203,13 @@ def _walk_hide(node: Node, chain: Chain, name: str) -> Node | None:
     else:
         condition, scores, fill = node.args
     hides = name == "masked_fill"
-    if not hides and _number(scores) is not None:  # where(hidden, -inf, scores)
+    if not hides and number(scores) is not None:  # where(hidden, -inf, scores)
         scores, fill, hides = fill, scores, True
-    number = _number(fill)
-    if number is None or number > -1e4 or not isinstance(scores, Node) or not isinstance(condition, Node):
+    filled = number(fill)
+    if filled is None or filled > -1e4 or not isinstance(scores, Node) or not isinstance(condition, Node):
         return None
     chain.steps.append(Hide(condition, unless=not hides))
     return _walk(scores, chain)
-
-
-def _number(value: Any) -> float | None:
-    """The value of a scalar that is known while compiling; None for anything else."""
-    if isinstance(value, int | float):
-        return float(value)
-    if not isinstance(value, Node):
-        return None
-    if op_name(value) in ("tensor", "full", "scalar_tensor"):
-        fill: Any = argument(value, 1, "fill_value") if op_name(value) == "full" else value.args[0]
-        known = isinstance(fill, int | float) and (shape_of(value) or ()) == ()
-        return float(fill) if known else None
-    if op_name(value) in CASTS:
-        return _number(value.args[0])
-    example = value_of(value)
-    if isinstance(example, torch.SymFloat) and example.node.hint is not None:
-        return float(example)  # dynamic=True made a module attribute a symbol: float() guards on its value
-    return float(example) if isinstance(example, int | float) else None
 
 
 def _untransposed(node: Any) -> Node | None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
 
+from sparse_compile.passes.ir.fx_emit import inline
 from sparse_compile.passes.ir.fx_nodes import Order, argument, expr_of, hint_of, op_name, shape_of, value_of
 from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.written_call import WrittenCall
+from sparse_compile.passes.read.scalars import fixed, number
 
 
 def read_sdpa(node: Node, order: Order) -> WrittenCall | Left:
@@ -26,9 +29,10 @@ def read_sdpa(node: Node, order: Order) -> WrittenCall | Left:
         return Left(node, f"dropout_p={dropout}: FlexAttention has no dropout")
     if not isinstance(causal, bool) or not isinstance(gqa, bool):
         return Left(node, "is_causal or enable_gqa is a value of the graph: pass True or False")
-    if not (scale is None or isinstance(scale, int | float)):
-        return Left(node, "scale is a value of the graph: pass a Python number")
-    return build_call(node, q, k, v, scale=scale, attn_mask=attn_mask, is_causal=causal, order=order)
+    known = number(scale)
+    if scale is not None and known is None:
+        q, known = inline(node, operator.mul, q, scale), 1.0  # decided at run time
+    return build_call(node, q, k, v, scale=known, attn_mask=attn_mask, is_causal=causal, order=order)
 
 
 def build_call(node: Node, q: Node, k: Node, v: Node, *, scale: float | None, order: Order, **read: Any) -> WrittenCall | Left:
@@ -47,11 +51,16 @@ def build_call(node: Node, q: Node, k: Node, v: Node, *, scale: float | None, or
     # Compare the sizes of the traced example: equal sizes may have different symbols, and attention itself requires equality.
     if not hint_of(batch) == hint_of(k_batch) == hint_of(v_batch):
         return Left(node, f"query, key and value need one batch size, not {batch}, {k_batch} and {v_batch}")
-    if not (isinstance(heads, int) and isinstance(k_heads, int) and k_heads == v_heads and heads % k_heads == 0):
+    # Kernels need the numbers of heads and channels while compiling. If they are symbols, the graph gets a guard on them.
+    counts = [count for size in (heads, k_heads, v_heads, dim) if (count := fixed(size)) is not None]
+    if len(counts) < 4:
+        return Left(node, "the numbers of heads and channels are known at run time only")
+    q_heads, kv_heads, value_heads, channels = counts
+    if kv_heads != value_heads or q_heads % kv_heads:
         return Left(node, f"the numbers of heads do not fit: {heads} of queries, {k_heads} of keys and {v_heads} of values")
     if hint_of(k_len) != hint_of(v_len):
         return Left(node, f"keys and values need one length, not {k_len} and {v_len}")
-    scale = float(scale) if scale is not None else 1 / math.sqrt(hint_of(dim))
+    scale = float(scale) if scale is not None else 1 / math.sqrt(channels)
     return WrittenCall(node, q, k, v, scale, **read)
 
 

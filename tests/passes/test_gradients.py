@@ -140,3 +140,17 @@ def test_rows_that_see_nothing_have_gradients_that_are_numbers() -> None:
     backend = sc.Backend(causal & ~sink(3), inner="eager")
     by_name = gradients(model, torch.compile(model, backend=backend), x)
     assert all(bool(g.isfinite().all()) for g in by_name.values())
+
+
+def test_double_precision_attention_with_a_bias_passes_gradcheck() -> None:
+    """A score mod runs the dense reference, which computes in the precision of its inputs."""
+    torch.manual_seed(0)
+    shape = (1, 2, 5, 4)
+    q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (torch.tanh(q @ k.transpose(2, 3)) * 5.0).softmax(-1) @ v
+
+    fast = torch.compile(attention, backend=(backend := sc.Backend(inner="eager")))
+    assert torch.autograd.gradcheck(fast, (q, k, v))
+    assert [site.score_mod for site in backend.report.sites] == ["softcap(5.0)"]

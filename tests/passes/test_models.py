@@ -76,6 +76,22 @@ def test_a_forward_pass_is_exact(decoder: Decoder, padded: bool) -> None:
 
 
 @pytest.mark.parametrize("decoder", DECODERS, ids=str)
+@pytest.mark.parametrize("marked", [False, True], ids=["dynamic=True", "marked inputs"])
+def test_one_graph_of_dynamic_shapes_is_exact(decoder: Decoder, marked: bool) -> None:
+    model, backend = decoder.build(), sc.Backend(inner="eager")
+    fast = torch.compile(model, backend=backend, dynamic=None if marked else True)
+    for batch, length in ((2, PROMPT), (3, PROMPT - 7)):
+        ids, padding = tokens(batch, length), left_padding(batch, length)
+        wanted = whole(model, ids, padding)
+        for tensor in (ids, padding):
+            for axis in (0, 1) if marked else ():
+                torch._dynamo.mark_dynamic(tensor, axis)
+        assert relative_error(whole(fast, ids, padding), wanted, padding.bool()) < 1e-5
+    assert_all_rewritten(backend, decoder)
+    assert backend.report.compiles == 1
+
+
+@pytest.mark.parametrize("decoder", DECODERS, ids=str)
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_prefill_and_decode_are_exact(decoder: Decoder, kind: str) -> None:
     if kind == "static" and decoder.name in NO_STATIC_CACHE:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+import sparse_compile as sc
 from sparse_compile.masks import causal, sink, sliding_window
 from support.comparison import assert_left, assert_read, compare, qkv
 
@@ -86,9 +87,51 @@ def test_zero_dropout_is_read_and_more_is_left() -> None:
     assert result.reasons == ["dropout_p=0.1: FlexAttention has no dropout"]
 
 
-def test_a_scale_decided_at_run_time_is_left() -> None:
-    result = compare(lambda q, k, v, scale: sdpa(q, k, v, scale=scale), *qkv(), 0.3, dynamic=True)
-    assert_left(result, "scale is a value of the graph: pass a Python number")
+class Scaled(nn.Module):
+    """Attention whose scale is an attribute, as in most models of transformers."""
+
+    scaling = 0.3
+
+    def forward(self, x: Tensor) -> Any:
+        q = x.unflatten(-1, (4, 8)).transpose(1, 2)
+        return sdpa(q, q, q, is_causal=True, scale=self.scaling)
+
+
+def test_a_scale_that_dynamic_made_a_symbol_is_read() -> None:
+    model, backend = Scaled(), sc.Backend(inner="eager")
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend=backend, dynamic=True)
+    for scaling, length in [(0.3, 12), (0.3, 9), (0.6, 12), (0.3, 7)]:
+        model.scaling = scaling
+        x = torch.randn(2, length, 32)
+        torch.testing.assert_close(fast(x), model(x))
+    assert [site.model_mask for site in backend.report.sites] == ["causal"] * 2
+    assert backend.report.compiles == 2  # one graph for each scale, and both serve every length
+
+
+def test_a_scale_that_follows_from_the_length_is_passed_on() -> None:
+    def attention(x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (4, 8)).transpose(1, 2)
+        return sdpa(q, q, q, is_causal=True, scale=x.shape[1] ** 0.5 / 8)
+
+    backend = sc.Backend(inner="eager")
+    torch._dynamo.reset()
+    fast = torch.compile(attention, backend=backend, dynamic=True)
+    for length in (12, 30, 7):
+        x = torch.randn(2, length, 32)
+        torch.testing.assert_close(fast(x), attention(x))
+    assert {site.action for site in backend.report.sites} == {"exact"}
+
+
+def test_numbers_of_heads_and_channels_get_a_guard() -> None:
+    """With ``dynamic=True``, every axis of an input is a symbol. A graph for 8 channels must not run with 16."""
+    backend = sc.Backend(inner="eager")
+    torch._dynamo.reset()
+    fast = torch.compile(lambda q, k, v: sdpa(q, k, v, is_causal=True), backend=backend, dynamic=True)
+    for heads, kv_heads, dim in ((4, 4, 8), (4, 4, 16), (6, 6, 8)):
+        q, k, v = qkv(heads=heads, kv_heads=kv_heads, dim=dim)
+        torch.testing.assert_close(fast(q, k, v), sdpa(q, k, v, is_causal=True))
+    assert {site.action for site in backend.report.sites} == {"exact"}
 
 
 def test_attention_without_a_head_axis_is_left() -> None:
