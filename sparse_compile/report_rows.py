@@ -33,7 +33,7 @@ def _rewritten(call: Attention, rewrite: Rewrite, graph: int, held_tokens: int |
     q_len, kv_len = hint_of(call.q_len), hint_of(call.kv_len)
     estimates = has_selector(call.policy) and call.phase != "decode"
     lossy = "lossy: in a prefill, page_topk selects keys for blocks of queries, by their mean query" if estimates else ""
-    reasons = dict.fromkeys([call.note, lossy, *(choice.why for choice in choices)])
+    reasons = dict.fromkeys([call.note, lossy, call.caveat, *(choice.why for choice in choices)])
     return Site(
         module=call.module,
         layer=call.layer,

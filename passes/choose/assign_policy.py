@@ -28,6 +28,11 @@ def assign_policy(rewrite: Rewrite) -> int:
 def _assigned(call: Attention, mask: Mask | None) -> Attention:
     if mask is None or mask == full:
         return call
+    if call.in_parts:
+        reason = (
+            "its queries and keys have five axes, so they may be parts of a text: no policy applies, because it needs positions"
+        )
+        return replace(call, note=reason)
     if not call.is_self_attention:
         return replace(call, note="cross-attention: no policy applies, because its keys are not in the text of the queries")
     mask.for_heads(call.heads)  # raises now, not at run time, if the head count fits neither query nor KV heads

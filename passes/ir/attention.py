@@ -27,7 +27,8 @@ class Attention:
     ``node`` computes the output ``[B, Hq, Q, Dv]`` in the model. ``mask`` and ``score_mod`` come from the model. ``policy``
     is the mask that a policy adds; it is ``full`` without a policy. ``sources`` maps each name in these masks and in the
     score mod to the tensor of the graph that it reads. ``mask_nodes`` are the nodes of the model's own mask. ``note`` says
-    why a policy does not apply to this call; it is empty otherwise.
+    why a policy does not apply to this call; it is empty otherwise. ``caveat`` says for which queries or scores the result
+    differs from the model's, if there can be any. ``in_parts`` says that queries and keys may be parts of a text.
     """
 
     node: Node
@@ -43,6 +44,8 @@ class Attention:
     mask_nodes: tuple[Node, ...]
     policy: Mask = full
     note: str = ""
+    caveat: str = ""
+    in_parts: bool = False
 
     # -- the mask ----------------------------------------------------------------------------------------------------
 

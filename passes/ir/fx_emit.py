@@ -14,9 +14,9 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import GraphAppendingTracer
 
-from sparse_compile.passes.ir.fx_nodes import is_in_place, value_of
+from sparse_compile.passes.ir.fx_nodes import aliases, is_in_place, memory_of, value_of
 from sparse_compile.passes.ir.region import is_visible
-from sparse_compile.passes.torch_private import mode_of, name_source
+from sparse_compile.passes.torch_private import mode_of, name_source, written_arguments
 
 
 def emit_int(graph: Graph, expr: sympy.Expr, point: Node) -> int | Node | None:
@@ -78,6 +78,19 @@ def inline(node: Node, function: Callable[..., Any], *args: Any) -> Any:
     return result.node if isinstance(result, Proxy) else result
 
 
+def follow(node: Node, function: Callable[..., Any], back: Callable[..., Any]) -> Node:
+    """Write ``back(function(node))`` behind ``node``, give it to the users of ``node``, and return ``function(node)``."""
+    point = node.next
+    users = list(node.users)
+    result: Node = inline(point, function, node)
+    original = inline(point, back, result)
+    for new in (result, original):
+        new.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+    for user in users:
+        user.replace_input_with(node, original)
+    return result
+
+
 def emit(point: Node, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
     """Add one node ``function(*args, **kwargs)`` before ``point``, with its example value."""
     with point.graph.inserting_before(point):
@@ -123,6 +136,11 @@ def erase_dead(gm: GraphModule, candidates: Iterable[Node]) -> int:
     gone: set[Node] = set()
     while queue:
         node = queue.pop()
+        for member in () if node in gone else _unread_memory(node):
+            queue += member.all_input_nodes
+            gm.graph.erase_node(member)
+            gone.add(member)
+            erased += 1
         if (
             node in gone
             or node.users
@@ -135,3 +153,14 @@ def erase_dead(gm: GraphModule, candidates: Iterable[Node]) -> int:
         gone.add(node)
         erased += 1
     return erased
+
+
+def _unread_memory(node: Node) -> list[Node]:
+    """The nodes that allocate, view and write the memory of ``node``, the last one first, if no other node uses them."""
+    root = memory_of(node)
+    if root.op not in ("call_function", "call_method"):
+        return []
+    family = aliases(root)
+    escapes = any(user not in family for member in family for user in member.users)
+    writes_more = any(set(written_arguments(member.target)) > {0} for member in family)
+    return [] if escapes or writes_more else [other for other in reversed(root.graph.nodes) if other in family]

@@ -18,7 +18,7 @@ ALIASING = frozenset(
     (
         "getitem view reshape expand expand_as unsqueeze squeeze transpose permute t flatten unflatten contiguous to "
         "detach narrow select chunk split mT broadcast_to float bool long int type type_as alias view_as swapaxes "
-        "movedim"
+        "movedim moveaxis T mH double cpu cuda unbind tensor_split diagonal as_strided dropout"
     ).split()
 )
 IN_PLACE_OPERATORS = frozenset("setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul".split())
@@ -125,7 +125,7 @@ class Order:
 
 def writers(node: Node) -> list[Node]:
     """The nodes of the whole graph that write to the memory of ``node``."""
-    return [user for alias in _aliases(node) for user in alias.users if is_in_place(user) and _writes(user, alias)]
+    return [user for alias in aliases(node) for user in alias.users if is_in_place(user) and _writes(user, alias)]
 
 
 def _writes(user: Node, alias: Node) -> bool:
@@ -142,7 +142,7 @@ def memory_of(node: Node) -> Node:
     return node
 
 
-def _aliases(node: Node) -> set[Node]:
+def aliases(node: Node) -> set[Node]:
     """The nodes that may share memory with ``node``."""
     root = memory_of(node)
     aliases, queue = {root}, [root]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from torch.fx import Node
 
@@ -32,6 +33,7 @@ class Hide:
 
     node: Node
     unless: bool = False
+    fill: float = -inf
 
 
 Step = Scale | Tanh | Add | Hide

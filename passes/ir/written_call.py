@@ -12,12 +12,21 @@ from sparse_compile.passes.ir.score_steps import Step
 
 
 @dataclass(frozen=True)
+class Unseeing:
+    """What the model computes for a query that sees no key, if ``finite`` numbers or -inf hide its keys."""
+
+    finite: str = "the mean of all values"
+    infinite: str = "zeros"
+
+
+@dataclass(frozen=True)
 class WrittenCall:
     """``node`` computes the output ``[B, Hq, Q, Dv]`` of attention with scores ``q @ k * scale``.
 
     ``k`` and ``v`` are ``[B, Hkv, KV, D]``, before each KV head is repeated for its query heads. ``attn_mask``, ``is_causal``,
     the steps between scores and softmax, and the learned ``sink`` are those of the model. ``is_self_attention`` says whether
-    queries and keys come from one text.
+    queries and keys come from one text. ``unseeing`` describes the output of a query without keys. ``in_parts``
+    says that there was one more axis before batch and heads, so that queries and keys may be parts of a text.
     """
 
     node: Node
@@ -30,6 +39,8 @@ class WrittenCall:
     score_steps: tuple[Step, ...] = ()
     sink: Node | None = None
     is_self_attention: bool = True
+    unseeing: Unseeing = Unseeing()
+    in_parts: bool = False
 
     @property
     def mask_nodes(self) -> tuple[Node, ...]:

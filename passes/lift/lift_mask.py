@@ -2,7 +2,7 @@
 
 A mask that cannot be lifted is used as a tensor, so the result is exact in any case. The output of a query that sees no key is
 zero, as in ``scaled_dot_product_attention`` with a boolean mask. A model that adds a large negative number instead gives such a
-row (padding) the average of all values.
+row (padding) the average of all values; the report says so.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ from sparse_compile.passes.ops.block_tables import KV_START, Q_START
 
 # Adding this or less to a score makes its weight zero. Models write -10000, -1e9, the smallest float or -inf.
 HIDDEN = -1e4
+# Numbers above this one may be reached by real scores.
+WEAK = -1e6
 
 
 def lift_call(call: WrittenCall, order: Order) -> Attention | Left:
@@ -68,6 +70,7 @@ class _Lift:
         self.hidden = [self._at_scores(node) for node in self.conditions]
         self.positions = self._positions([*self.values, *self.hidden])
         self.words = Words(self.pull, self.positions, self.kv_len)
+        self.fills = {step.fill for step in conditions}  # the numbers with which the model hides keys
 
     def run(self) -> Attention:
         call = self.call
@@ -91,7 +94,21 @@ class _Lift:
             is_self_attention=of_one_text,
             sources=dict(self.words.sources),
             mask_nodes=call.mask_nodes,
+            caveat=self._caveat(mask),
+            in_parts=call.in_parts,
         )
+
+    def _caveat(self, mask: Mask) -> str:
+        """For which queries or scores the call differs from the model, because the model hides keys with a number."""
+        unseeing = self.call.unseeing
+        outputs = {unseeing.finite if fill > -torch.inf else unseeing.infinite for fill in self.fills} - {"zeros"}
+        caveats = []
+        # Without a tensor, every query of a mask sees its own key. A learned sink takes the weight that no key gets.
+        if outputs and mask.captures() and self.call.sink is None:
+            caveats.append(f"a query that sees no key gets zeros, and in the model {' or '.join(sorted(outputs))}")
+        if (weak := max(self.fills, default=-torch.inf)) > WEAK:
+            caveats.append(f"keys with a score of {weak:g} get no weight, and in the model some if all scores are that low")
+        return "; ".join(caveats)
 
     def _mask(self) -> tuple[Mask, list[ScoreMod]]:
         """What the terms and conditions show, and what the terms add to the scores."""
@@ -183,12 +200,14 @@ class _Lift:
             return self._mask_or_explicit(node, value), []
         mask: Mask = full
         biases: list[ScoreMod] = []
+        fills = set(self.fills)
         try:
             for part in value.parts if isinstance(value, Sum) else (value,):
                 seen, added = self._float_part(node, part, whole=part is value)
                 mask = mask & seen
                 biases += added
         except NotLiftable:
+            self.fills = fills
             return self._float_part(node, self._itself(node), whole=True)
         return mask, biases
 
@@ -205,6 +224,7 @@ class _Lift:
                         mask = self.words.mask(condition)
                     except NotLiftable:
                         break
+                    self.fills.add(float(other.expr))
                     more, biases = self._float_part(node, shown, whole=False)
                     return mask & more, biases
         if isinstance(value, Element) and all(x == 0 or x in AXES for x in value.index):

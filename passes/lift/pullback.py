@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from sparse_compile.passes.ir.fx_nodes import is_in_place, is_one, memory_of, op_name, shape_of, value_of, writers
+from sparse_compile.passes.ir.scalars import guarded
 from sparse_compile.passes.lift.rules_pointwise import COMPUTES, CONSTANTS
 from sparse_compile.passes.lift.rules_view import MOVES
 from sparse_compile.passes.lift.symbolic_element import Atoms, Element, Index, Number, Value, constant
@@ -36,7 +37,8 @@ class Pullback:
         if isinstance(value, torch.SymInt):
             return Number(value.node.expr)
         if not isinstance(value, Tensor):
-            return constant(value) if isinstance(value, bool | int | float) else Element(node, index)
+            known = value if isinstance(value, bool) else guarded(value)
+            return constant(known) if known is not None else Element(node, index)
         if _is_rewritten(node):
             return self._opaque(node, index)  # its content changes in place: read the tensor instead of deriving it
         rule = RULES.get(op_name(node).removesuffix("_") if is_in_place(node) else op_name(node))

@@ -11,9 +11,10 @@ from sparse_compile.passes.ir.fx_nodes import Order, op_name
 from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.rewrite import Rewrite
 from sparse_compile.passes.ir.written_call import WrittenCall
-from sparse_compile.passes.read.matmul_softmax import read_spelled_out
 from sparse_compile.passes.read.sdpa import read_sdpa
 from sparse_compile.passes.read.self_attention import is_self_attention
+from sparse_compile.passes.read.softmax_sites import softmax_sites
+from sparse_compile.passes.read.spelled_out import read_spelled_out
 
 
 def read_attention(rewrite: Rewrite) -> int:
@@ -29,16 +30,19 @@ def read_attention(rewrite: Rewrite) -> int:
 
 
 def _calls(gm: GraphModule) -> list[WrittenCall | Left]:
-    order = Order(gm.graph)
+    sites = {site.softmax: site for site in softmax_sites(gm.graph)}
     results: list[WrittenCall | Left] = []
-    for node in gm.graph.nodes:
-        name = op_name(node)
+    order = Order(gm.graph)
+    for node in list(gm.graph.nodes):
+        name, size = op_name(node), len(gm.graph.nodes)
         if name == "scaled_dot_product_attention":
             results.append(read_sdpa(node, order))
         elif name in OPAQUE:
             results.append(Left(node, OPAQUE[name]))
-        elif (spelled_out := read_spelled_out(node, order)) is not None:
-            results.append(spelled_out)
+        elif node in sites:
+            results.append(read_spelled_out(sites[node], order))
+        if len(gm.graph.nodes) != size:  # reading a call wrote views of its operands
+            order = Order(gm.graph)
     return results
 
 

@@ -12,8 +12,11 @@ from torch.fx import Node
 from sparse_compile.passes.ir.fx_emit import inline
 from sparse_compile.passes.ir.fx_nodes import Order, argument, expr_of, hint_of, op_name, shape_of, value_of
 from sparse_compile.passes.ir.left import Left
+from sparse_compile.passes.ir.scalars import fixed, number
 from sparse_compile.passes.ir.written_call import WrittenCall
-from sparse_compile.passes.read.scalars import fixed, number
+from sparse_compile.passes.read.contents import Unread
+from sparse_compile.passes.read.four_axes import axes_of
+from sparse_compile.passes.read.operands import operand
 
 
 def read_sdpa(node: Node, order: Order) -> WrittenCall | Left:
@@ -23,7 +26,7 @@ def read_sdpa(node: Node, order: Order) -> WrittenCall | Left:
     q, k, v, attn_mask, dropout, causal, scale, gqa = (
         argument(node, at, name, default) for at, (name, default) in enumerate(zip(names, defaults, strict=True))
     )
-    if not isinstance(dropout, int | float):
+    if (dropout := number(dropout)) is None:
         return Left(node, "dropout_p is a value of the graph: pass a Python number")
     if dropout > 0:
         return Left(node, f"dropout_p={dropout}: FlexAttention has no dropout")
@@ -32,13 +35,25 @@ def read_sdpa(node: Node, order: Order) -> WrittenCall | Left:
     known = number(scale)
     if scale is not None and known is None:
         q, known = inline(node, operator.mul, q, scale), 1.0  # decided at run time
-    return build_call(node, q, k, v, scale=known, attn_mask=attn_mask, is_causal=causal, order=order)
+    try:
+        operands = [operand(x) for x in (q, k, v)]
+        axes = axes_of(operands[0], operands[1], grouped=gqa)
+    except Unread as reason:
+        return Left(node, str(reason))
+    if axes.lead != "plain":
+        rank = len(operands[0].order)
+        attn_mask = axes.term(node, attn_mask, rank, q) if attn_mask is not None else None
+        q, k, v = (axes.tensor(node, x) for x in operands)
+        node = axes.result(node, tuple(range(rank)))
+        order = Order(node.graph)
+    read = {"attn_mask": attn_mask, "is_causal": causal, "in_parts": axes.lead == "batches"}
+    return build_call(node, q, k, v, scale=known, order=order, **read)
 
 
 def build_call(node: Node, q: Node, k: Node, v: Node, *, scale: float | None, order: Order, **read: Any) -> WrittenCall | Left:
     """A ``WrittenCall`` over keys and values before they are repeated, or the reason why the shapes do not allow one."""
-    for name, operand in (("query", q), ("key", k), ("value", v)):
-        value = value_of(operand)
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        value = value_of(x)
         if not isinstance(value, Tensor):
             return Left(node, f"the {name} has no recorded shape")
         if value.dim() != 4:

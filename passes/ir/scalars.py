@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sparse_compile.passes.ir.fx_nodes import argument, op_name, shape_of, value_of
+from sparse_compile.passes.ir.fx_nodes import argument, op_name, value_of, writers
 
 CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous"}
 
+# The position of the number with which an operation fills a tensor.
+FILLS = {"tensor": 0, "scalar_tensor": 0, "full": 1, "full_like": 1, "new_full": 2}
+
 
 def number(value: Any) -> float | None:
-    """The value of a scalar that is known while compiling; None for anything else.
+    """The value of a scalar, or of every element of a tensor, that is known while compiling; None for anything else.
 
     ``dynamic=True`` makes float attributes of modules symbols. The graph then gets a guard on the value that is read here.
     """
@@ -21,9 +24,9 @@ def number(value: Any) -> float | None:
         return float(value)
     if not isinstance(value, Node):
         return None
-    if op_name(value) in ("tensor", "full", "scalar_tensor"):
-        fill: Any = argument(value, 1, "fill_value") if op_name(value) == "full" else value.args[0]
-        return number(fill) if (shape_of(value) or ()) == () else None
+    if op_name(value) in FILLS:
+        fill: Any = argument(value, FILLS[op_name(value)], "fill_value")
+        return number(fill) if fill is not None and not writers(value) else None
     if op_name(value) in CASTS:
         return number(value.args[0])
     return guarded(value_of(value))

@@ -134,11 +134,6 @@ def test_numbers_of_heads_and_channels_get_a_guard() -> None:
     assert {site.action for site in backend.report.sites} == {"exact"}
 
 
-def test_attention_without_a_head_axis_is_left() -> None:
-    q, k, v = (x[:, 0] for x in qkv())
-    assert_left(compare(sdpa, q, k, v), "the query has 3 axes, not [batch, heads, length, head_dim]")
-
-
 def test_a_batch_of_keys_that_broadcasts_is_left() -> None:
     q, k, v = qkv()
     assert_left(compare(sdpa, q, k[:1], v[:1]), "query, key and value need one batch size, not 2, 1 and 1")
