@@ -54,8 +54,9 @@ def compile(
     CUDA graphs; ``mode="default"`` turns that off.
 
     Copies of the model, also by ``pickle``, run un-compiled and have no report, so copying warns with
-    ``SparseCompileWarning``. So does a call if Dynamo gives up on the model and runs it un-compiled; with ``strict=True``, that
-    raises ``SparseCompileError``. Raises ``ValueError`` if the policy names layers or heads that the model does not have.
+    ``SparseCompileWarning``. So does a call if Dynamo gives up on the model and runs it un-compiled, or if a policy reaches no
+    attention call; with ``strict=True``, these raise ``SparseCompileError``. Attention modules without a row in the report warn
+    as well. Raises ``ValueError`` if the policy names layers or heads that the model does not have.
 
         >>> model = sc.compile(model, causal & (sink(4) | sliding_window(64)), inner="eager")
         >>> model.generate(tokens, max_new_tokens=2).shape

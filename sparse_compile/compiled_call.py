@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparse_compile.attention_modules import without_rows
 from sparse_compile.cache.padding import Padding
-from sparse_compile.dynamo import Backend
+from sparse_compile.dynamo import Backend, SparseCompileWarning
 
 # Arguments of a model that have one entry for each new token, and the axis of the tokens.
 BY_TOKEN = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0}
@@ -26,7 +28,7 @@ class CompiledCall:
     """
 
     def __init__(self, run: Callable[..., Any], model: nn.Module, backend: Backend, chunk: int | None) -> None:
-        self.run, self.backend, self.chunk = run, backend, chunk
+        self.run, self.model, self.backend, self.chunk = run, model, backend, chunk
         self.parameters = list(inspect.signature(model.forward).parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -69,13 +71,30 @@ class CompiledCall:
         return step if tokens > step and keeps_last and known and two_dimensional else tokens
 
     def _watched(self, *args: Any, **kwargs: Any) -> Any:
-        before = self.backend.calls
+        """Run the model, and report a call that runs no compiled graph, and attention that a policy does not reach."""
+        backend = self.backend
+        before, compiles = backend.calls, backend.report.compiles
         result = self.run(*args, **kwargs)
-        if self.backend.calls == before:
-            self.backend.report_trouble(
+        if backend.calls == before:
+            backend.report_trouble(
                 "the model ran un-compiled, without its policy, because Dynamo skipped it or reached its recompile limit"
             )
+        elif backend.report.compiles != compiles:
+            backend.check_reach()
+            self._warn_of_modules_without_rows()
         return result
+
+    def _warn_of_modules_without_rows(self) -> None:
+        """Warn of attention modules that no row of the report covers. They may be unused, so ``strict`` does not raise."""
+        report = self.backend.report
+        missing = without_rows(self.model, report) if self.backend.policy is not None and report.sites else []
+        message = (
+            f"{len(missing)} attention modules have no row in the report, so the policy does not reach them if they run: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
+        if missing and message not in report.notes:
+            self.backend.report_note(message)
+            warnings.warn(message, SparseCompileWarning, stacklevel=4)
 
 
 def _argument(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], parameters: list[str]) -> Any:

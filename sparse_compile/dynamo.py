@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -80,7 +81,8 @@ class Backend:
     | ``sdpa``      | ``scaled_dot_product_attention``                                                          |
     | ``reference`` | the dense reference                                                                       |
 
-    With ``strict``, an attention call that stays as it is raises an error.
+    With ``strict``, an attention call that stays as it is raises an error. A policy that reaches no attention call warns with
+    ``SparseCompileWarning`` when a graph runs for the second time; with ``strict``, it raises ``SparseCompileError``.
 
         >>> backend = sc.Backend(causal & sliding_window(64), inner="eager")
         >>> model = torch.compile(model, backend=backend)
@@ -151,9 +153,12 @@ class Backend:
             self.report_note(note)
 
         uses = rewrite.cache_uses
+        runs = itertools.count(1)
 
         def run(*args: Any) -> Any:
             self.calls += 1
+            if next(runs) == 2:  # the model has run once, so every graph of it has been compiled
+                self.check_reach()
             for check in rewrite.checks:
                 check(args)
             updates = [(args[use.argument].sparse_cache_host_state, *_sizes(use, args), use) for use in uses]
@@ -278,6 +283,21 @@ class Backend:
                 "the next new shape runs un-compiled, without sparse_compile and without its policy. "
                 "Compile with dynamic=True, so that sizes may change, or raise the limit."
             )
+            self.report_trouble(message)
+
+    def check_reach(self) -> None:
+        """Report a policy that restricts no attention call. ``compile`` calls this after the model has run."""
+        if self.policy is None or self.report.rewritten:
+            return
+        left = len(self.report.left)
+        what = (
+            f"all {left} stay as they are, for the reasons in the report"
+            if left
+            else "the compiled graphs hold none. Attention runs outside of them behind torch.compiler.disable, graph breaks "
+            "and custom ops, or if the model returns its attention weights"
+        )
+        message = f"the policy reaches no attention call: {what}"
+        if message not in self.report.notes:
             self.report_trouble(message)
 
     def report_note(self, message: str) -> None:

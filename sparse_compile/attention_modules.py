@@ -1,0 +1,37 @@
+"""Find the attention modules of a model by the names of their classes, and those that no row of a report covers."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sparse_compile.report import Report
+
+
+def attention_modules(model: nn.Module) -> list[str]:
+    """The paths of the innermost modules whose class is named after attention and that hold parameters.
+
+    transformers names them so: ``BertSelfAttention`` within ``BertAttention``, ``LlamaAttention``, ``T5Attention``.
+    """
+    named = {path: module for path, module in model.named_modules() if _is_attention(module)}
+    return [
+        path
+        for path, module in named.items()
+        if not any(_is_attention(part) for part in module.modules() if part is not module)
+    ]
+
+
+def _is_attention(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return ("attention" in name or "attn" in name) and next(module.parameters(), None) is not None
+
+
+def without_rows(model: nn.Module, report: Report) -> list[str]:
+    """The attention modules that have no row in ``report``.
+
+    The list is empty if Dynamo recorded other paths than those of the model, as it does behind a graph break.
+    """
+    paths = dict(model.named_modules())
+    seen = {site.module for site in report.sites}
+    if not seen <= set(paths):
+        return []
+    return [path for path in attention_modules(model) if not any(f"{site}.".startswith(f"{path}.") for site in seen)]

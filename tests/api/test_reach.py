@@ -1,0 +1,105 @@
+"""A policy that reaches no attention call, or misses attention modules, does not go unnoticed."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
+
+import sparse_compile as sc
+from sparse_compile.attention_modules import attention_modules
+from sparse_compile.masks import causal, sink, sliding_window
+from support.models import DECODERS, tokens
+
+STREAMING = causal & (sink(1) | sliding_window(3))
+NOTHING = "the policy reaches no attention call"
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+
+class TinyAttention(nn.Module):
+    """Attention that runs one of several ways."""
+
+    def __init__(self, way: str = "sdpa") -> None:
+        super().__init__()
+        self.way, self.qkv = way, nn.Linear(32, 96)
+
+    def forward(self, x: Tensor) -> Any:
+        q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        return WAYS[self.way](q, k, v)
+
+
+WAYS: dict[str, Any] = {
+    "sdpa": F.scaled_dot_product_attention,
+    "disabled": torch.compiler.disable(F.scaled_dot_product_attention),
+    "flex": flex_attention,
+    "weights returned": lambda q, k, v: ((w := (q @ k.mT).softmax(-1)) @ v) + w.sum(),
+    "none": lambda q, k, v: q + k + v,
+}
+
+
+@pytest.mark.parametrize(("way", "why"), [("disabled", "hold none"), ("none", "hold none"), ("weights returned", "all 1 stay")])
+def test_compile_warns_of_a_policy_that_reaches_nothing(way: str, why: str) -> None:
+    model = sc.compile(TinyAttention(way).eval(), STREAMING, inner="eager")
+    with pytest.warns(sc.SparseCompileWarning, match=f"{NOTHING}: .*{why}"):
+        model(torch.randn(2, 12, 32))
+    assert any(NOTHING in note for note in model.sparse_compile_report.notes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(2, 12, 32))  # once is enough
+
+
+def test_strict_makes_it_an_error() -> None:
+    model = sc.compile(TinyAttention("disabled").eval(), STREAMING, inner="eager", strict=True)
+    with pytest.raises(sc.SparseCompileError, match=NOTHING):
+        model(torch.randn(2, 12, 32))
+
+
+def test_a_backend_warns_when_a_graph_runs_again() -> None:
+    model = torch.compile(TinyAttention("disabled").eval(), backend=sc.Backend(STREAMING, inner="eager"))
+    model(torch.randn(2, 12, 32))
+    with pytest.warns(sc.SparseCompileWarning, match=NOTHING):
+        model(torch.randn(2, 12, 32))
+
+
+@pytest.mark.parametrize(("way", "policy"), [("disabled", None), ("sdpa", STREAMING)])
+def test_no_warning_without_a_policy_or_where_it_acts(way: str, policy: Any) -> None:
+    model = sc.compile(TinyAttention(way).eval(), policy, inner="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for length in (12, 12, 9):
+            model(torch.randn(2, length, 32))
+
+
+def test_modules_without_a_row_are_named() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read, self.unread = TinyAttention(), TinyAttention("none")
+
+        def forward(self, x: Tensor) -> Any:
+            return self.read(x) + self.unread(x)
+
+    fast = sc.compile(Model().eval(), STREAMING, inner="eager")
+    with pytest.warns(sc.SparseCompileWarning, match="1 attention modules have no row in the report.*: unread"):
+        fast(torch.randn(2, 12, 32))
+
+
+def test_attention_modules_are_the_innermost_of_their_name() -> None:
+    model = next(d for d in DECODERS if d.name == "llama").build()
+    assert attention_modules(model) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert attention_modules(nn.TransformerEncoderLayer(8, 2)) == ["self_attn"]
+    assert attention_modules(nn.Linear(2, 2)) == []
+
+
+def test_a_model_with_all_rows_does_not_warn() -> None:
+    model = next(d for d in DECODERS if d.name == "llama").build()
+    sc.compile(model, STREAMING, inner="eager")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", sc.SparseCompileWarning)
+        model(tokens())
