@@ -30,8 +30,8 @@ def without_rows(model: nn.Module, report: Report) -> list[str]:
 
     The list is empty if Dynamo recorded other paths than those of the model, as it does behind a graph break.
     """
-    paths = dict(model.named_modules())
+    expected = attention_modules(model)
     seen = {site.module for site in report.sites}
-    if not seen <= set(paths):
-        return []
-    return [path for path in attention_modules(model) if not any(f"{site}.".startswith(f"{path}.") for site in seen)]
+    behind_a_break = not seen <= set(dict(model.named_modules())) or ("" in seen and "" not in expected)
+    missing = [path for path in expected if not any(f"{site}.".startswith(f"{path}.") for site in seen)]
+    return [] if behind_a_break else missing

@@ -90,6 +90,27 @@ def test_modules_without_a_row_are_named() -> None:
         fast(torch.randn(2, 12, 32))
 
 
+def test_layers_that_share_a_graph_behind_a_break_are_not_missing() -> None:
+    """Dynamo then records no path, and compiles the code of both layers once."""
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([TinyAttention(), TinyAttention()])
+
+        def forward(self, x: Tensor) -> Any:
+            for layer in self.layers:
+                torch._dynamo.graph_break()
+                x = x + layer(x).transpose(1, 2).flatten(2)
+            return x
+
+    fast = sc.compile(Layers().eval(), STREAMING, inner="eager")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", sc.SparseCompileWarning)
+        fast(torch.randn(2, 12, 32))
+    assert {site.action for site in fast.sparse_compile_report.sites} == {"sparse"}
+
+
 def test_attention_modules_are_the_innermost_of_their_name() -> None:
     model = next(d for d in DECODERS if d.name == "llama").build()
     assert attention_modules(model) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
