@@ -44,7 +44,8 @@ class TokenPositions:
             mask = to_text(padded.mask)
             sources = [padded.sources[name.name] for name in tensor_names(padded.mask)]
             captures = [inline(point, source.read, source.node) for source in sources]
-        tokens = _op(point, cache_tokens, update.k, update.columns, update.texts, mask, captures)
+        sizes = size_at(point, update.k, 0), size_at(point, update.k, 2)
+        tokens = _op(point, cache_tokens, *sizes, update.columns, update.texts, mask, captures)
         self.columns, self.text, self._new_texts = _outputs(point, tokens, 3)
 
     def of(self, point: Node, update: CacheUpdate[Node], heads: tuple[int, ...] | None) -> NewTokens:

@@ -104,14 +104,16 @@ cache_update = StructuredOp("cache_update", CacheUpdate, _refuse, fake=_shapes)
 
 
 @torch.library.custom_op("sparse_compile::cache_tokens", mutates_args=())
-def cache_tokens(k: Tensor, columns: Tensor, texts: Tensor, mask: str, captures: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return column and text position ``[B, Q]`` of the new tokens ``k`` ``[B, Hkv, Q, D]``, and the new text lengths ``[B]``.
+def cache_tokens(
+    batch: int, q_len: int, columns: Tensor, texts: Tensor, mask: str, captures: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return column and text position ``[B, Q]`` of ``q_len`` new tokens in ``batch`` rows, and the new text lengths ``[B]``.
 
     A token that the model's ``mask`` hides from itself is padding and has text position -1. With an empty ``mask``, there is no
-    padding.
+    padding. The sizes are numbers and not those of a tensor of new keys, so that the positions depend on no layer.
     """
-    args = (*k.shape[::2], columns, texts, from_text(mask) if mask else None, captures)
-    return in_few_kernels(_cache_tokens, *args) if k.shape[2] == 1 else _cache_tokens(*args)
+    args = (batch, q_len, columns, texts, from_text(mask) if mask else None, captures)
+    return in_few_kernels(_cache_tokens, *args) if q_len == 1 else _cache_tokens(*args)
 
 
 def _cache_tokens(
@@ -130,8 +132,9 @@ def _cache_tokens(
 
 
 @cache_tokens.register_fake
-def _(k: Tensor, columns: Tensor, texts: Tensor, mask: str, captures: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    batch, _, q_len, _ = k.shape
+def _(
+    batch: int, q_len: int, columns: Tensor, texts: Tensor, mask: str, captures: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     return columns.new_empty(batch, q_len), columns.new_empty(batch, q_len), texts.new_empty(batch)
 
 
