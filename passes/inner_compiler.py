@@ -15,7 +15,13 @@ from sparse_compile import masks
 from sparse_compile.passes.ir.fx_nodes import memory_of
 from sparse_compile.passes.ir.kv_source import Dense
 from sparse_compile.passes.ir.rewrite import Rewrite
-from sparse_compile.passes.torch_private import cache_bypasses, has_inductor_option, inductor_modes, inner_backend
+from sparse_compile.passes.torch_private import (
+    cache_bypasses,
+    has_inductor_option,
+    inductor_modes,
+    inductor_setting,
+    inner_backend,
+)
 
 
 def check_mode(mode: str | None) -> None:
@@ -40,6 +46,16 @@ def compile_inner(
     if inner == "inductor" and cache_bypasses() > before:
         return compiled, "a graph could not be cached by Inductor: a second process compiles it again"
     return compiled, ""
+
+
+def needs_whole(inputs: Sequence[Any], mode: str | None, config: dict[str, Any] | None) -> str:
+    """Return why Inductor needs the whole graph under these options, or "" if it can compile parts of it."""
+    options = _mode_options(mode) | (config or {})
+    if inductor_setting("triton.cudagraphs", options) and not _on_cpu(inputs):
+        return "CUDA graphs would be captured for each layer"
+    if inductor_setting("freezing", options):
+        return "freezing needs the parameters of the model"
+    return ""
 
 
 def for_steps() -> dict[str, Any]:
@@ -86,6 +102,15 @@ def import_tensorrt() -> None:
         ) from missing
 
 
+def _mode_options(mode: str | None) -> dict[str, Any]:
+    """Return the options of a mode: ``torch.compile`` passes a backend its name only, and CUDA graphs would stay off."""
+    return dict(inductor_modes()[mode]) if mode is not None and mode != "default" else {}
+
+
+def _on_cpu(inputs: Sequence[Any]) -> bool:
+    return all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
+
+
 def _compile(
     gm: GraphModule, inputs: Sequence[Any], inner: str, mode: str | None, config: dict[str, Any] | None
 ) -> Callable[..., Any]:
@@ -96,9 +121,8 @@ def _compile(
         return compiler(gm, inputs, options=config or {})
     if inner != "inductor":
         return compiler(gm, inputs)
-    # torch.compile passes `mode` to a backend as a keyword. CUDA graphs turn on only if the mode's options are in the config.
-    patches = dict(inductor_modes()[mode]) if mode is not None and mode != "default" else {}
-    if all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor)):
+    patches = _mode_options(mode)
+    if _on_cpu(inputs):
         # A pointwise op on the output of the C++ template fails with "Unsupported for epilogue_nodes".
         patches["epilogue_fusion"] = False
     return compiler(gm, inputs, config_patches=patches | (config or {}))

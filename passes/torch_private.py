@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -45,6 +46,18 @@ def mode_of(values: Iterator[Any]) -> AbstractContextManager[Any]:
     return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), nullcontext())
 
 
+def storage_id(tensor: Tensor) -> int:
+    """Return a number that only tensors over the same storage share. Tensors without memory have storages too."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def is_wrapper(value: Any) -> bool:
+    """Whether a tensor consists of other tensors, as quantized and distributed tensors do."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return bool(is_traceable_wrapper_subclass(value))
+
+
 # -- ops ----------------------------------------------------------------------------------------------------------------
 
 
@@ -66,6 +79,24 @@ def written_arguments(target: Any) -> tuple[int, ...]:
     return tuple(
         at for at, argument in enumerate(arguments) if argument.alias_info is not None and argument.alias_info.is_write
     )
+
+
+def written_values(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
+    """Return the arguments that a call of an op writes in place; None if ``target`` is not an op of the dispatcher."""
+    schema = op_schema(target)
+    if schema is None:
+        return None
+    named = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | dict(kwargs)
+    return [
+        named[argument.name]
+        for argument in schema.arguments
+        if argument.name in named and argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def is_higher_order(target: Any) -> bool:
+    """Whether the target of a node is an op that calls functions, such as ``torch.cond``."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
 
 
 def look_up_unchecked(flat: Tensor, at: Tensor) -> Tensor:
@@ -200,6 +231,13 @@ def inductor_modes() -> Mapping[str, Mapping[str, Any]]:
     import torch._inductor
 
     return torch._inductor.list_mode_options()
+
+
+def inductor_setting(name: str, options: Mapping[str, Any]) -> Any:
+    """Return the option ``name`` of Inductor, which may contain dots: from ``options``, or the global one."""
+    import torch._inductor.config
+
+    return options[name] if name in options else attrgetter(name)(torch._inductor.config)
 
 
 def has_inductor_option(name: str) -> bool:

@@ -132,7 +132,8 @@ class Backend:
         options: Mapping[str, Any] | None = None,
     ) -> Callable[..., Any]:
         """Compile one graph. ``torch.compile`` calls this."""
-        from sparse_compile.passes.inner_compiler import check_mode, compile_inner
+        from sparse_compile.passes.compile_graph import compile_graph
+        from sparse_compile.passes.inner_compiler import check_mode
         from sparse_compile.passes.ir.left import Refused
 
         check_mode(mode)
@@ -146,7 +147,7 @@ class Backend:
         inner = "eager" if self.hooks.dry else self.inner
         config = self._config(rewrite, mode)
         with torch.no_grad() if rewrite.cache_uses else nullcontext():
-            compiled, note = compile_inner(gm, inputs, inner=inner, mode=mode, config=config)
+            compiled, note = compile_graph(rewrite, inputs, inner=inner, mode=mode, config=config)
         # Users did not ask for CUDA graphs, so they need not know that the next step overwrites the results of this one.
         copies = mode is None and config.get(CUDA_GRAPHS) is True
         if note:

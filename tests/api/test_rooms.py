@@ -35,7 +35,9 @@ LAYERS = (
     {"ir"},
     {"read", "lift", "kv", "choose", "calibration"},
     {"lower"},
+    {"pieces"},
     {"pipeline", "inner_compiler"},
+    {"compile_graph"},
 )
 PRIVATE = re.compile(r"torch(\.\w+)*\._[a-z]")  # torch._dynamo, torch.cpu._is_avx2_supported; not torch.__version__
 PRIVATE_ATTRIBUTES = {"_opoverload", "_schema", "_compiled_call_impl", "_param_name_to_source"}
