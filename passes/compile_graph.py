@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from sparse_compile.passes.inner_compiler import compile_inner, needs_whole
+from sparse_compile.passes.inner_compiler import CUDA_GRAPHS, compile_inner, needs_whole, records_cuda_graphs
 from sparse_compile.passes.ir.rewrite import Rewrite
 from sparse_compile.passes.pieces.cut import Whole, cut
+from sparse_compile.passes.pieces.record_steps import RecordedSteps, can_record, static_inputs
 from sparse_compile.passes.pieces.run_pieces import run_pieces
 
 Compiled = Callable[..., Any]
@@ -36,12 +37,21 @@ def _in_pieces(
     if rewrite.target.gradients:
         # The backward pass of a piece would be a graph of its own too, and what is saved for it would pass between pieces.
         raise Whole("it has gradients")
-    if reason := needs_whole(inputs, mode, config):
+    if reason := needs_whole(mode, config):
         raise Whole(reason)
+    placeholders = list(rewrite.gm.graph.find_nodes(op="placeholder"))
+    records = records_cuda_graphs(inputs, mode, config)
+    if records:  # once around all pieces, because Inductor would record each piece of each layer
+        if not (rewrite.cache_uses and can_record(placeholders)):
+            raise Whole("Inductor records it as a CUDA graph")
+        config = {**(config or {}), CUDA_GRAPHS: False}
     pieces = cut(rewrite.gm, [call.module for call in rewrite.calls])
     compiled: dict[Hashable, tuple[Compiled, str]] = {}
     for piece in pieces:
         if piece.key not in compiled:
             compiled[piece.key] = compile_inner(piece.gm, piece.values, inner=inner, mode=mode, config=config)
     notes = [note for _, note in compiled.values() if note]
-    return run_pieces(rewrite.gm, pieces, [compiled[piece.key][0] for piece in pieces]), notes[0] if notes else ""
+    run = run_pieces(rewrite.gm, pieces, [compiled[piece.key][0] for piece in pieces])
+    if records:
+        run = RecordedSteps(run, static_inputs(placeholders))
+    return run, notes[0] if notes else ""

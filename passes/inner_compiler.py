@@ -23,6 +23,8 @@ from sparse_compile.passes.torch_private import (
     inner_backend,
 )
 
+CUDA_GRAPHS = "triton.cudagraphs"  # an option of Inductor
+
 
 def check_mode(mode: str | None) -> None:
     """Raise ``ValueError`` unless ``mode`` is None or a mode of ``torch.compile``."""
@@ -48,12 +50,14 @@ def compile_inner(
     return compiled, ""
 
 
-def needs_whole(inputs: Sequence[Any], mode: str | None, config: dict[str, Any] | None) -> str:
+def records_cuda_graphs(inputs: Sequence[Any], mode: str | None, config: dict[str, Any] | None) -> bool:
+    """Whether Inductor would record CUDA graphs under these options."""
+    return bool(inductor_setting(CUDA_GRAPHS, _mode_options(mode) | (config or {}))) and not _on_cpu(inputs)
+
+
+def needs_whole(mode: str | None, config: dict[str, Any] | None) -> str:
     """Return why Inductor needs the whole graph under these options, or "" if it can compile parts of it."""
-    options = _mode_options(mode) | (config or {})
-    if inductor_setting("triton.cudagraphs", options) and not _on_cpu(inputs):
-        return "CUDA graphs would be captured for each layer"
-    if inductor_setting("freezing", options):
+    if inductor_setting("freezing", _mode_options(mode) | (config or {})):
         return "freezing needs the parameters of the model"
     return ""
 

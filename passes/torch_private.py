@@ -223,6 +223,16 @@ def set_compiled_call(model: nn.Module, run: Callable[..., Any]) -> None:
     model._compiled_call_impl = run
 
 
+def has_static_address(node: Any) -> bool:
+    """Whether Dynamo has marked an input of a graph as one whose address stays: a parameter, a buffer, or ``mark_static``."""
+    return "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
+
+
+def same_addresses(inputs: Sequence[Any], addresses: Sequence[int | None], places: Sequence[int]) -> bool:
+    """Whether the tensors of ``inputs`` at these places have these addresses. In C++, because a model has hundreds of them."""
+    return bool(torch._C._tensors_data_ptrs_at_indices_equal(list(inputs), list(addresses), list(places)))
+
+
 # -- Inductor -----------------------------------------------------------------------------------------------------------
 
 

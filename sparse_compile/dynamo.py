@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # the passes import sympy and Dynamo, which takes a second, s
 
 INNER = ("inductor", "aot_eager", "cudagraphs", "tensorrt", "eager")
 KERNELS = ("auto", "autotune", "flash", "triton", "flex", "sdpa", "reference")
-CUDA_GRAPHS = "triton.cudagraphs"  # an option of Inductor
 OPTIONS = ("policy", "inner", "kernel", "strict", "inductor")
 
 
@@ -133,7 +132,7 @@ class Backend:
     ) -> Callable[..., Any]:
         """Compile one graph. ``torch.compile`` calls this."""
         from sparse_compile.passes.compile_graph import compile_graph
-        from sparse_compile.passes.inner_compiler import check_mode
+        from sparse_compile.passes.inner_compiler import check_mode, records_cuda_graphs
         from sparse_compile.passes.ir.left import Refused
 
         check_mode(mode)
@@ -148,8 +147,8 @@ class Backend:
         config = self._config(rewrite, mode)
         with torch.no_grad() if rewrite.cache_uses else nullcontext():
             compiled, note = compile_graph(rewrite, inputs, inner=inner, mode=mode, config=config)
-        # Users did not ask for CUDA graphs, so they need not know that the next step overwrites the results of this one.
-        copies = mode is None and config.get(CUDA_GRAPHS) is True
+        # The next step overwrites the results of a CUDA graph, and users need not know that steps are recorded.
+        copies = bool(rewrite.cache_uses) and inner == "inductor" and records_cuda_graphs(inputs, mode, config)
         if note:
             self.report_note(note)
 
@@ -182,7 +181,7 @@ class Backend:
         addresses never change. Prompts over a cache never do, because their work depends on how much the cache holds. Nor does
         a graph that returns keys or values: in the next run of a CUDA graph they would be overwritten.
         """
-        from sparse_compile.passes.inner_compiler import for_steps, returns_keys
+        from sparse_compile.passes.inner_compiler import CUDA_GRAPHS, for_steps, returns_keys
         from sparse_compile.passes.ir.kv_source import Cached
 
         # autotune tunes attention only, so matrix products stay with ATen.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparse_compile as sc
-from sparse_compile.passes.inner_compiler import needs_whole
+from sparse_compile.passes.inner_compiler import needs_whole, records_cuda_graphs
 from support.models import DECODERS, Decoder, tokens
 from support.pieces import recorded
 
@@ -57,9 +57,14 @@ def test_an_op_that_calls_functions_keeps_a_graph_whole() -> None:
     assert reason.endswith(("is a higher-order op", "is no tensor"))
 
 
-def test_cuda_graphs_and_freezing_need_the_whole_graph() -> None:
+def test_freezing_needs_the_whole_graph() -> None:
+    assert needs_whole(None, {"freezing": True}) == "freezing needs the parameters of the model"
+    assert needs_whole("default", None) == needs_whole("reduce-overhead", None) == ""
+
+
+def test_cuda_graphs_are_recorded_on_devices_other_than_the_cpu() -> None:
     cpu, other = [torch.zeros(1)], [torch.zeros(1, device="meta")]
-    assert needs_whole(other, "reduce-overhead", None) == "CUDA graphs would be captured for each layer"
-    assert needs_whole(other, None, {"triton.cudagraphs": True}) == "CUDA graphs would be captured for each layer"
-    assert needs_whole(cpu, None, {"freezing": True}) == "freezing needs the parameters of the model"
-    assert needs_whole(other, "default", None) == needs_whole(cpu, "reduce-overhead", None) == ""
+    assert records_cuda_graphs(other, "reduce-overhead", None)
+    assert records_cuda_graphs(other, None, {"triton.cudagraphs": True})
+    assert not records_cuda_graphs(other, "reduce-overhead", {"triton.cudagraphs": False})
+    assert not records_cuda_graphs(other, "default", None) and not records_cuda_graphs(cpu, "reduce-overhead", None)
