@@ -6,6 +6,7 @@ nothing beyond torch, and ``import sparse_compile`` stays fast.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import attrgetter
@@ -187,14 +188,23 @@ def recompile_limit() -> int:
     return int(torch._dynamo.config.recompile_limit)
 
 
-def raise_recompile_limit() -> None:
-    """Let Dynamo compile the same code for as many kinds of call as a server sees, instead of 8.
+# How often a model may be compiled for other kinds of calls, such as other batch sizes and caches. Dynamo's limit is 8.
+MOST_COMPILES = 512
 
-    Beyond its limit, Dynamo silently runs a model un-compiled, without its policy. The limits are settings of the process.
+
+def compiles_often() -> dict[str, Any]:
+    """Return the options of ``torch.compile`` with which a model has a limit of compiles of its own, ``MOST_COMPILES``.
+
+    Beyond its limit, Dynamo silently runs a model un-compiled. From torch 2.13 on, the limit belongs to one call of
+    ``torch.compile``. Before, and for all models together, it is a setting of the process, which this raises.
     """
     config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, 512)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8192)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 16 * MOST_COMPILES)
+    known = inspect.signature(torch.compile).parameters
+    if "isolate_recompiles" in known and "recompile_limit" in known:
+        return {"isolate_recompiles": True, "recompile_limit": MOST_COMPILES}
+    config.recompile_limit = max(config.recompile_limit, MOST_COMPILES)
+    return {}
 
 
 def without_recompile_limit() -> AbstractContextManager[Any]:

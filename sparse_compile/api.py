@@ -62,13 +62,14 @@ def compile(
         >>> model.generate(tokens, max_new_tokens=2).shape
         torch.Size([1, 10])
     """
-    chosen = Backend(policy, hooks=Hooks(isolated=_isolates()), **backend_options)
+    options = torch_private.compiles_often()
+    hooks = Hooks(isolated=bool(options), limit=options.get("recompile_limit"))
+    chosen = Backend(policy, hooks=hooks, **backend_options)
     if chosen.policy is not None:
         check_policy(chosen.policy, model)
-    torch_private.raise_recompile_limit()
     inner = generating(model)
     for module in {model, inner or model}:
-        module.compile(backend=chosen, mode=mode, dynamic=dynamic, **_isolation())
+        module.compile(backend=chosen, mode=mode, dynamic=dynamic, **options)
         run = CompiledCall(torch_private.compiled_call(module), module, chosen, prefill_chunk_size)
         torch_private.set_compiled_call(module, run)
     if inner is not None:

@@ -43,7 +43,8 @@ class Hooks:
 
     ``passes`` run after the lift, and ``trains`` says that they add tensors that are trained; calibration sets both. With
     ``dry``, the backend chooses kernels for its report, on ``device`` if it is given, but runs the dense reference; ``explain``
-    sets it. ``isolated`` says that Dynamo counts the recompiles of this backend separately.
+    sets it. ``isolated`` says that Dynamo counts the recompiles of this backend separately, and ``limit`` is how many it allows
+    (None: those of the process).
     """
 
     passes: tuple[Pass, ...] = ()
@@ -51,6 +52,7 @@ class Hooks:
     dry: bool = False
     device: str | None = None
     isolated: bool = False
+    limit: int | None = None
 
 
 class Backend:
@@ -116,6 +118,7 @@ class Backend:
         self._graphs: dict[tuple[int | None, int], int] = {}
         self._traces: dict[int, Callable[[], Any]] = {}  # the last trace of each graph, as a weak reference
         self.report = Report()
+        self._has_warned_of_left = False
         self.calls = 0  # how often compiled graphs ran; ``compile`` uses it to detect a model that runs un-compiled
 
     @property
@@ -271,15 +274,16 @@ class Backend:
             raise SparseCompileError(f"strict=True, but {len(rewrite.left)} attention calls stay as they are: {reasons}")
         without_policy = [call for call in rewrite.left if self._has_mask_for(module_path(call.node))]
         if without_policy:
+            self._has_warned_of_left = True
             reasons = "; ".join(dict.fromkeys(call.reason for call in without_policy))
             self.report_trouble(
                 f"{len(without_policy)} attention calls stay as they are and run without the policy: {reasons}. "
                 "report.left has each of them"
             )
-        limit = torch_private.recompile_limit()
+        limit = self.hooks.limit or torch_private.recompile_limit()
         if attempt + 1 >= limit:
             message = (
-                f"this code was compiled {attempt + 1} times, which reaches torch._dynamo.config.recompile_limit={limit}: "
+                f"this code was compiled {attempt + 1} times, which reaches Dynamo's recompile limit of {limit}: "
                 "the next new shape runs un-compiled, without sparse_compile and without its policy. "
                 "Compile with dynamic=True, so that sizes may change, or raise the limit."
             )
@@ -290,6 +294,8 @@ class Backend:
         if self.policy is None or self.report.rewritten:
             return
         left = len(self.report.left)
+        if left and self._has_warned_of_left:
+            return
         what = (
             f"all {left} stay as they are, for the reasons in the report"
             if left

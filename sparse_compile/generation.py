@@ -199,5 +199,7 @@ def rounded(length: int) -> int:
 
 
 def generating(model: nn.Module) -> nn.Module | None:
-    """The model whose ``generate`` runs: ``model`` itself, or the first one inside it, as in a PEFT model."""
+    """The model whose ``generate`` runs: ``model`` itself, or the first one inside it, as in a PEFT model; None without one."""
+    if not hasattr(model, "generate"):
+        return None
     return next((module for module in model.modules() if hasattr(type(module), "_prepare_cache_for_generation")), None)

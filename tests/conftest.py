@@ -12,6 +12,7 @@ settings.load_profile("sparse_compile")
 def fresh() -> None:
     """Nothing compiled before is there, and fp32 is not rounded to tf32."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     torch.backends.cuda.matmul.allow_tf32 = False
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from sparse_compile.masks import Mask
+from sparse_compile.masks.selection.page_topk import offered
 from sparse_compile.passes.ir.attention import Attention
 from sparse_compile.passes.ir.fx_nodes import expr_of, value_of
 from sparse_compile.passes.ir.kv_source import Cached
@@ -56,7 +57,7 @@ def check_shapes(rewrite: Rewrite) -> int:
             continue
         sizes = _sizes(call)
         symbols = sorted({symbol for size in sizes for symbol in size.free_symbols}, key=str)
-        check = ShapeCheck(call.policy, call.heads, sizes, _places(rewrite.gm, symbols))
+        check = ShapeCheck(offered(call.policy), call.heads, sizes, _places(rewrite.gm, symbols))
         if len(check.places) < len(symbols):
             continue  # a size that depends on values; nothing is known before the graph runs
         if symbols:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch.fx import Node
 
 from sparse_compile.passes.ir.attention import Attention
-from sparse_compile.passes.ir.cache_rows import rows_in_use, write_rows
 from sparse_compile.passes.ir.kv_source import Ring
-from sparse_compile.passes.ir.ring_rows import new_tokens, ring_rows
+from sparse_compile.passes.ir.rows.cache_rows import rows_in_use, write_rows
+from sparse_compile.passes.ir.rows.ring_rows import new_tokens, ring_rows
 from sparse_compile.passes.kv.cache_positions import MovingFrame
 
 

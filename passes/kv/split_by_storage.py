@@ -27,7 +27,6 @@ from sparse_compile.passes.ir.attention import Attention
 from sparse_compile.passes.ir.captured_source import Source
 from sparse_compile.passes.ir.fx_emit import inline
 from sparse_compile.passes.ir.fx_nodes import value_of
-from sparse_compile.passes.ir.head_slices import pick_heads
 from sparse_compile.passes.ir.kv_source import (
     Dense,
     KVSource,
@@ -41,6 +40,7 @@ from sparse_compile.passes.ir.kv_source import (
 )
 from sparse_compile.passes.ir.positions import Positions
 from sparse_compile.passes.ir.rewrite import StorageGroup
+from sparse_compile.passes.ir.rows.head_slices import pick_heads
 from sparse_compile.passes.kv.moving_ring import moving_ring
 from sparse_compile.passes.kv.own_padding import without_own_padding
 from sparse_compile.passes.kv.token_positions import TokenPositions

@@ -13,10 +13,10 @@ from typing import Any
 from torch.fx import Node
 
 from sparse_compile.passes.ir.attention import Attention
-from sparse_compile.passes.ir.cache_rows import size_at, write_rows
 from sparse_compile.passes.ir.fx_emit import emit, inline
 from sparse_compile.passes.ir.fx_nodes import Order
 from sparse_compile.passes.ir.kv_source import NewTokens, RingChunk, RingStep
+from sparse_compile.passes.ir.rows.cache_rows import size_at, write_rows
 from sparse_compile.passes.kv.cache_positions import MovingFrame, period_of
 from sparse_compile.passes.ops.block_tables import tensor_names
 from sparse_compile.passes.ops.cache.cache_update import CacheUpdate, cache_tokens, page_positions

@@ -11,10 +11,10 @@ from sparse_compile.passes.choose.block_layout import Layout
 from sparse_compile.passes.choose.named_mask import NamedMask
 from sparse_compile.passes.ir.attention import Attention
 from sparse_compile.passes.ir.fx_nodes import memory_of
-from sparse_compile.passes.ir.head_slices import pick_heads
 from sparse_compile.passes.ir.kv_source import Paged, Quantized, Selected
 from sparse_compile.passes.ir.left import Left
-from sparse_compile.passes.ir.ring_rows import new_tokens
+from sparse_compile.passes.ir.rows.head_slices import pick_heads
+from sparse_compile.passes.ir.rows.ring_rows import new_tokens
 from sparse_compile.passes.ir.target import Target
 from sparse_compile.passes.lower.kernel import Kernel, needs_device
 from sparse_compile.passes.lower.nodes.cache_writes import write_once

@@ -11,9 +11,9 @@ from sparse_compile.passes.choose.head_groups import head_groups
 from sparse_compile.passes.ir.attention import Attention
 from sparse_compile.passes.ir.fx_emit import fake_mode_of
 from sparse_compile.passes.ir.fx_nodes import value_of
-from sparse_compile.passes.ir.head_slices import join_heads
 from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.rewrite import Rewrite, StorageGroup
+from sparse_compile.passes.ir.rows.head_slices import join_heads
 from sparse_compile.passes.ir.target import HeadGroup, Target
 from sparse_compile.passes.lower.kernel import Kernel
 from sparse_compile.passes.lower.kernels import KERNELS

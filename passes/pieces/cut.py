@@ -77,6 +77,8 @@ def _check_nodes(gm: GraphModule, stages: Stages) -> None:
             raise Whole(f"{node} is a module that the passes did not write")
         if is_higher_order(node.target):
             raise Whole(f"{node} is a higher-order op")
+        if op_name(node) == "item":  # Dynamo passes Python floats like this, and traces again once AOTAutograd asks for one
+            raise Whole(f"{node} is a number that depends on data")
         if node.op == "call_method" and node.target in RESHAPING:
             raise Whole(f"{node} changes the shape of a tensor in place")
         if stages.get(node, FRONT) != FRONT and op_name(node).startswith(("_set_", "_enter_", "_exit_")):

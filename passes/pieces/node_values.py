@@ -43,7 +43,8 @@ class _Record(Interpreter):
         return result
 
     def get_attr(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
-        return self._mode.from_tensor(super().get_attr(target, args, kwargs))
+        # With dynamic lengths, a mode would otherwise invent symbols for the sizes of a constant, which no input explains.
+        return self._mode.from_tensor(super().get_attr(target, args, kwargs), static_shapes=True)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -53,17 +53,16 @@ def move_shared_to_front(graph: Graph, stages: Stages, values: Values) -> int:
     """Move what a layer computes for other stages to the front stage; returns how many nodes moved.
 
     The first layer that needs them computes positions and block tables for all layers, and would otherwise differ from the
-    layers that only use them. A node moves if it needs nothing that belongs to one layer: no tensor that only this layer uses,
-    no result of such an input, and no memory that a layer writes before it.
+    layers that only use them. A node moves if it needs nothing that belongs to one layer: no input of its own, no result of
+    such an input, and no memory that a layer writes before it.
     """
     behind = max(stages.values(), default=FRONT)
     movable: set[Node] = set()
     written: set[int] = set()
+    own = _own_inputs(graph, stages, values, behind)
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
-            users = {stages.get(user, behind) for user in node.users}
-            own = len(users) == 1 and not users & {FRONT, behind}  # only one layer uses it
-            if node.op == "get_attr" or not own or not isinstance(values[node], Tensor):
+            if node not in own:
                 movable.add(node)
         elif stages.get(node) == FRONT:
             movable.add(node)
@@ -83,6 +82,20 @@ def move_shared_to_front(graph: Graph, stages: Stages, values: Values) -> int:
         first.prepend(node)
         stages[node] = FRONT
     return len(moved)
+
+
+def _own_inputs(graph: Graph, stages: Stages, values: Values, behind: int) -> set[Node]:
+    """The inputs that belong to one layer: no other stage uses them, and another layer has an input of the same kind.
+
+    A mask that only the first layer reads, to compute positions for all layers, belongs to none.
+    """
+    kinds: dict[Any, dict[Node, int]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        users, value = {stages.get(user, behind) for user in node.users}, values[node]
+        if len(users) == 1 and not users & {FRONT, behind} and isinstance(value, Tensor):
+            kind = (tuple(map(str, value.shape)), tuple(map(str, value.stride())), value.dtype)
+            kinds.setdefault(kind, {})[node] = users.pop()
+    return {node for alike in kinds.values() if len(set(alike.values())) > 1 for node in alike}
 
 
 def _is_pure(node: Node) -> bool:

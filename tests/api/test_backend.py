@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import sparse_compile as sc
 from sparse_compile.masks import causal, document, sink, sliding_window
 from sparse_compile.passes import inner_compiler as inner_compilers
+from sparse_compile.passes import torch_private
 from support.models import DECODERS, tokens
 
 STREAMING = causal & (sink(2) | sliding_window(6))
@@ -104,7 +105,8 @@ def test_compile_works_in_place_and_generate_runs_compiled() -> None:
     assert {site.phase for site in report.sites} == {"prefill", "decode"}
     assert report.left == []
     assert report.compiles <= 3
-    assert model.generation_config.disable_compile
+    assert model.generation_config.disable_compile is None  # it would be written to the files of the model
+    assert model.get_compiled_call(None) == model.__call__
 
 
 @pytest.mark.skipif(
@@ -194,12 +196,13 @@ def test_the_last_compile_before_the_limit_warns() -> None:
     assert backend.report.notes
 
 
-def test_a_model_that_runs_uncompiled_says_so() -> None:
+def test_a_model_that_runs_uncompiled_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_private, "MOST_COMPILES", 8)
     model, _ = model_and_input()
     sc.compile(model, STREAMING, inner="eager", dynamic=False)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", sc.SparseCompileWarning)
-        for length in range(8, 8 + torch._dynamo.config.recompile_limit):
+        for length in range(8, 8 + 8):
             model(torch.randn(1, length, 16))
     with torch.no_grad(), pytest.warns(sc.SparseCompileWarning, match="the model ran un-compiled"):
         model(torch.randn(1, 60, 16))

@@ -7,11 +7,11 @@ from typing import Any
 from torch.fx import Node
 
 from sparse_compile.passes.ir.attention import Attention
-from sparse_compile.passes.ir.cache_rows import put_tokens, rows_in_use, size_at
 from sparse_compile.passes.ir.fx_emit import emit, inline
 from sparse_compile.passes.ir.fx_nodes import value_of
 from sparse_compile.passes.ir.kv_source import Dense, KVSource, NewTokens, Paged, Prompt, Quantized, Ring, Selected
-from sparse_compile.passes.ir.ring_rows import new_tokens, ring_rows
+from sparse_compile.passes.ir.rows.cache_rows import put_tokens, rows_in_use, size_at
+from sparse_compile.passes.ir.rows.ring_rows import new_tokens, ring_rows
 from sparse_compile.passes.kernels.operands import Append
 from sparse_compile.passes.ops.cache.page_selection import score_pages_by_keys, summarize_pages
 from sparse_compile.passes.ops.cache.quantized_append import CheckedAppend, ReadQuantized, quantized_append, read_quantized

@@ -17,8 +17,8 @@ from sparse_compile.masks.captured import Captured
 from sparse_compile.passes.choose.named_mask import NamedMask
 from sparse_compile.passes.ir.attention import Attention
 from sparse_compile.passes.ir.fx_emit import attach, emit_int, inline
-from sparse_compile.passes.ir.head_slices import pick_heads
 from sparse_compile.passes.ir.region import regions_around
+from sparse_compile.passes.ir.rows.head_slices import pick_heads
 from sparse_compile.passes.lower.nodes.cache_writes import dense_tensors
 from sparse_compile.passes.lower.nodes.scene import Scene
 from sparse_compile.passes.ops.block_tables import KV_START, Q_START, tensor_names

@@ -8,11 +8,11 @@ import torch
 from torch.fx import Node
 
 from sparse_compile.passes.choose.block_layout import Layout
-from sparse_compile.passes.ir.cache_rows import rows_in_use
 from sparse_compile.passes.ir.fx_nodes import expr_of, value_of
 from sparse_compile.passes.ir.kv_source import Quantized, Selected
 from sparse_compile.passes.ir.left import Left
-from sparse_compile.passes.ir.ring_rows import new_tokens
+from sparse_compile.passes.ir.rows.cache_rows import rows_in_use
+from sparse_compile.passes.ir.rows.ring_rows import new_tokens
 from sparse_compile.passes.kernels.operands import PageScoring, SelectPages
 from sparse_compile.passes.lower.nodes.cache_writes import append_quantized, write_once
 from sparse_compile.passes.lower.nodes.emitter import Emitter

@@ -143,7 +143,7 @@ def test_generate_without_a_sparse_cache_is_refused() -> None:
     policy = sc.Policy(prefill=causal, decode=causal & page_topk(8, page=4))
     model = sc.compile(build("llama"), policy, inner="eager")
     with pytest.raises(Exception, match="SparseCache") as refused:
-        model.generate(random_tokens(12), max_new_tokens=4)
+        model.generate(random_tokens(12), max_new_tokens=4, cache_implementation="dynamic")
     assert isinstance(refused.value, sc.SparseCacheError | ValueError)
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sparse_compile.passes.ir.cache_rows import put_tokens, rows_in_use, write_rows
 from sparse_compile.passes.ir.fx_emit import inline
 from sparse_compile.passes.ir.fx_nodes import value_of
-from sparse_compile.passes.ir.head_slices import pick_heads
 from sparse_compile.passes.ir.kv_source import NewTokens, Ring, RingChunk, RingStep
+from sparse_compile.passes.ir.rows.cache_rows import put_tokens, rows_in_use, write_rows
+from sparse_compile.passes.ir.rows.head_slices import pick_heads
 
 
 def new_tokens(point: Node, new: NewTokens) -> tuple[Node, Node]:
