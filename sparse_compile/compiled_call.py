@@ -16,6 +16,7 @@ from sparse_compile.dynamo import Backend, SparseCompileWarning
 
 # Arguments of a model that have one entry for each new token, and the axis of the tokens.
 BY_TOKEN = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0}
+BLOCK = 128  # queries that share a table of keys; chunks are whole blocks, so that a prompt in chunks has the same blocks
 # Arguments that mean the same for every chunk of a prompt.
 WHOLE = ("attention_mask", "past_key_values", "use_cache", "return_dict", "logits_to_keep")
 
@@ -29,7 +30,8 @@ class CompiledCall:
 
     def __init__(self, run: Callable[..., Any], model: nn.Module, backend: Backend, chunk: int | None) -> None:
         self.run, self.model, self.backend, self.chunk = run, model, backend, chunk
-        self.parameters = list(inspect.signature(model.forward).parameters)
+        parameters = inspect.signature(model.forward).parameters.values()
+        self.parameters = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model. Calls that run no compiled graph are reported."""
@@ -37,38 +39,40 @@ class CompiledCall:
             return self.run(*args, **kwargs)
         cache = _argument("past_key_values", args, kwargs, self.parameters)
         padding = getattr(getattr(cache, "positions", None), "padding", None)
-        if isinstance(padding, Padding):
+        if isinstance(padding, Padding) and len(args) <= len(self.parameters):
             kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
             return self._over_cache(cache, padding, kwargs)
         return self._watched(*args, **kwargs)
 
     def _over_cache(self, cache: Any, padding: Padding, kwargs: dict[str, Any]) -> Any:
-        tokens = _tokens(kwargs)
-        step = self._chunk_of(cache, kwargs, tokens)
-        for start in range(0, tokens, step) if step < tokens else ():
-            stop = min(start + step, tokens)
-            held = cache.host_state.columns
-            part = {name: _slice(name, value, start, stop) for name, value in kwargs.items()}
-            if isinstance(mask := kwargs.get("attention_mask"), Tensor):
-                part["attention_mask"] = padding.mask_for(mask[:, : held + stop - start], stop - start, held)
+        rows, tokens = _size(kwargs)
+        whole = kwargs.get("attention_mask")
+        start, result = 0, None
+        for stop in self._ends(cache, kwargs, rows, tokens):
+            part, held = kwargs, cache.host_state.columns
+            if stop - start < tokens:
+                part = {name: _slice(name, value, start, stop) for name, value in kwargs.items()}
+            if isinstance(whole, Tensor):
+                mask = whole[:, : held + stop - start] if stop < tokens else whole
+                part["attention_mask"] = padding.mask_for(mask, stop - start, held)
             result = self._watched(**part)
-        if step < tokens:
-            return result
-        if isinstance(mask := kwargs.get("attention_mask"), Tensor):
-            kwargs["attention_mask"] = padding.mask_for(mask, tokens, cache.host_state.columns)
-        return self._watched(**kwargs)
+            start = stop
+        return result
 
-    def _chunk_of(self, cache: Any, kwargs: Mapping[str, Any], tokens: int) -> int:
-        """The number of tokens of a chunk; ``tokens`` if the prompt runs whole."""
-        rows = cache.max_batch
-        if self.chunk is None or not cache.is_chunkable:
-            return tokens
-        step = max(128, self.chunk // rows // 128 * 128)
-        keeps_last = isinstance(kept := kwargs.get("logits_to_keep"), int) and 0 < kept <= 128
-        mask = kwargs.get("attention_mask")
+    def _ends(self, cache: Any, kwargs: Mapping[str, Any], rows: int, tokens: int) -> list[int]:
+        """Where each chunk of a prompt ends. There is one chunk if the prompt is short, or has to run whole."""
+        step = max(BLOCK, self.chunk // max(rows, 1) // BLOCK * BLOCK) if self.chunk is not None else tokens
+        if tokens <= step or not cache.is_chunkable or cache.host_state.columns + tokens > cache.max_length:
+            return [tokens]
+        kept, mask = kwargs.get("logits_to_keep"), kwargs.get("attention_mask")
         known = all(value is None or name in BY_TOKEN or name in WHOLE for name, value in kwargs.items())
-        two_dimensional = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
-        return step if tokens > step and keeps_last and known and two_dimensional else tokens
+        by_column = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+        if not (isinstance(kept, int) and 0 < kept <= BLOCK and known and by_column):
+            return [tokens]
+        ends = list(range(step, tokens, step))
+        if tokens - ends[-1] < kept:  # the last chunk has all logits that are kept
+            ends.pop()
+        return [*ends, tokens]
 
     def _watched(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, and report a call that runs no compiled graph, and attention that a policy does not reach."""
@@ -102,9 +106,10 @@ def _argument(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], param
     return kwargs.get(name, args[at] if at < len(args) else None)
 
 
-def _tokens(kwargs: Mapping[str, Any]) -> int:
+def _size(kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    """The numbers of sequences and of new tokens of a call."""
     given = [kwargs[name] for name in ("input_ids", "inputs_embeds") if isinstance(kwargs.get(name), Tensor)]
-    return int(given[0].shape[1]) if given else 0
+    return (len(given[0]), int(given[0].shape[1])) if given else (0, 0)
 
 
 def _slice(name: str, value: Any, start: int, stop: int) -> Any:

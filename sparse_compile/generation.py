@@ -126,7 +126,9 @@ class Generation:
         updated: dict[str, Any] = original(self.model, outputs, model_kwargs, *args, **kwargs)
         padding = getattr(getattr(updated.get("past_key_values"), "positions", None), "padding", None)
         if isinstance(padding, Padding) and updated.get("attention_mask") is not None:
-            updated["attention_mask"] = padding.vouch(updated["attention_mask"])
+            mask = padding.vouch(updated.pop("attention_mask"))
+            if mask is not None:  # assisted decoding of transformers 5.17 takes a mask that is there for a tensor
+                updated["attention_mask"] = mask
         return updated
 
     def get_compiled_call(self, *args: Any, **kwargs: Any) -> Any:
@@ -137,6 +139,8 @@ class Generation:
 
     def _lends(self, generation_config: Any) -> bool:
         config, model = generation_config, self.model
+        if not self.refused and len({weight.device for weight in model.parameters()}) > 1:
+            self._refuse("its weights are on several devices")
         ours = config.cache_implementation is None and config.use_cache is not False and not config.is_assistant
         return ours and not self.refused and not model.config.is_encoder_decoder and model._supports_default_dynamic_cache()
 

@@ -193,6 +193,29 @@ def test_a_prompt_in_chunks_gives_the_same_tokens(policy: Mask | None, pad: int)
     assert {site.q_len for site in model.sparse_compile_report.sites if site.phase == "prefill"} >= {"128"}
 
 
+@pytest.mark.parametrize("kept", [1, 3, 100])
+def test_chunks_keep_the_last_logits(kept: int) -> None:
+    """The second length leaves a last chunk of two tokens."""
+    model = sc.compile(llama(), inner="eager", prefill_chunk_size=128)
+    for length in (300, 258):
+        ids = prompt(length, batch=1)["input_ids"]
+        with torch.no_grad():
+            got = model(ids, past_key_values=model.sparse_cache(max_length=512), logits_to_keep=kept).logits
+            wanted = llama()(ids, logits_to_keep=kept).logits
+        assert got.shape == wanted.shape and (got - wanted).abs().max() < 1e-4
+
+
+def test_a_prompt_that_does_not_fit_changes_nothing() -> None:
+    model = sc.compile(llama(), inner="eager", prefill_chunk_size=128)
+    cache = model.sparse_cache(max_length=256)
+    with (
+        torch.no_grad(),
+        pytest.raises(sc.SparseCacheError, match="room for max_length=256 tokens, holds 0, and was given 300"),
+    ):
+        model(prompt(300, batch=1)["input_ids"], past_key_values=cache, logits_to_keep=1)
+    assert cache.get_seq_length() == 0
+
+
 def test_a_call_for_all_logits_runs_whole() -> None:
     model = sc.compile(llama(), inner="eager", prefill_chunk_size=128)
     with torch.no_grad():
