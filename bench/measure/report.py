@@ -10,6 +10,7 @@ from bench.measure.timing import RESULTS
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+GENERATE_BEGIN, GENERATE_END = "<!-- generate: begin -->", "<!-- generate: end -->"
 
 
 def report(folder: Path = RESULTS) -> None:
@@ -28,10 +29,28 @@ def read(folder: Path, name: str) -> list[dict[str, str]]:
 
 
 def with_table(text: str, folder: Path = RESULTS) -> str:
-    """Return ``text`` with a new table between the markers."""
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{markdown(folder)}\n{END}{after}"
+    """Return ``text`` with new tables between their markers."""
+    for begin, end, table in ((BEGIN, END, markdown(folder)), (GENERATE_BEGIN, GENERATE_END, generate_table(folder))):
+        before, rest = text.split(begin)
+        after = rest.split(end)[1]
+        text = f"{before}{begin}\n{table}\n{end}{after}"
+    return text
+
+
+def generate_table(folder: Path) -> str:
+    """Return the README's table of ``generate``: the whole model at its longest prompt."""
+    rows = read(folder, "generate")
+    most = max((int(row["layers"]), int(row["prompt"])) for row in rows)
+    rows = [row for row in rows if (int(row["layers"]), int(row["prompt"])) == most]
+    lines = ["| | first token | ms a token | KV cache | peak memory | first call, compiles |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        memory = " | ".join(f"{float(row[name]):.1f} GiB" for name in ("cache_gib", "peak_gib"))
+        times = f"{float(row['first_token_s']):.1f} s | {float(row['p50_ms']):.2f}"
+        lines.append(f"| {row['method']} | {times} | {memory} | {float(row['first_call_s']):.0f} s |")
+    first = rows[0]
+    where = f"{first['gpu']}, torch {first['torch']}, transformers {first['transformers']}, bfloat16, {first['date']}"
+    shape = f"{first['shape']}'s shape, random weights, a prompt of {int(first['prompt']):,} tokens"
+    return "\n".join([*lines, "", f"{shape}, 64 new tokens. {where}."])
 
 
 def markdown(folder: Path) -> str:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     DynamicCache,
@@ -18,9 +22,12 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
+    TextIteratorStreamer,
+    pipeline,
 )
 
 import sparse_compile as sc
@@ -58,6 +65,14 @@ def prompt(length: int = 60, batch: int = 2, pad: int = 0) -> dict[str, Tensor]:
     mask = torch.ones_like(ids)
     ids[0, :pad], mask[0, :pad] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def tokenizer() -> Any:
+    """A tokenizer whose words are the numbers of its tokens."""
+    words = WordLevel({f"w{number}": number for number in range(SMALL["vocab_size"])}, unk_token="w3")
+    made = Tokenizer(words)
+    made.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w0")
 
 
 def new_tokens(model: Any, inputs: dict[str, Tensor], count: int = 12, **options: Any) -> Tensor:
@@ -326,6 +341,70 @@ def test_learned_positions() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, pad_token_id=0, eos_token_id=None)).eval()
     wanted = new_tokens(model, prompt(pad=PAD))
     assert torch.equal(new_tokens(sc.compile(model, inner="eager"), prompt(pad=PAD)), wanted)
+
+
+# -- other callers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_streamer_in_a_thread_gets_every_token() -> None:
+    model, words = sc.compile(llama(), STREAMING, inner="eager"), tokenizer()
+    wanted = new_tokens(model, prompt(batch=1))
+    streamer = TextIteratorStreamer(words, skip_prompt=True)
+    thread = Thread(target=model.generate, kwargs={**prompt(batch=1), "max_new_tokens": 12, "streamer": streamer})
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert text.split() == words.decode(wanted[0]).split()
+
+
+def test_a_pipeline_uses_the_cache_of_the_policy() -> None:
+    model, words = sc.compile(llama(), STREAMING, inner="eager"), tokenizer()
+    text = words.decode(prompt(40, batch=1)["input_ids"][0])
+    run: Any = pipeline("text-generation", model=model, tokenizer=words)
+    (out,) = run(text, max_new_tokens=5, do_sample=False, return_full_text=False)
+    assert out["generated_text"].split() == words.decode(new_tokens(model, words(text, return_tensors="pt"), 5)[0]).split()
+    assert model.generate.__self__._spare.cache is not None
+
+
+class Wrapper(nn.Module):
+    """A model around another one, as PEFT makes it."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base.forward(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base.generate(*args, **kwargs)
+
+
+def test_a_wrapper_generates_under_the_policy() -> None:
+    wanted = new_tokens(sc.compile(llama(), STREAMING, inner="eager"), prompt())
+    model: Any = sc.compile(Wrapper(llama()), STREAMING, inner="eager")
+    assert torch.equal(new_tokens(model, prompt()), wanted)
+    assert {site.policy_mask for site in model.sparse_compile_report.sites} == {str(STREAMING)}
+    with torch.no_grad():
+        logits = model(prompt()["input_ids"]).logits
+        assert (logits - sc.compile(llama(), STREAMING, inner="eager")(prompt()["input_ids"]).logits).abs().max() < 1e-5
+
+
+def test_two_threads_have_caches_of_their_own() -> None:
+    model = sc.compile(llama(), STREAMING, inner="eager")
+    inputs = [prompt(60), prompt(61)]
+    wanted = [new_tokens(model, each) for each in inputs]
+    got: dict[int, Tensor] = {}
+
+    def run(at: int) -> None:
+        got[at] = new_tokens(model, inputs[at])
+
+    threads = [Thread(target=run, args=(at,)) for at in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(got[at], wanted[at]) for at in range(2))
 
 
 def test_a_saved_model_is_as_it_was(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from bench.__main__ import BENCHES
 from bench.measure import timing
 from bench.measure.report import README, plot, with_table
 from bench.models.filled import weights
+from bench.models.generate import METHODS, measure_all, write_rows
 from bench.models.model import TINY, build
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -40,6 +41,17 @@ def test_on_cpu_windows_and_long_caches_beat_sdpa_under_the_same_dense_mask() ->
     for row in BENCHES["decode"](smoke=True):
         assert row.kv_len == 32768
         assert row.ratio > (1 if row.what.startswith("all streaming") else 0.7)
+
+
+@pytest.mark.slow
+def test_generate_is_measured_row_by_row(tmp_path: Path) -> None:
+    methods = tuple(method for method in METHODS if method.name in ("eager", "exact"))
+    write_rows(tmp_path / "generate.csv", measure_all(TINY, (64,), methods))
+    with (tmp_path / "generate.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["equal"]) for row in rows] == [("eager", "1"), ("exact", "1")]
+    assert all(float(row["first_call_s"]) > float(row["first_token_s"]) > 0 and float(row["p50_ms"]) > 0 for row in rows)
+    assert "causal" in rows[1]["kernels"] and float(rows[1]["cache_gib"]) > 0
 
 
 def test_the_readme_says_what_was_measured() -> None:
