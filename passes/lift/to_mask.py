@@ -25,6 +25,7 @@ from sparse_compile.masks import (
 from sparse_compile.passes.ir.captured_source import Source
 from sparse_compile.passes.ir.fx_nodes import expr_of, value_of
 from sparse_compile.passes.ir.positions import Positions
+from sparse_compile.passes.lift.packed import by_index
 from sparse_compile.passes.lift.pullback import Pullback
 from sparse_compile.passes.lift.symbolic_element import (
     AXES,
@@ -63,7 +64,7 @@ class Words:
             return full if value.value else ~full
         if isinstance(value, All):
             # The report is easier to read with causal in front.
-            masks = sorted((self.mask(part) for part in value.parts), key=lambda mask: mask != causal)
+            masks = sorted((self.mask(part) for part in by_index(value.parts, self.pull.atoms)), key=lambda mask: mask != causal)
             return reduce(lambda a, b: a & b, masks)
         if isinstance(value, Some):
             return reduce(lambda a, b: a | b, [self.mask(part) for part in value.parts])

@@ -113,14 +113,40 @@ def test_packed_sequences_vanish_over_default_positions() -> None:
     assert (result.got - F.scaled_dot_product_attention(*qkv(N), is_causal=True)).abs().max() < 1e-5
 
 
-def test_packed_sequences_stay_over_positions_that_start_again() -> None:
-    """Transformers compares position ids for causality as well, and here these are a tensor."""
-    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]] * 2)
-    result = compare(attend(lambda p: hf_mask(None, p)), *qkv(N), positions)
+PACKED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6], [5, 6, 7, 0, 1, 2, 2, 3, 4, 5, 9, 10]])
+
+
+def test_packed_sequences_are_causal_documents() -> None:
+    """Newer versions of transformers compare position ids for causality as well, and here these are a tensor."""
+    result = compare(attend(lambda p: hf_mask(None, p)), *qkv(N), PACKED)
     assert result.error == 0
-    assert result.reasons == []
-    # transformers 5.17 compares indices for causality; later versions compare the position ids themselves
-    assert result.masks in (["document & explicit"], ["causal & document"])
+    assert_read(result, "causal & document")
+
+
+def packed(first: bool, window: int, step: int = 1) -> Build:
+    """A window over positions, within the texts that begin where positions do not grow by ``step``."""
+
+    def build(positions: Tensor) -> Tensor:
+        before = positions[:, :1] - 1 if first else None
+        change = torch.diff(positions, prepend=before, dim=-1)
+        texts = (change != step).cumsum(-1)
+        if not first:
+            texts = F.pad(texts, (0, 1))
+        query, key = positions[:, None, :, None], positions[:, None, None, :]
+        same = texts[:, None, :, None] == texts[:, None, None, :]
+        return (key <= query) & (key > query - window) & same
+
+    return build
+
+
+def test_windows_of_packed_sequences_count_places() -> None:
+    assert_read(compare(attend(packed(True, 3)), *qkv(N), PACKED), "causal & sliding_window(3) & document")
+
+
+@pytest.mark.parametrize("build", [packed(False, 3), packed(True, 3, step=2)], ids=["texts end early", "other steps"])
+def test_texts_that_begin_elsewhere_keep_their_positions(build: Build) -> None:
+    result = compare(attend(build), *qkv(N), PACKED)
+    assert result.error == 0 and "explicit" in result.masks[0]
 
 
 def test_the_padding_of_transformers_is_lifted() -> None:
