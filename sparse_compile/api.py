@@ -63,7 +63,7 @@ def compile(
         torch.Size([1, 10])
     """
     options = torch_private.compiles_often()
-    hooks = Hooks(isolated=bool(options), limit=options.get("recompile_limit"))
+    hooks = Hooks(isolated=bool(options), limit=options.get("recompile_limit"), has_decoder=_has_decoder(model))
     chosen = Backend(policy, hooks=hooks, **backend_options)
     if chosen.policy is not None:
         check_policy(chosen.policy, model)
@@ -92,6 +92,14 @@ def _state_of_copy(model: nn.Module) -> dict[str, Any]:
     warnings.warn(message, SparseCompileWarning, stacklevel=2)
     state: Any = type(model).__getstate__(model)
     return {name: value for name, value in state.items() if name not in ("sparse_compile_report", "__getstate__", *REPLACED)}
+
+
+def _has_decoder(model: nn.Module) -> bool:
+    """Whether a transformers model consists of a text decoder and other parts, such as a vision tower."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return False
+    return bool(config.is_encoder_decoder) or config.get_text_config(decoder=True) is not config
 
 
 def check_policy(policy: Policy, model: nn.Module) -> None:
@@ -139,7 +147,8 @@ def explain(
 
 def planner(policy: Policy | Mask | None, model: nn.Module, device: str | None = None) -> Backend:
     """Return a backend that reports what ``Backend(policy)`` would do, but runs the dense reference."""
-    chosen = Backend(policy, hooks=Hooks(dry=True, device=device, isolated=_isolates()))
+    hooks = Hooks(dry=True, device=device, isolated=_isolates(), has_decoder=_has_decoder(model))
+    chosen = Backend(policy, hooks=hooks)
     if chosen.policy is not None:
         check_policy(chosen.policy, model)
     return chosen

@@ -44,7 +44,7 @@ class Hooks:
     ``passes`` run after the lift, and ``trains`` says that they add tensors that are trained; calibration sets both. With
     ``dry``, the backend chooses kernels for its report, on ``device`` if it is given, but runs the dense reference; ``explain``
     sets it. ``isolated`` says that Dynamo counts the recompiles of this backend separately, and ``limit`` is how many it allows
-    (None: those of the process).
+    (None: those of the process). ``has_decoder`` says that the model has a text decoder beside an encoder.
     """
 
     passes: tuple[Pass, ...] = ()
@@ -53,6 +53,7 @@ class Hooks:
     device: str | None = None
     isolated: bool = False
     limit: int | None = None
+    has_decoder: bool = False
 
 
 class Backend:
@@ -220,9 +221,10 @@ class Backend:
         )
         gradients = gradients and not reads_cache(gm)
         target = Target(self.inner, self.kernel, gradients, self.hooks.device, capability())
-        rewrite = run_passes(Rewrite(gm, self._mask_for, target, self.hooks.dry), self.hooks.passes)
+        rewrite = Rewrite(gm, self._mask_for, target, self.hooks.dry, has_decoder=self.hooks.has_decoder)
+        run_passes(rewrite, self.hooks.passes)
         if not getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False):
-            self._check_layers({call.layer for call in rewrite.calls})
+            self._check_layers({call.layer for call in rewrite.calls if call.phase != "other"})
         if self.policy is not None and self.policy.names_layers() and any(not call.module for call in rewrite.calls):
             self.report_trouble(
                 "the policy names layers or modules, but Dynamo recorded no module for some attention calls, as happens behind "
@@ -244,8 +246,10 @@ class Backend:
         masks = (self.policy.mask_for(module, layer_index(module), phase) for phase in phases if self.policy is not None)
         return any(mask is not None and mask != full for mask in masks)
 
-    def _mask_for(self, call: Attention) -> Mask | None:
-        return None if self.policy is None else self.policy.mask_for(call.module, call.layer, call.phase)
+    def _mask_for(self, call: Attention, *, by_path: bool) -> Mask | None:
+        if self.policy is None:
+            return None
+        return self.policy.mask_for(call.module, None if by_path else call.layer, call.phase, by_path=by_path)
 
     def _record(self, rewrite: Rewrite, held: int | None) -> None:
         from sparse_compile.passes.ir.fx_nodes import module_path

@@ -68,16 +68,19 @@ class Policy:
         object.__setattr__(self, "prefill", _phase("prefill", prefill))
         object.__setattr__(self, "decode", _phase("decode", decode))
 
-    def mask_for(self, module: str, layer: int | None, phase: str) -> Mask | None:
-        """The mask of one call, or None if the policy leaves the call exact."""
+    def mask_for(self, module: str, layer: int | None, phase: str, *, by_path: bool = False) -> Mask | None:
+        """The mask of one call, or None if the policy leaves the call exact.
+
+        With ``by_path``, only entries for module paths count, as for an encoder beside a text decoder.
+        """
         chosen = {"prefill": self.prefill, "decode": self.decode}.get(phase)
         if chosen is not None:
-            return chosen.mask_for(module, layer, phase)
-        for kind in (int, range, str):
+            return chosen.mask_for(module, layer, phase, by_path=by_path)
+        for kind in (str,) if by_path else (int, range, str):
             for key, mask in self.layers:
                 if isinstance(key, kind) and _matches(key, module, layer):
                     return mask
-        return self.default
+        return None if by_path else self.default
 
     def names_layers(self) -> bool:
         """Whether the policy has entries for single layers or modules."""

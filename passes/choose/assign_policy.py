@@ -18,11 +18,28 @@ from sparse_compile.passes.torch_private import real_tensors
 def assign_policy(rewrite: Rewrite) -> int:
     """Assign the mask of the policy to every call. The model's own mask still applies as well.
 
+    Beside a text decoder, attention in both directions is that of an encoder, such as a vision tower. A policy is for the
+    decoder, and reaches an encoder by the path of its modules only.
+
     Returns the number of calls that got a mask. Raises ``ValueError`` for a mask that was written for another number of heads,
     and for a ``page_topk`` that no prefill can follow.
     """
-    rewrite.calls = [_assigned(call, rewrite.assign(call)) for call in rewrite.calls]
+    has_decoder = rewrite.has_decoder or any(_decodes(call) for call in rewrite.calls)
+    rewrite.calls = [_with_policy(call, rewrite, has_decoder) for call in rewrite.calls]
     return sum(call.policy != full for call in rewrite.calls)
+
+
+def _decodes(call: Attention) -> bool:
+    return call.is_self_attention and call.phase != "other"
+
+
+def _with_policy(call: Attention, rewrite: Rewrite, has_decoder: bool) -> Attention:
+    if not (has_decoder and call.is_self_attention and call.phase == "other"):
+        return _assigned(call, rewrite.assign(call, by_path=False))
+    assigned = _assigned(call, rewrite.assign(call, by_path=True))
+    if assigned.has_policy or rewrite.assign(call, by_path=False) in (None, full):
+        return assigned
+    return replace(call, note="an encoder beside a text decoder: the policy reaches it by the path of its modules only")
 
 
 def _assigned(call: Attention, mask: Mask | None) -> Attention:

@@ -11,6 +11,7 @@ import torch
 from torch.fx import Node
 
 from sparse_compile.masks import Mask, ScoreMod, causal, full, per_head
+from sparse_compile.masks.patterns.tensor import Explicit
 from sparse_compile.masks.selection.page_topk import has_selector
 from sparse_compile.passes.ir.captured_source import Source
 from sparse_compile.passes.ir.fx_nodes import expr_of, hint_of, is_one, layer_index, module_path, sizes_of, value_of
@@ -169,7 +170,9 @@ class Attention:
 def phase_of(q_len: Any, kv: KVSource, mask: Mask, *, is_self_attention: bool) -> Phase:
     """The phase of a call. Cross-attention is ``other``. One query over a cache or over several keys is ``decode``.
 
-    All other calls over a cache are ``prefill``. So are calls without a cache under a causal mask. The rest is ``other``.
+    All other calls over a cache are ``prefill``. So are calls without a cache under a causal mask, and under a mask that only a
+    tensor describes, such as a mask of the caller or one behind a graph break. The rest attends in both directions and is
+    ``other``.
     """
     if not is_self_attention:
         return "other"
@@ -177,4 +180,5 @@ def phase_of(q_len: Any, kv: KVSource, mask: Mask, *, is_self_attention: bool) -
         return "decode" if is_one(q_len) else "prefill"
     if is_one(q_len) and expr_of(kv.length) != 1:
         return "decode"
-    return "prefill" if mask.implies(causal) else "other"
+    is_unknown = any(isinstance(node, Explicit) for node in mask.walk())
+    return "prefill" if is_unknown or mask.implies(causal) else "other"

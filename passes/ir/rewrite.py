@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch.fx import GraphModule, Node
 
@@ -50,7 +50,10 @@ class StorageGroup:
     heads: tuple[int, ...]
 
 
-Assign = Callable[[Attention], Mask | None]
+class Assign(Protocol):
+    """Says which mask the policy has for a call: of all its entries, or of those for module paths only."""
+
+    def __call__(self, call: Attention, *, by_path: bool) -> Mask | None: ...
 
 
 @dataclass
@@ -66,6 +69,7 @@ class Rewrite:
     assign: Assign
     target: Target = field(default_factory=Target)
     dry: bool = False  # choose kernels for the report, and run the dense reference
+    has_decoder: bool = False  # whether the model has a text decoder, which may be in another graph
     written: list[WrittenCall] = field(default_factory=list)
     calls: list[Attention] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)

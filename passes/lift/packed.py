@@ -1,8 +1,8 @@
 """Packed texts: within one text, a comparison of positions is a comparison of places in the batch.
 
-For packed texts, transformers compares ``position_ids[b, i]`` with ``position_ids[b, j]``, and shows pairs of one text only. A text
-begins where a position is not one more than the position before it. Within a text, two positions are therefore as far apart as
-their places, so ``position_ids[b, j] <= position_ids[b, i]`` is ``j <= i`` there.
+For packed texts, transformers compares ``position_ids[b, i]`` with ``position_ids[b, j]``, and shows pairs of one text only. A
+text begins where a position is not one more than the position before it. Within a text, two positions are as far apart as their
+places, so ``position_ids[b, j] <= position_ids[b, i]`` is ``j <= i`` there.
 """
 
 from __future__ import annotations

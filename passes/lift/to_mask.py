@@ -63,8 +63,9 @@ class Words:
         if isinstance(value, Truth):
             return full if value.value else ~full
         if isinstance(value, All):
+            parts = by_index(value.parts, self.pull.atoms)
             # The report is easier to read with causal in front.
-            masks = sorted((self.mask(part) for part in by_index(value.parts, self.pull.atoms)), key=lambda mask: mask != causal)
+            masks = sorted((self.mask(part) for part in parts), key=lambda mask: mask != causal)
             return reduce(lambda a, b: a & b, masks)
         if isinstance(value, Some):
             return reduce(lambda a, b: a | b, [self.mask(part) for part in value.parts])

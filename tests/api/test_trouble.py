@@ -134,7 +134,7 @@ def test_a_body_that_writes_a_sparse_cache_stays_as_it_is() -> None:
     operands = [outer.placeholder(name) for name in "qk"]
     op = outer.call_function(invoke_subgraph, (outer.get_attr("body"), "body", *operands))
     outer.output(op)
-    rewrite = Rewrite(GraphModule({"body": GraphModule({}, body)}, outer), lambda call: None)
+    rewrite = Rewrite(GraphModule({"body": GraphModule({}, body)}, outer), lambda call, by_path: None)
     assert open_regions(rewrite) == 0
     read_attention(rewrite)
     (call,) = rewrite.left

@@ -340,7 +340,7 @@ def test_splits_follow_the_gpu_and_the_live_blocks(
 
 
 def test_autotune_leaves_the_tiles_to_inductor() -> None:
-    graph = Rewrite(GraphModule({}, Graph()), lambda call: None)
+    graph = Rewrite(GraphModule({}, Graph()), lambda call, by_path: None)
     assert sc.Backend(kernel="autotune")._config(graph, None) == {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
     assert sc.Backend(kernel="autotune", inductor={"max_autotune": False})._config(graph, None)["max_autotune"] is False
     assert sc.Backend()._config(graph, None) == {}
