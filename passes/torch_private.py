@@ -239,8 +239,14 @@ def has_static_address(node: Any) -> bool:
 
 
 def same_addresses(inputs: Sequence[Any], addresses: Sequence[int | None], places: Sequence[int]) -> bool:
-    """Whether the tensors of ``inputs`` at these places have these addresses. In C++, because a model has hundreds of them."""
-    return bool(torch._C._tensors_data_ptrs_at_indices_equal(list(inputs), list(addresses), list(places)))
+    """Whether the tensors of ``inputs`` at these places have these addresses.
+
+    A model has hundreds of them, so a torch with CUDA compares them in C++.
+    """
+    compare = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+    if compare is not None:
+        return bool(compare(list(inputs), list(addresses), list(places)))
+    return all(inputs[at].data_ptr() == addresses[at] for at in places)
 
 
 # -- Inductor -----------------------------------------------------------------------------------------------------------

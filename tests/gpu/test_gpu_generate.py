@@ -87,6 +87,17 @@ def test_no_mask_of_queries_times_keys_is_allocated() -> None:
         assert torch.cuda.max_memory_allocated() - before < 8192 * length  # bytes: a mask of one chunk, one byte a pair
 
 
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_steps_in_pieces_equal_the_reference(policy: sc.Policy | Mask | None) -> None:
+    """Six layers are cut into pieces, which are recorded as one CUDA graph."""
+    inputs = padded()
+    wanted = new_tokens(sc.compile(model(layers=6), policy, inner="eager"), inputs)
+    torch._dynamo.reset()
+    fast = sc.compile(model(layers=6), policy)
+    for _ in range(2):
+        assert torch.equal(new_tokens(fast, inputs), wanted)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_caches_of_transformers_work_under_cuda_graphs(cache: str) -> None:
