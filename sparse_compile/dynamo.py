@@ -295,7 +295,17 @@ class Backend:
 
     def check_reach(self) -> None:
         """Report a policy that restricts no attention call. ``compile`` calls this after the model has run."""
-        if self.policy is None or self.report.rewritten:
+        if self.policy is None:
+            return
+        modules = {site.module for site in self.report.sites}
+        for pattern in self.policy.unmatched(modules) if modules else ():
+            message = (
+                f"the policy names {pattern!r}, which matches no module that calls attention: these modules are called, for "
+                f"example, {min(modules)!r}"
+            )
+            if message not in self.report.notes:
+                self.report_trouble(message)
+        if self.report.rewritten:
             return
         left = len(self.report.left)
         if left and self._has_warned_of_left:

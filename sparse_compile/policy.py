@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,13 @@ class Policy:
         """Whether the policy has entries for modules by path."""
         phases = (phase for phase in (self.prefill, self.decode) if phase is not None)
         return any(isinstance(key, str) for key, _ in self.layers) or any(phase.names_modules() for phase in phases)
+
+    def unmatched(self, modules: Collection[str]) -> list[str]:
+        """The patterns for module paths, each once, that match none of ``modules``."""
+        phases = (phase for phase in (self.prefill, self.decode) if phase is not None)
+        patterns = [key for key, _ in self.layers if isinstance(key, str)]
+        missing = [key for key in patterns if not any(fnmatch.fnmatchcase(module, key) for module in modules)]
+        return list(dict.fromkeys([*missing, *(key for phase in phases for key in phase.unmatched(modules))]))
 
     def selects(self) -> bool:
         """Whether decode steps select pages by queries and keys (``page_topk``), which needs a ``SparseCache``."""

@@ -163,7 +163,9 @@ def module_path(node: Node) -> str:
     path = str(next(reversed(stack.values()))[0])
     path = re.sub(r"^[LG]\['\w+'\]", "", path.replace("getattr(", ""))  # the name of the variable that holds the model
     path = re.sub(r"\['?([^'\]]+)'?\]", r".\1", path)  # .layers[0] -> .layers.0
-    parts = [p for p in path.split(".") if p not in ("", "_modules", "_orig_mod")]
+    # A hook or a nested region calls a bound method, whose name and ``__self__`` stand for the module itself.
+    path = re.sub(r"\.\w+\.__self__(?=\.|$)", "", path)
+    parts = [p for p in path.split(".") if p not in ("", "_modules", "_orig_mod", "__dict__")]
     return ".".join(parts)
 
 

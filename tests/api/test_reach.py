@@ -129,3 +129,50 @@ def test_a_model_with_all_rows_does_not_warn() -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error", sc.SparseCompileWarning)
         model(tokens())
+
+
+class Inner(nn.Module):
+    """Two attention layers, as a model has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(TinyAttention("sdpa") for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x).transpose(1, 2).flatten(2)
+        return x
+
+
+class WithGetattr(nn.Module):
+    """A wrapper that hands everything on to the model inside, as those of PEFT and diffusers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = Inner()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base, name)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.base(x)
+
+
+def test_paths_behind_a_wrapper_are_those_of_named_modules() -> None:
+    model = sc.compile(WithGetattr().eval(), sc.Policy(None, layers={"base.layers.1": STREAMING}), inner="eager")
+    model(torch.randn(2, 12, 32))
+    sites = {site.module: site.action for site in model.sparse_compile_report.sites}
+    assert sites == {"base.layers.0": "exact", "base.layers.1": "sparse"}
+    assert set(sites) <= {path for path, _ in model.named_modules()}
+
+
+def test_a_pattern_that_matches_nothing_warns() -> None:
+    policy = sc.Policy(None, layers={"base.layers.*": STREAMING}, decode=sc.Policy(None, layers={"base.layer.*": STREAMING}))
+    model = sc.compile(WithGetattr().eval(), policy, inner="eager")
+    with pytest.warns(sc.SparseCompileWarning, match=r"names 'base.layer.\*', which matches no module .* 'base.layers.0'"):
+        model(torch.randn(2, 12, 32))
+    with pytest.raises(sc.SparseCompileError, match="matches no module"):
+        sc.compile(WithGetattr().eval(), policy, inner="eager", strict=True)(torch.randn(2, 12, 32))
