@@ -163,6 +163,11 @@ full = Full()
 nothing = ~full
 
 
+def conjuncts(mask: Mask) -> tuple[Mask, ...]:
+    """Return the masks that ``mask`` is the conjunction of; ``mask`` itself if it is none."""
+    return mask.masks if isinstance(mask, And) else (mask,)
+
+
 @view
 def both(*masks: Mask) -> Mask:
     """Return the simplified conjunction: masks that another one implies are dropped, so that printed masks stay readable."""

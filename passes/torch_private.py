@@ -188,6 +188,14 @@ def recompile_limit() -> int:
     return int(torch._dynamo.config.recompile_limit)
 
 
+def isolates_recompiles() -> bool:
+    """Whether ``torch.compile`` can count the recompiles of each model separately, as it can from torch 2.13 on.
+
+    Otherwise the recompile limit applies to a code object, which all models of a class share.
+    """
+    return {"isolate_recompiles", "recompile_limit"} <= set(inspect.signature(torch.compile).parameters)
+
+
 # How often a model may be compiled for other kinds of calls, such as other batch sizes and caches. Dynamo's limit is 8.
 MOST_COMPILES = 512
 
@@ -200,8 +208,7 @@ def compiles_often() -> dict[str, Any]:
     """
     config: Any = torch._dynamo.config
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 16 * MOST_COMPILES)
-    known = inspect.signature(torch.compile).parameters
-    if "isolate_recompiles" in known and "recompile_limit" in known:
+    if isolates_recompiles():
         return {"isolate_recompiles": True, "recompile_limit": MOST_COMPILES}
     config.recompile_limit = max(config.recompile_limit, MOST_COMPILES)
     return {}

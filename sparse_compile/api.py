@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -112,19 +111,6 @@ def check_policy(policy: Policy, model: nn.Module) -> None:
         policy.check(layers, heads, kv_heads if isinstance(kv_heads, int) else heads)
 
 
-def _isolates() -> bool:
-    """Whether ``torch.compile`` can count the recompiles of each model separately, as it can from torch 2.13 on.
-
-    Otherwise the recompile limit applies to a code object, which all models of a class share.
-    """
-    return "isolate_recompiles" in inspect.signature(torch.compile).parameters
-
-
-def _isolation() -> dict[str, Any]:
-    """The option of ``torch.compile`` that keeps other models of a class from using up the recompiles of this one."""
-    return {"isolate_recompiles": True} if _isolates() else {}
-
-
 def explain(
     model: nn.Module, *args: Any, policy: Policy | Mask | None = None, device: str | None = None, **kwargs: Any
 ) -> Report:
@@ -141,13 +127,14 @@ def explain(
     chosen = planner(policy, model, device)
     # Each explanation is a separate backend; before torch 2.13 it would use up the recompiles of the model's code.
     with torch.no_grad(), torch_private.without_recompile_limit():
-        CompiledCall(torch.compile(model, backend=chosen, **_isolation()), model, chosen, chunk=None)(*args, **kwargs)
+        run = torch.compile(model, backend=chosen, **torch_private.compiles_often())
+        CompiledCall(run, model, chosen, chunk=None)(*args, **kwargs)
     return chosen.report
 
 
 def planner(policy: Policy | Mask | None, model: nn.Module, device: str | None = None) -> Backend:
     """Return a backend that reports what ``Backend(policy)`` would do, but runs the dense reference."""
-    hooks = Hooks(dry=True, device=device, isolated=_isolates(), has_decoder=_has_decoder(model))
+    hooks = Hooks(dry=True, device=device, isolated=torch_private.isolates_recompiles(), has_decoder=_has_decoder(model))
     chosen = Backend(policy, hooks=hooks)
     if chosen.policy is not None:
         check_policy(chosen.policy, model)

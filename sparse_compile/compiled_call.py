@@ -16,7 +16,6 @@ from sparse_compile.dynamo import Backend, SparseCompileWarning
 
 # Arguments of a model that have one entry for each new token, and the axis of the tokens.
 BY_TOKEN = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0}
-BLOCK = 128  # queries that share a table of keys; chunks are whole blocks, so that a prompt in chunks has the same blocks
 # Arguments that mean the same for every chunk of a prompt.
 WHOLE = ("attention_mask", "past_key_values", "use_cache", "return_dict", "logits_to_keep")
 
@@ -60,8 +59,15 @@ class CompiledCall:
         return result
 
     def _ends(self, cache: Any, kwargs: Mapping[str, Any], rows: int, tokens: int) -> list[int]:
-        """Where each chunk of a prompt ends. There is one chunk if the prompt is short, or has to run whole."""
-        step = max(BLOCK, self.chunk // max(rows, 1) // BLOCK * BLOCK) if self.chunk is not None else tokens
+        """Where each chunk of a prompt ends. There is one chunk if the prompt is short, or has to run whole.
+
+        Chunks consist of whole blocks of queries, so that a prompt in chunks has the same blocks.
+        """
+        if self.chunk is None or tokens <= 1:
+            return [tokens]
+        from sparse_compile.passes.ops.block_tables import BLOCK
+
+        step = max(BLOCK, self.chunk // max(rows, 1) // BLOCK * BLOCK)
         if tokens <= step or not cache.is_chunkable or cache.host_state.columns + tokens > cache.max_length:
             return [tokens]
         kept, mask = kwargs.get("logits_to_keep"), kwargs.get("attention_mask")

@@ -1,8 +1,8 @@
-"""``generate()`` of a compiled transformers model: it makes, lends and reuses the ``SparseCache`` that the policy needs.
+"""``generate()`` of a compiled transformers model: it makes, uses and keeps the ``SparseCache`` that the policy needs.
 
-Three methods of transformers are replaced on the compiled model alone; each calls the original. ``generate`` returns the cache
-to the model afterwards. ``_prepare_cache_for_generation`` supplies it. ``_update_model_kwargs_for_generation`` says which mask
-the next step gets. ``get_compiled_call`` keeps ``generate`` from compiling a second time around a static cache.
+Four methods of transformers are replaced on the compiled model alone. ``_prepare_cache_for_generation`` supplies the cache, and
+``generate`` keeps it for the next call. ``_update_model_kwargs_for_generation`` chooses the mask of the next step. These three
+call the original. ``get_compiled_call`` keeps ``generate`` from compiling a second time around a static cache.
 """
 
 from __future__ import annotations
@@ -26,22 +26,14 @@ _lock = Lock()
 
 
 @dataclass
-class _Call:
-    """One call of ``generate``: the cache that it was lent, and the size and options of that cache."""
+class _Kept:
+    """A cache and the options that it was built with. The cache is None before there is one, and while it is in use."""
 
     cache: Any = None
-    key: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
-@dataclass
-class _Spare:
-    """The cache of the last call, and the options that it was built with."""
-
-    cache: Any = None
-    key: tuple[str, ...] = ()
-
-
-_call: ContextVar[_Call | None] = ContextVar("sparse_compile_generate", default=None)
+_in_use: ContextVar[_Kept | None] = ContextVar("sparse_compile_generate", default=None)  # by this call of ``generate``
 
 
 @dataclass
@@ -52,7 +44,7 @@ class Generation:
     backend: Backend
     options: Mapping[str, Any]
     refused: str = ""  # why this model gets the caches of transformers
-    _spare: _Spare = field(default_factory=_Spare)
+    _spare: _Kept = field(default_factory=_Kept)
 
     def install(self) -> None:
         """Replace the methods of the model, and give it ``sparse_cache``."""
@@ -82,20 +74,21 @@ class Generation:
         """Run ``generate`` of transformers, and keep its cache for the next call unless the caller gets it."""
         from sparse_compile.passes.ops.cache.cache_update import SparseCacheError
 
-        call = _Call()
-        token = _call.set(call)
+        used = _Kept()
+        token = _in_use.set(used)
         try:
             result = type(self.model).generate(self.model, *args, **kwargs)
         except SparseCacheError as error:
-            if call.cache is None or kwargs.get("streamer") is not None:
+            if used.cache is None or kwargs.get("streamer") is not None:
                 raise
-            call.cache = None
+            used.cache = None
             self._refuse(str(error))
             result = type(self.model).generate(self.model, *args, **kwargs)
         finally:
-            _call.reset(token)
-        if call.cache is not None and getattr(result, "past_key_values", None) is not call.cache:
-            self._return(call)
+            _in_use.reset(token)
+        if used.cache is not None and getattr(result, "past_key_values", None) is not used.cache:
+            with _lock:
+                self._spare = used
         return result
 
     def prepare_cache_for_generation(
@@ -107,13 +100,12 @@ class Generation:
             self._check_text(given, model_kwargs)
             if getattr(given, "made_by_generate", False):
                 given.reserve(rounded(length))
-        elif self._lends(generation_config):
+        elif self._supplies(generation_config):
             rows = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) * batch
             assisted = getattr(mode, "value", "") == "assisted_generation"
-            model_kwargs["past_key_values"] = self._lend(rows, length, assisted, generation_config.cache_config or {})
-            if model_kwargs["past_key_values"] is None:
-                del model_kwargs["past_key_values"]
-            else:
+            cache = self._supply(rows, length, assisted, generation_config.cache_config or {})
+            if cache is not None:
+                model_kwargs["past_key_values"] = cache
                 return None
         original = type(self.model)._prepare_cache_for_generation
         return original(self.model, generation_config, model_kwargs, mode, batch, length, *rest)
@@ -126,7 +118,7 @@ class Generation:
         updated: dict[str, Any] = original(self.model, outputs, model_kwargs, *args, **kwargs)
         padding = getattr(getattr(updated.get("past_key_values"), "positions", None), "padding", None)
         if isinstance(padding, Padding) and updated.get("attention_mask") is not None:
-            mask = padding.vouch(updated.pop("attention_mask"))
+            mask = padding.for_next_step(updated.pop("attention_mask"))
             if mask is not None:  # assisted decoding of transformers 5.17 takes a mask that is there for a tensor
                 updated["attention_mask"] = mask
         return updated
@@ -135,16 +127,16 @@ class Generation:
         """Return the model itself, which is compiled already."""
         return self.model.__call__
 
-    # -- lending ----------------------------------------------------------------------------------------------------
+    # -- caches -----------------------------------------------------------------------------------------------------
 
-    def _lends(self, generation_config: Any) -> bool:
+    def _supplies(self, generation_config: Any) -> bool:
         config, model = generation_config, self.model
         if not self.refused and len({weight.device for weight in model.parameters()}) > 1:
             self._refuse("its weights are on several devices")
         ours = config.cache_implementation is None and config.use_cache is not False and not config.is_assistant
         return ours and not self.refused and not model.config.is_encoder_decoder and model._supports_default_dynamic_cache()
 
-    def _lend(self, rows: int, length: int, assisted: bool, options: Mapping[str, Any]) -> Any:
+    def _supply(self, rows: int, length: int, assisted: bool, options: Mapping[str, Any]) -> Any:
         """A cache that is empty and large enough; None if this model cannot have one."""
         options = dict(options)
         if assisted:
@@ -152,13 +144,10 @@ class Generation:
             length += ROLLBACK
         key = tuple(f"{name}={value!r}" for name, value in sorted(options.items()))
         with _lock:
-            cache, spare = self._spare.cache, self._spare
-            if cache is not None:
-                spare.cache = None
-            fits = cache is not None and spare.key == key and cache.max_batch >= rows and cache.max_length >= length
-            fits = fits and cache.positions.columns.device == self.model.device and cache.dtype == self.model.dtype
-        if not fits:
-            del cache  # before the next one is allocated
+            spare, self._spare = self._spare, _Kept()
+        cache = spare.cache if spare.options == key and self._fits(spare.cache, rows, length) else None
+        if cache is None:
+            spare.cache = None  # before the next one is allocated
             try:
                 cache = self.sparse_cache(rounded(length), rows, **options)
             except (ValueError, TypeError, ImportError) as error:
@@ -168,14 +157,15 @@ class Generation:
                 return None
         cache.reset()
         cache.made_by_generate = True  # its length was not chosen by anyone, so it may grow
-        call = _call.get()
-        if call is not None:
-            call.cache, call.key = cache, key
+        used = _in_use.get()
+        if used is not None:
+            used.cache, used.options = cache, key
         return cache
 
-    def _return(self, call: _Call) -> None:
-        with _lock:
-            self._spare.cache, self._spare.key = call.cache, call.key
+    def _fits(self, cache: Any, rows: int, length: int) -> bool:
+        if cache is None or cache.max_batch < rows or cache.max_length < length:
+            return False
+        return bool(cache.positions.columns.device == self.model.device and cache.dtype == self.model.dtype)
 
     def _refuse(self, why: str) -> None:
         self.refused = why

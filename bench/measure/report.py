@@ -50,7 +50,11 @@ def generate_table(folder: Path) -> str:
     first = rows[0]
     where = f"{first['gpu']}, torch {first['torch']}, transformers {first['transformers']}, bfloat16, {first['date']}"
     shape = f"{first['shape']}'s shape, random weights, a prompt of {int(first['prompt']):,} tokens"
-    return "\n".join([*lines, "", f"{shape}, 64 new tokens. {where}."])
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        notes.setdefault(row["notes"], []).append(row["method"])
+    noted = [f"{', '.join(methods)}: {note}." for note, methods in notes.items() if note]
+    return "\n".join([*lines, "", " ".join([f"{shape}, 64 new tokens. {where}.", *noted])])
 
 
 def markdown(folder: Path) -> str:

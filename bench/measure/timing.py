@@ -163,11 +163,12 @@ def commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
-def write(rows: Iterable[Row], path: Path) -> None:
-    """Write rows as CSV."""
+def write(rows: Iterable[Any], path: Path) -> None:
+    """Write rows of one dataclass, by default ``Row``, as CSV."""
+    rows = list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer = csv.DictWriter(file, [field.name for field in fields(rows[0] if rows else Row)])
         writer.writeheader()
         for row in rows:
             values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()}

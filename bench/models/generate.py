@@ -5,23 +5,24 @@ Nothing is pretended: prompts are prefilled, and every call is public. Each row 
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 import sparse_compile as sc
-from bench.measure.timing import CUDA, DEVICE, bandwidth, environment
+from bench.measure.clock import Clock
+from bench.measure.timing import CUDA, DEVICE, bandwidth, environment, write
 from bench.models.filled import GIB, forget, peak, reset_peak, weights
 from bench.models.model import LLAMA3_8B, TINY, build
+from sparse_compile.generation import rounded
 from sparse_compile.masks import causal, page_topk
 
 TOKENS = 64  # tokens of a call; the times of the 5th to the last count
@@ -65,7 +66,8 @@ class GenerateRow:
 class Method:
     """How a model is prepared, and with which arguments ``generate`` is called.
 
-    ``read`` is the share of the keys that a step reads, or None for methods that are not measured against the bound.
+    ``ours`` says that ``sparse_compile`` compiles the model. ``exact`` methods read all keys in 16 bits, and are measured
+    against the physical bound.
     """
 
     name: str
@@ -100,8 +102,7 @@ METHODS = (
     ),
     Method("exact, int8", cache={"kv": "int8"}),
 )
-LENGTHS = (8192, 32768, 131072)
-LONGEST = 1 << 20  # for methods whose cache fits
+LENGTHS = (8192, 32768, 131072, 1 << 20)  # the longest fits for few methods
 
 
 def run_generate(out: Path, *, smoke: bool = False) -> None:
@@ -111,14 +112,18 @@ def run_generate(out: Path, *, smoke: bool = False) -> None:
 
 
 def measure_all(config: Any, lengths: tuple[int, ...], methods: tuple[Method, ...]) -> Iterator[GenerateRow]:
-    """Yield one row for each length and method. ``eager`` comes first, because the others are compared with its tokens."""
+    """Yield one row for each length and method that fits into memory. ``eager`` comes first, to compare tokens with it."""
     for length in lengths:
         expected: Tensor | None = None
         for method in methods:
-            row, tokens = measure(config, length, method)
-            if expected is None:
+            try:
+                row, tokens = measure(config, length, method)
+            except torch.OutOfMemoryError:
+                print(f"{method.name}: {length:,} tokens do not fit into memory", flush=True)
+                continue
+            if method.name == "eager":
                 expected = tokens
-            yield replace(row, equal=float((tokens == expected).float().mean()))
+            yield row if expected is None else replace(row, equal=float((tokens == expected).float().mean()))
 
 
 def measure(config: Any, length: int, method: Method) -> tuple[GenerateRow, Tensor]:
@@ -139,9 +144,10 @@ def measure(config: Any, length: int, method: Method) -> tuple[GenerateRow, Tens
     _wait()
     first_call = time.perf_counter() - began
     reset_peak()
-    clock, tokens, cache = _generate(model, inputs, method)
-    most = peak()
-    first_token, steps = clock.first_seconds(), clock.milliseconds()[FIRST:]
+    clock, tokens = _generate(model, inputs, method)
+    most, cache = peak(), _cache_bytes(model, length + TOKENS - 1, method)
+    first_token, *steps = clock.milliseconds()
+    steps = steps[FIRST:]
     quantiles = statistics.quantiles(steps, n=5, method="inclusive")
     report = model.sparse_compile_report if method.ours else None
     sites = report.sites if report is not None else ()
@@ -152,7 +158,7 @@ def measure(config: Any, length: int, method: Method) -> tuple[GenerateRow, Tens
         layers=config.num_hidden_layers,
         prompt=length,
         first_call_s=first_call,
-        first_token_s=first_token,
+        first_token_s=first_token / 1e3,
         p20_ms=quantiles[0],
         p50_ms=statistics.median(steps),
         p80_ms=quantiles[3],
@@ -174,11 +180,18 @@ def _dense_bytes(config: Any, length: int) -> float:
     return 2.0 * int(length * config.num_hidden_layers * config.num_key_value_heads * dim) * (2 if CUDA else 4)
 
 
-def _generate(model: Any, inputs: dict[str, Tensor], method: Method) -> tuple[_Clock, Tensor, int]:
-    """Generate; returns the times, the new tokens, and the bytes that the cache holds."""
-    watch = _Held()
-    clock = _Clock(watch)
-    with torch.no_grad(), watch.of(model):
+def _cache_bytes(model: Any, length: int, method: Method) -> float:
+    """The bytes of the cache that ``generate`` makes for ``length`` tokens."""
+    if method.ours:
+        return float(model.sparse_cache(max_length=rounded(length), device="meta").nbytes)
+    return _dense_bytes(model.config, length)
+
+
+def _generate(model: Any, inputs: dict[str, Tensor], method: Method) -> tuple[Clock, Tensor]:
+    """Generate; returns a clock with marks at the beginning and at each token, and the new tokens."""
+    clock = Clock()
+    with torch.no_grad():
+        clock.mark()
         out = model.generate(
             **inputs,
             do_sample=False,
@@ -186,69 +199,7 @@ def _generate(model: Any, inputs: dict[str, Tensor], method: Method) -> tuple[_C
             stopping_criteria=StoppingCriteriaList([clock]),
             **(method.arguments or {}),
         )
-    return clock, out[:, inputs["input_ids"].shape[1] :].cpu(), watch.nbytes
-
-
-class _Held:
-    """Remembers the cache that the model was called with, to count its bytes."""
-
-    def __init__(self) -> None:
-        self.nbytes = 0
-
-    def of(self, model: Any) -> Any:
-        """Watch the calls of ``model``: a context manager."""
-        return _Watching(model, self)
-
-    def look(self, cache: Any) -> None:
-        """Count the bytes of a cache."""
-        if hasattr(cache, "nbytes"):
-            self.nbytes = cache.nbytes
-            return
-        self.nbytes = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values) if isinstance(x, Tensor))
-
-
-class _Watching:
-    def __init__(self, model: Any, held: _Held) -> None:
-        self.model, self.held = model, held
-
-    def __enter__(self) -> None:
-        self.inner = self.model._update_model_kwargs_for_generation
-
-        def update(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-            self.held.look(outputs.past_key_values)
-            return self.inner(outputs, *args, **kwargs)
-
-        self.saved = self.model.__dict__.get("_update_model_kwargs_for_generation")
-        object.__setattr__(self.model, "_update_model_kwargs_for_generation", update)
-
-    def __exit__(self, *_: Any) -> None:
-        if self.saved is None:
-            del self.model.__dict__["_update_model_kwargs_for_generation"]
-        else:
-            object.__setattr__(self.model, "_update_model_kwargs_for_generation", self.saved)
-
-
-class _Clock(StoppingCriteria):
-    """Records when each token is produced. ``generate`` itself waits for every token."""
-
-    def __init__(self, held: _Held) -> None:
-        _wait()
-        self.began = time.perf_counter()
-        self.marks: list[float] = []
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        if not self.marks:
-            _wait()
-        self.marks.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-    def first_seconds(self) -> float:
-        """Return the time until the first token."""
-        return self.marks[0] - self.began
-
-    def milliseconds(self) -> list[float]:
-        """Return the times from each token to the next."""
-        return [(end - start) * 1e3 for start, end in zip(self.marks[:-1], self.marks[1:], strict=True)]
+    return clock, out[:, inputs["input_ids"].shape[1] :].cpu()
 
 
 def _wait() -> None:
@@ -256,19 +207,15 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def write_rows(path: Path, rows: Iterator[GenerateRow]) -> None:
+def write_rows(path: Path, rows: Iterable[GenerateRow]) -> None:
     """Write each row as soon as it is measured, and print its main numbers."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(GenerateRow)])
-        writer.writeheader()
-        for row in rows:
-            values = {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in asdict(row).items()}
-            writer.writerow({name: "" if x == "nan" else x for name, x in values.items()})
-            file.flush()
-            print(
-                f"{row.method:24} {row.layers} x {row.prompt}: first call {row.first_call_s:.1f} s, first token "
-                f"{row.first_token_s:.2f} s, {row.p50_ms:.2f} ms a token, peak {row.peak_gib:.2f} GiB "
-                f"({row.beside_gib:.2f} beside), equal {row.equal:.2f}, of bound {row.share:.2f}, {row.kernels} {row.notes}",
-                flush=True,
-            )
+    written: list[GenerateRow] = []
+    for row in rows:
+        written.append(row)
+        write(written, path)
+        print(
+            f"{row.method:24} {row.layers} x {row.prompt}: first call {row.first_call_s:.1f} s, first token "
+            f"{row.first_token_s:.2f} s, {row.p50_ms:.2f} ms a token, peak {row.peak_gib:.2f} GiB "
+            f"({row.beside_gib:.2f} beside), equal {row.equal:.2f}, of bound {row.share:.2f}, {row.kernels} {row.notes}",
+            flush=True,
+        )

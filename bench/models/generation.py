@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import statistics
-import time
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 import sparse_compile as sc
-from bench.measure.timing import CUDA, DEVICE, Row, Timing
+from bench.measure.clock import Clock
+from bench.measure.timing import DEVICE, Row, Timing
 from bench.models.filled import (
     DENSE,
     GIB,
@@ -124,7 +124,7 @@ def run_cache_generate(*, smoke: bool = False) -> list[Row]:
 def _generate(model: Any, cache: Any, length: int) -> Timing:
     torch.manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, length), device=DEVICE)
-    clock = _Clock()
+    clock = Clock()
     model.generation_config.eos_token_id = None
     reset_peak()
     with torch.no_grad():
@@ -139,26 +139,3 @@ def _generate(model: Any, cache: Any, length: int) -> Timing:
     times = clock.milliseconds()[-LATE:]
     quantiles = statistics.quantiles(times, n=5, method="inclusive")
     return Timing(quantiles[0], statistics.mean(times), quantiles[3], peak() / GIB)
-
-
-class _Clock(StoppingCriteria):
-    """Records when each token is produced, without waiting for it."""
-
-    def __init__(self) -> None:
-        self.marks: list[Any] = []
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        if CUDA:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-    def milliseconds(self) -> list[float]:
-        """Return the times from each token to the next."""
-        pairs = zip(self.marks[:-1], self.marks[1:], strict=True)
-        if not CUDA:
-            return [(end - start) * 1e3 for start, end in pairs]
-        torch.cuda.synchronize()
-        return [float(start.elapsed_time(end)) for start, end in pairs]

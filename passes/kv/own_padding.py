@@ -7,7 +7,7 @@ from functools import reduce
 from torch.fx import Node
 
 from sparse_compile.masks import Captured, Mask, full
-from sparse_compile.masks.operators import And
+from sparse_compile.masks.operators import conjuncts
 from sparse_compile.masks.patterns.tensor import Padding
 from sparse_compile.passes.ir.attention import Attention
 from sparse_compile.passes.ir.fx_nodes import memory_of
@@ -19,8 +19,7 @@ def without_own_padding(call: Attention, update: CacheUpdate[Node]) -> Mask:
 
     The text positions of the cache already leave this padding out.
     """
-    parts = call.mask.masks if isinstance(call.mask, And) else (call.mask,)
-    rest: list[Mask] = [part for part in parts if not _is_own(part, call, update)]
+    rest = [part for part in conjuncts(call.mask) if not _is_own(part, call, update)]
     return reduce(lambda a, b: a & b, rest) if rest else full
 
 

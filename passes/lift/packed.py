@@ -13,7 +13,7 @@ from typing import Any
 import sympy
 from torch.fx import Node
 
-from sparse_compile.passes.ir.fx_nodes import memory_of, op_name, value_of
+from sparse_compile.passes.ir.fx_nodes import argument, memory_of, op_name, value_of
 from sparse_compile.passes.lift.symbolic_element import BATCH, KEY, QUERY, Atoms, Relation, Value
 
 
@@ -53,15 +53,11 @@ def _counted(texts: Node) -> Node | None:
         step = step.args[0]
     count, new, change = chain
     last = (-1, len(value_of(texts).shape) - 1)
-    by_place = _argument(count, 1, "dim") in last and _argument(change, 2, "dim", -1) in last
-    first = _argument(change, 3, "prepend")  # without it, a change would stand one place before its token
+    by_place = argument(count, 1, "dim") in last and argument(change, 2, "dim", -1) in last
+    first = argument(change, 3, "prepend")  # without it, a change would stand one place before its token
     has_first = isinstance(first, Node) and value_of(first).shape[-1] == 1
-    one_step = _argument(change, 1, "n", 1) == 1 and _argument(change, 4, "append") is None and new.args[1:] == (1,)
+    one_step = argument(change, 1, "n", 1) == 1 and argument(change, 4, "append") is None and new.args[1:] == (1,)
     return memory_of(step) if isinstance(step, Node) and by_place and has_first and one_step else None
-
-
-def _argument(node: Node, at: int, name: str, default: Any = None) -> Any:
-    return node.args[at] if at < len(node.args) else node.kwargs.get(name, default)
 
 
 def _replaced(part: Value, texts: Sequence[Node], atoms: Atoms) -> Value:

@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from sparse_compile.masks import Captured, Mask, causal, full
-from sparse_compile.masks.operators import And
+from sparse_compile.masks.operators import conjuncts
 from sparse_compile.masks.patterns.remapped import Remapped
 from sparse_compile.masks.selection.page_topk import offered
 from sparse_compile.passes.choose.block_layout import Layout, selection_layout
@@ -98,8 +98,7 @@ class PagedAttention(Kernel):
 
 def _sees_the_past(call: Attention) -> bool:
     """Whether a step may read every earlier token that is not padding. The kernel reads padding from the text positions."""
-    most = offered(call.visible)
-    return all(_is_past(part, call) for part in (most.masks if isinstance(most, And) else (most,)))
+    return all(_is_past(part, call) for part in conjuncts(offered(call.visible)))
 
 
 def _is_past(part: Mask, call: Attention) -> bool:

@@ -23,24 +23,24 @@ class Padding:
         self._device = device
         self._buffer: Tensor | None = None  # allocated for the first padding
         self._rows: dict[int, Tensor] = {}  # the views of the buffer that graphs know, by their number of rows
-        self._is_known = False  # whether the mask of the last prompt agreed with this record
+        self._agrees = False  # whether the mask of the last prompt agreed with this record
 
     def mask_for(self, mask: Tensor | None, tokens: int, held: int) -> Tensor | None:
         """Return the mask that the model gets for ``tokens`` new tokens after ``held`` others: None, ``valid``, or ``mask``.
 
         ``mask`` ``[B, held + tokens]`` is not 0 where a token is, as tokenizers write it. A prompt is looked at once, which
-        waits for the device. A decode step is never looked at: its mask passes unchanged, unless ``knows`` it.
+        waits for the device. A decode step is never looked at: its mask passes unchanged, unless ``for_next_step`` has made it.
         """
         stop = held + tokens
         if mask is None or mask.dim() != 2 or mask.shape[1] != stop or mask.shape[0] > self._size[0]:
             return mask
         if tokens == 1 and held:
-            return self.valid if self.knows(mask) else mask
+            return self.valid if self._is_extended(mask) else mask
         seen = mask != 0
         before = self.valid[: len(mask), :held].to(mask.device) if self.valid is not None else torch.ones_like(seen[:, :held])
         facts = [seen.all(), (seen[:, :held] == before).all(), (seen[:, 1:] >= seen[:, :-1]).all()]
-        is_full, self._is_known, is_left = torch.stack(facts).tolist()
-        if not self._is_known:
+        is_full, self._agrees, is_left = torch.stack(facts).tolist()
+        if not self._agrees:
             return mask  # it hides tokens that the cache holds, or shows padding
         if self.valid is None and is_full:
             return None
@@ -67,21 +67,21 @@ class Padding:
         self.valid = self._rows[rows]
         return self.valid
 
-    def knows(self, mask: Tensor) -> bool:
-        """Whether ``mask`` is one that ``vouch`` has returned."""
+    def _is_extended(self, mask: Tensor) -> bool:
+        """Whether ``mask`` is one that ``for_next_step`` has returned."""
         is_ours = getattr(mask, "sparse_cache_padding", None) is self
         return is_ours and self.valid is not None and len(self.valid) == len(mask)
 
-    def vouch(self, mask: Tensor) -> Tensor | None:
+    def for_next_step(self, mask: Tensor) -> Tensor | None:
         """Return the mask for the next step of ``generate``, which extends the mask of the prompt by ones.
 
         It is None where nothing is padding, so that it need not be extended any more.
         """
-        if not self._is_known:
+        if not self._agrees:
             return mask
         if self.valid is None:
             return None
-        mask.sparse_cache_padding = self  # type: ignore[attr-defined]  # read by ``knows``
+        mask.sparse_cache_padding = self  # type: ignore[attr-defined]  # read by ``_is_extended``
         return mask
 
     def select(self, rows: Tensor) -> None:
@@ -97,4 +97,4 @@ class Padding:
 
     def clear(self) -> None:
         """Forget all padding. The memory stays, at its address."""
-        self.valid, self.is_left, self._is_known = None, True, False
+        self.valid, self.is_left, self._agrees = None, True, False

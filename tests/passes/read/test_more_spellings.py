@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,23 +12,7 @@ from torch.nn import functional as F
 import sparse_compile as sc
 from sparse_compile.masks import causal, per_head, sink, sliding_window
 from support.comparison import assert_read, compare, qkv
-
-B, H, N, D = 2, 4, 12, 8
-Attention = Callable[..., Any]
-sdpa = F.scaled_dot_product_attention
-SMALLEST = torch.finfo(torch.float32).min
-
-
-def tril() -> Tensor:
-    return torch.ones(N, N, dtype=torch.bool).tril()
-
-
-def additive(visible: Tensor, fill: float = -torch.inf) -> Tensor:
-    return torch.zeros(visible.shape).masked_fill(~visible, fill)
-
-
-def merged(x: Tensor) -> Tensor:
-    return x.reshape(-1, *x.shape[2:])
+from support.spelling import SMALLEST, Attention, B, D, H, N, additive, merged, sdpa, tril
 
 
 def bmm(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:

@@ -9,24 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import sparse_compile as sc
 from sparse_compile.masks import causal, sink, sliding_window
 from support.comparison import assert_left, assert_read, compare, qkv
-
-N = 12
-Attention = Callable[..., Any]
-sdpa = F.scaled_dot_product_attention
-
-
-def tril() -> Tensor:
-    return torch.ones(N, N, dtype=torch.bool).tril()
-
-
-def additive(visible: Tensor) -> Tensor:
-    return torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
-
+from support.spelling import Attention, N, additive, sdpa
 
 # -- scaled_dot_product_attention -----------------------------------------------------------------------------------------
 

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from support.comparison import compare, qkv
-
-N = 12
-Attention = Callable[..., Any]
-sdpa = F.scaled_dot_product_attention
-SMALLEST = torch.finfo(torch.float32).min
-
-
-def tril() -> Tensor:
-    return torch.ones(N, N, dtype=torch.bool).tril()
-
-
-def additive(visible: Tensor, fill: float = -torch.inf) -> Tensor:
-    return torch.zeros(visible.shape).masked_fill(~visible, fill)
+from support.spelling import SMALLEST, Attention, N, additive, sdpa, tril
 
 
 def one_blind(m: Tensor) -> Tensor:

@@ -14,18 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import sparse_compile as sc
 from support.comparison import assert_left, assert_read, compare, qkv
-
-N = 12
-Attention = Callable[..., Any]
-sdpa = F.scaled_dot_product_attention
-
-
-def tril() -> Tensor:
-    return torch.ones(N, N, dtype=torch.bool).tril()
-
-
-def additive(visible: Tensor) -> Tensor:
-    return torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
+from support.spelling import Attention, N, additive, tril
 
 
 def gpt2_style(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

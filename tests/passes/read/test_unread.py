@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 from support.comparison import assert_left, compare, qkv
-
-B, H, N, D = 2, 4, 12, 8
-Attention = Callable[..., Any]
-
-
-def tril() -> Tensor:
-    return torch.ones(N, N, dtype=torch.bool).tril()
-
-
-def additive(visible: Tensor, fill: float = -torch.inf) -> Tensor:
-    return torch.zeros(visible.shape).masked_fill(~visible, fill)
-
-
-def merged(x: Tensor) -> Tensor:
-    return x.reshape(-1, *x.shape[2:])
-
+from support.spelling import Attention, B, D, H, N, additive, merged, tril
 
 LEFT: dict[str, tuple[Attention, str]] = {
     "a part of the scores written": (lambda q, k, v, m: part_written(q, k, v), "pass through setitem"),
