@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_compile.passes.ir.fx_nodes import value_of
+from sparse_compile.passes.ir.fx_nodes import value_of, writers
 from sparse_compile.passes.torch_private import has_static_address, same_addresses
 
 Compiled = Callable[..., Any]
@@ -88,7 +88,14 @@ def static_inputs(inputs: Sequence[Any]) -> list[int]:
 
 
 def can_record(inputs: Sequence[Any]) -> bool:
-    """Whether a graph with these placeholders can be recorded: all tensors are on one CUDA device, and no size changes."""
+    """Whether a graph with these placeholders can be recorded.
+
+    All tensors are on one CUDA device, no size changes, and what the graph writes has a static address. A write to any other
+    input would reach only the copy that a replay reads.
+    """
+    static = set(static_inputs(inputs))
+    if any(writers(node) for at, node in enumerate(inputs) if at not in static):
+        return False
     values = [value_of(node) for node in inputs]
     devices = {x.device for x in values if isinstance(x, Tensor)}
     sizes = all(isinstance(size, int) for x in values if isinstance(x, Tensor) for size in x.shape)

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from sparse_compile.passes.pieces.record_steps import MOST_RECORDED, RecordedSteps
+from sparse_compile.passes.pieces.record_steps import MOST_RECORDED, RecordedSteps, can_record
+from sparse_compile.passes.torch_private import fake_tensors
 
 
 class Graph:
@@ -87,3 +88,16 @@ def test_only_a_few_recordings_are_kept() -> None:
         for _ in range(3):
             assert torch.equal(steps(weight, torch.ones(2))[0], weight)
     assert len(steps.recorded) == MOST_RECORDED
+
+
+@pytest.mark.parametrize(("written", "static"), [("weight", True), ("x", False)])
+def test_a_step_that_writes_a_copied_input_is_not_recorded(written: str, static: bool) -> None:
+    graph = fx.Graph()
+    inputs = {name: graph.placeholder(name) for name in ("weight", "x")}
+    with fake_tensors():
+        for node in inputs.values():
+            node.meta["example_value"] = torch.empty(3, device="cuda")
+    inputs["weight"].meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    graph.call_method("add_", (inputs[written], 1))
+    graph.output(())
+    assert can_record(list(inputs.values())) is static
