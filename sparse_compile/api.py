@@ -55,7 +55,8 @@ def compile(
     Copies of the model, also by ``pickle``, run un-compiled and have no report, so copying warns with
     ``SparseCompileWarning``. So does a call if Dynamo gives up on the model and runs it un-compiled, or if a policy reaches no
     attention call; with ``strict=True``, these raise ``SparseCompileError``. Attention modules without a row in the report warn
-    as well. Raises ``ValueError`` if the policy names layers or heads that the model does not have.
+    as well. Raises ``ValueError`` if the policy names layers or heads that the model does not have, or
+    if ``cache`` is given for a model without ``generate``.
 
         >>> model = sc.compile(model, causal & (sink(4) | sliding_window(64)), inner="eager")
         >>> model.generate(tokens, max_new_tokens=2).shape
@@ -67,6 +68,11 @@ def compile(
     if chosen.policy is not None:
         check_policy(chosen.policy, model)
     inner = generating(model)
+    if cache and inner is None:
+        raise ValueError(
+            f"cache has options for the caches of generate(), and {type(model).__name__} has no generate() of transformers: "
+            "leave cache out, and pass the options to SparseCache"
+        )
     for module in {model, inner or model}:
         module.compile(backend=chosen, mode=mode, dynamic=dynamic, **options)
         run = CompiledCall(torch_private.compiled_call(module), module, chosen, prefill_chunk_size)

@@ -131,10 +131,12 @@ class Generation:
 
     def _supplies(self, generation_config: Any) -> bool:
         config, model = generation_config, self.model
+        if not self.refused and model.config.is_encoder_decoder:
+            self._refuse("it has an encoder, whose keys are cached as well")
         if not self.refused and len({weight.device for weight in model.parameters()}) > 1:
             self._refuse("its weights are on several devices")
         ours = config.cache_implementation is None and config.use_cache is not False and not config.is_assistant
-        return ours and not self.refused and not model.config.is_encoder_decoder and model._supports_default_dynamic_cache()
+        return bool(ours and not self.refused and model._supports_default_dynamic_cache())
 
     def _supply(self, rows: int, length: int, assisted: bool, options: Mapping[str, Any]) -> Any:
         """A cache that is empty and large enough; None if this model cannot have one."""
@@ -168,8 +170,13 @@ class Generation:
         return bool(cache.positions.columns.device == self.model.device and cache.dtype == self.model.dtype)
 
     def _refuse(self, why: str) -> None:
+        """Use the caches of transformers from now on. Options such as ``kv`` are then lost, so this warns if there are any."""
         self.refused = why
-        self.backend.report_note(f"generate() uses the caches of transformers, because a SparseCache does not work here: {why}")
+        message = f"generate() uses the caches of transformers, because a SparseCache does not work here: {why}"
+        if self.options:
+            self.backend.report_trouble(f"{message}. The options {dict(self.options)} of its cache do not apply")
+        else:
+            self.backend.report_note(message)
 
     def _check_text(self, cache: Any, model_kwargs: Mapping[str, Any]) -> None:
         """Raise if the prompt of a second call does not contain the text that the cache holds."""

@@ -53,7 +53,7 @@ def generate_table(folder: Path) -> str:
     notes: dict[str, list[str]] = {}
     for row in rows:
         notes.setdefault(row["notes"], []).append(row["method"])
-    noted = [f"{', '.join(methods)}: {note}." for note, methods in notes.items() if note]
+    noted = [f"{' and '.join(methods)} {note}." for note, methods in notes.items() if note]
     return "\n".join([*lines, "", " ".join([f"{shape}, 64 new tokens. {where}.", *noted])])
 
 

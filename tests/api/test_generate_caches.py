@@ -128,6 +128,19 @@ def test_a_model_without_room_for_a_sparse_cache_runs_with_its_own() -> None:
     assert torch.equal(sc.compile(t5, inner="eager").generate(**prompt(), max_new_tokens=4), wanted)
 
 
+def test_options_that_a_model_cannot_have_are_not_lost_without_a_word() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
+    sizes |= {"decoder_start_token_id": 0, "eos_token_id": None}
+    model = sc.compile(T5ForConditionalGeneration(T5Config(**sizes)).eval(), inner="eager", cache={"kv": "int8"})
+    with pytest.warns(
+        sc.SparseCompileWarning, match=r"it has an encoder.*The options \{'kv': 'int8'\} of its cache do not apply"
+    ):
+        model.generate(**prompt(), max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"Linear has no generate\(\) of transformers: leave cache out"):
+        sc.compile(nn.Linear(2, 2), cache={"kv": "int8"})
+
+
 def test_learned_positions() -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, pad_token_id=0, eos_token_id=None)).eval()
@@ -173,9 +186,11 @@ class Wrapper(nn.Module):
 
 
 def test_a_wrapper_generates_under_the_policy() -> None:
-    wanted = new_tokens(sc.compile(llama(), STREAMING, inner="eager"), prompt())
     model: Any = sc.compile(Wrapper(llama()), STREAMING, inner="eager")
-    assert torch.equal(new_tokens(model, prompt()), wanted)
+    for inputs in (prompt(), prompt(pad=PAD), prompt(50, pad=PAD)):
+        wanted = new_tokens(sc.compile(llama(), STREAMING, inner="eager"), inputs)
+        assert torch.equal(new_tokens(model, inputs), wanted)
+        assert not torch.equal(new_tokens(llama(), inputs), wanted)
     assert {site.policy_mask for site in model.sparse_compile_report.sites} == {str(STREAMING)}
     with torch.no_grad():
         logits = model(prompt()["input_ids"]).logits
