@@ -19,11 +19,16 @@ MOST_RECORDED = 4  # caches of which a recording is kept at the same time
 
 @dataclass
 class _Recording:
-    """A CUDA graph that reads ``inputs``. Those that are not ``static`` are copies, which every replay fills first."""
+    """A CUDA graph that reads ``inputs`` at ``addresses``.
+
+    The inputs that are not static are copies, which every replay fills first. ``kinds`` are their shapes and dtypes, and the
+    sizes among the inputs.
+    """
 
     graph: torch.cuda.CUDAGraph
     inputs: list[Any]
     addresses: list[int | None]
+    kinds: tuple[Any, ...]
     outputs: Any
 
 
@@ -36,6 +41,7 @@ class RecordedSteps:
 
     def __init__(self, run: Compiled, static: Sequence[int]) -> None:
         self.run, self.static = run, list(static)
+        self.others: list[int] | None = None  # the places of all other inputs
         self.recorded: OrderedDict[tuple[Any, ...], _Recording | None] = OrderedDict()  # None: it has run once
         self.latest: _Recording | None = None
 
@@ -43,9 +49,10 @@ class RecordedSteps:
         """Run one step."""
         if torch.cuda.is_current_stream_capturing():
             return self.run(*args)
-        if self.latest is not None and same_addresses(args, self.latest.addresses, self.static):
+        kinds = self._kinds(args)
+        if self.latest and self.latest.kinds == kinds and same_addresses(args, self.latest.addresses, self.static):
             return self._replay(self.latest, args)
-        key = (*(args[at].data_ptr() for at in self.static), *(_kind(x) for x in args))
+        key = (*(args[at].data_ptr() for at in self.static), *kinds)
         if key not in self.recorded:
             self.recorded[key] = None
             if len(self.recorded) > MOST_RECORDED:
@@ -54,6 +61,12 @@ class RecordedSteps:
         self.recorded.move_to_end(key)
         self.latest = self.recorded[key] = self.recorded[key] or self._record(args)
         return self._replay(self.latest, args)
+
+    def _kinds(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        if self.others is None:
+            static = set(self.static)
+            self.others = [at for at in range(len(args)) if at not in static]
+        return tuple(_kind(args[at]) for at in self.others)
 
     def _record(self, args: Sequence[Any]) -> _Recording:
         static = set(self.static)
@@ -68,7 +81,8 @@ class RecordedSteps:
             outputs = self.run(*inputs)
         addresses: list[int | None] = [x.data_ptr() if at in static else None for at, x in enumerate(inputs)]
         # What is static must stay alive as long as its owner wants, and no longer.
-        return _Recording(graph, [x if at in copied else None for at, x in enumerate(inputs)], addresses, outputs)
+        copies = [x if at in copied else None for at, x in enumerate(inputs)]
+        return _Recording(graph, copies, addresses, self._kinds(args), outputs)
 
     def _replay(self, recording: _Recording, args: Sequence[Any]) -> Any:
         for place, x in zip(recording.inputs, args, strict=True):
@@ -90,14 +104,13 @@ def static_inputs(inputs: Sequence[Any]) -> list[int]:
 def can_record(inputs: Sequence[Any]) -> bool:
     """Whether a graph with these placeholders can be recorded.
 
-    All tensors are on one CUDA device, no size changes, and what the graph writes has a static address. A write to any other
-    input would reach only the copy that a replay reads.
+    All tensors are on one CUDA device, and what the graph writes has a static address. A write to any other input would reach
+    only the copy that a replay reads. Sizes may change, as with a cache that is longer: each size has a recording of its own.
     """
     static = set(static_inputs(inputs))
     if any(writers(node) for at, node in enumerate(inputs) if at not in static):
         return False
     values = [value_of(node) for node in inputs]
     devices = {x.device for x in values if isinstance(x, Tensor)}
-    sizes = all(isinstance(size, int) for x in values if isinstance(x, Tensor) for size in x.shape)
-    tensors = all(isinstance(x, Tensor) for x in values)
-    return tensors and sizes and len(devices) == 1 and next(iter(devices)).type == "cuda"
+    known = all(isinstance(x, Tensor | torch.SymInt) for x in values)
+    return known and len(devices) == 1 and next(iter(devices)).type == "cuda"

@@ -120,3 +120,12 @@ def test_results_of_steps_stay_valid() -> None:
     )
     for got, expected in zip(out.hidden_states[1:], wanted.hidden_states[1:], strict=True):
         assert (got[-1] - expected[-1]).abs().max() < 1e-3
+
+
+def test_steps_over_a_longer_cache_are_recorded_too() -> None:
+    """The second prompt needs a longer cache, so the sizes of its buffers become inputs of the graph of the step."""
+    fast, stock = sc.compile(model(layers=6)), model(layers=6)
+    for length in (100, 700, 1500, 700):
+        inputs = {"input_ids": padded(length)["input_ids"][:1]}
+        assert torch.equal(new_tokens(fast, inputs), new_tokens(stock, inputs))
+    assert fast.sparse_compile_report.compiles <= 4

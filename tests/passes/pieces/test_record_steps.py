@@ -90,6 +90,27 @@ def test_only_a_few_recordings_are_kept() -> None:
     assert len(steps.recorded) == MOST_RECORDED
 
 
+@pytest.mark.usefixtures("on_cpu")
+def test_a_size_among_the_inputs_has_a_recording_of_its_own() -> None:
+    """As with a cache that is longer than the one before it. Even at the same address, it is another step."""
+
+    def sized(weight: Tensor, length: int, x: Tensor) -> tuple[Tensor]:
+        def compute(weight: Tensor, length: int, x: Tensor) -> tuple[Tensor]:
+            return (weight[:length].sum() * x,)
+
+        outputs = compute(weight, length, x)
+        if recording:
+            graph = Graph.made[-1]
+            graph.replay = lambda: outputs[0].copy_(compute(weight, length, x)[0])  # type: ignore[method-assign, assignment]
+        return outputs
+
+    weight, steps = torch.ones(8), RecordedSteps(sized, [0])
+    for length in (4, 8, 4):
+        for number in range(3):
+            assert steps(weight, length, torch.tensor(float(number)))[0].item() == length * number
+    assert len(Graph.made) == 2
+
+
 @pytest.mark.parametrize(("written", "static"), [("weight", True), ("x", False)])
 def test_a_step_that_writes_a_copied_input_is_not_recorded(written: str, static: bool) -> None:
     graph = fx.Graph()
