@@ -240,6 +240,16 @@ def set_compiled_call(model: nn.Module, run: Callable[..., Any]) -> None:
     model._compiled_call_impl = run
 
 
+def begin_call() -> None:
+    """Say that a compiled graph runs again, in a call that does not pass through Dynamo.
+
+    Inductor's CUDA graphs would otherwise take two calls for two graphs of one call, whose results have to stay valid.
+    """
+    from torch._dynamo.mutation_guard import install_generation_tagging_init
+
+    install_generation_tagging_init()
+
+
 def has_static_address(node: Any) -> bool:
     """Whether Dynamo has marked an input of a graph as one whose address stays: a parameter, a buffer, or ``mark_static``."""
     return "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
@@ -278,6 +288,18 @@ def has_inductor_option(name: str) -> bool:
     import torch._inductor.config
 
     return hasattr(torch._inductor.config, name)
+
+
+def start_compile_workers() -> None:
+    """Start the processes in which Inductor compiles Triton kernels, which takes seconds.
+
+    Inductor starts them when it gets its first graph, and compiles in this process until they are ready.
+    """
+    from torch._inductor import async_compile
+
+    start = getattr(async_compile, "maybe_warm_pool", None)
+    if start is not None:
+        start()
 
 
 def inductor_compile(gm: GraphModule, examples: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:

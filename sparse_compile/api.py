@@ -77,6 +77,8 @@ def compile(
         module.compile(backend=chosen, mode=mode, dynamic=dynamic, **options)
         run = CompiledCall(torch_private.compiled_call(module), module, chosen, prefill_chunk_size)
         torch_private.set_compiled_call(module, run)
+    if chosen.inner == "inductor" and any(weight.device.type == "cuda" for weight in model.parameters()):
+        torch_private.start_compile_workers()
     if inner is not None:
         Generation(inner, chosen, dict(cache or {})).install()
     object.__setattr__(model, "sparse_compile_report", chosen.report)

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +54,14 @@ class Hooks:
     isolated: bool = False
     limit: int | None = None
     has_decoder: bool = False
+
+
+class GraphRun(NamedTuple):
+    """One run of a compiled graph."""
+
+    run: Callable[..., Any]
+    args: Sequence[Any]
+    results: Sequence[Any]
 
 
 class Backend:
@@ -121,6 +129,7 @@ class Backend:
         self.report = Report()
         self._has_warned_of_left = False
         self.calls = 0  # how often compiled graphs ran; ``compile`` uses it to detect a model that runs un-compiled
+        self.runs: list[GraphRun] | None = None  # a list records what runs
 
     @property
     def __name__(self) -> str:
@@ -174,7 +183,10 @@ class Backend:
                 result = compiled(*args)
             for host_state, batch, tokens, use in updates:
                 host_state.note(batch, tokens, use.layers, last=use.last)
-            return [x.clone() if isinstance(x, Tensor) else x for x in result] if copies else result
+            result = [x.clone() if isinstance(x, Tensor) else x for x in result] if copies else result
+            if self.runs is not None:
+                self.runs.append(GraphRun(run, args, result))
+            return result
 
         return run
 
@@ -194,7 +206,7 @@ class Backend:
         if self.inner != "inductor" or all(call.device.type != "cuda" for call in rewrite.calls):
             return tune | self.inductor
         if rewrite.cache_uses and len(steps) == len(rewrite.calls):
-            tune |= for_steps() | ({CUDA_GRAPHS: True} if mode is None else {})
+            tune |= for_steps(rewrite) | ({CUDA_GRAPHS: True} if mode is None else {})
         elif rewrite.cache_uses or returns_keys(rewrite):
             tune[CUDA_GRAPHS] = False
         return tune | self.inductor
