@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sparse_compile.attention_modules import without_rows
 from sparse_compile.cache.padding import Padding
-from sparse_compile.dynamo import Backend, SparseCompileWarning
+from sparse_compile.dynamo import Backend, GraphRun, SparseCompileWarning
+from sparse_compile.repeated_steps import Steps, current_steps, read_step
 
 # Arguments of a model that have one entry for each new token, and the axis of the tokens.
 BY_TOKEN = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0}
@@ -54,8 +55,23 @@ class CompiledCall:
             if isinstance(whole, Tensor):
                 mask = whole[:, : held + stop - start] if stop < tokens else whole
                 part["attention_mask"] = padding.mask_for(mask, stop - start, held)
-            result = self._watched(**part)
+            steps = current_steps() if stop - start == 1 else None
+            result = self._watched(**part) if steps is None else self._step(steps, part)
             start = stop
+        return result
+
+    def _step(self, steps: Steps, kwargs: dict[str, Any]) -> Any:
+        """Run a decode step of ``generate``: as the one before it, or through Dynamo."""
+        known = steps.find(self, kwargs)
+        if known is not None:
+            return known.repeat(kwargs)
+        runs: list[GraphRun] = []
+        self.backend.runs = runs
+        try:
+            result = self._watched(**kwargs)
+        finally:
+            self.backend.runs = None
+        steps.note(self, read_step(kwargs, runs[0], result) if len(runs) == 1 else None)
         return result
 
     def _ends(self, cache: Any, kwargs: Mapping[str, Any], rows: int, tokens: int) -> list[int]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from sparse_compile.cache.padding import Padding
 from sparse_compile.dynamo import Backend
+from sparse_compile.repeated_steps import repeating_steps
 
 HOOKS = ("generate", "_prepare_cache_for_generation", "_update_model_kwargs_for_generation", "get_compiled_call")
 REPLACED = (*HOOKS, "sparse_cache")  # the attributes that a compiled model has of its own
@@ -77,7 +78,8 @@ class Generation:
         used = _Kept()
         token = _in_use.set(used)
         try:
-            result = type(self.model).generate(self.model, *args, **kwargs)
+            with repeating_steps():
+                result = type(self.model).generate(self.model, *args, **kwargs)
         except SparseCacheError as error:
             if used.cache is None or kwargs.get("streamer") is not None:
                 raise
