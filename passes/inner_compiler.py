@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from sparse_compile import masks
-from sparse_compile.passes.ir.fx_nodes import is_one, memory_of, sizes_of
+from sparse_compile.passes.ir.fx_nodes import memory_of
 from sparse_compile.passes.ir.kv_source import Dense
 from sparse_compile.passes.ir.rewrite import Rewrite
 from sparse_compile.passes.torch_private import (
@@ -62,19 +62,14 @@ def needs_whole(mode: str | None, config: dict[str, Any] | None) -> str:
     return ""
 
 
-def for_steps(rewrite: Rewrite) -> dict[str, Any]:
-    """Return Inductor options for decode steps over a cache.
+def for_steps() -> dict[str, Any]:
+    """Return Inductor options for decode steps over a cache. These run many short kernels, so the launches dominate the cost.
 
-    They run many short kernels, so the launches dominate the cost. The options combine kernels that do not depend on each
-    other. A step of Llama-3-8B with pages and rings has 105 fewer.
-
-    A step of one sequence multiplies every weight by a single vector. Inductor generates these products as reductions, together
-    with what comes before and after them, and times their tiles when they first run. At Llama-3-8B's shape on an H200, this
-    takes 11 s, and a step with 32,768 tokens takes 6.06 ms instead of 6.81 ms.
+    The options combine kernels that do not depend on each other. A step of Llama-3-8B with pages and rings has 105 fewer.
     """
+    # ``coordinate_descent_tuning`` is not among them: on an H200, a step of Llama-3-8B with 32,768 tokens takes 6.0 ms instead of
+    # 6.4 ms with it, a step with page selection takes no less, and the first call takes 22 s longer.
     wanted = {"combo_kernels": True, "combo_kernel_per_subkernel_blocks": True}
-    if all(is_one(sizes_of(call.q)[0]) for call in rewrite.calls):
-        wanted |= {"coordinate_descent_tuning": True, "max_autotune_pointwise": True}
     return {name: value for name, value in wanted.items() if has_inductor_option(name)}
 
 

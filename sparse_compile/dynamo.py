@@ -206,7 +206,7 @@ class Backend:
         if self.inner != "inductor" or all(call.device.type != "cuda" for call in rewrite.calls):
             return tune | self.inductor
         if rewrite.cache_uses and len(steps) == len(rewrite.calls):
-            tune |= for_steps(rewrite) | ({CUDA_GRAPHS: True} if mode is None else {})
+            tune |= for_steps() | ({CUDA_GRAPHS: True} if mode is None else {})
         elif rewrite.cache_uses or returns_keys(rewrite):
             tune[CUDA_GRAPHS] = False
         return tune | self.inductor
