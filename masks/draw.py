@@ -59,6 +59,7 @@ def plot(mask: Mask, q_len: int, kv_len: int, q_offset: int, block_size: int, he
     for axes, unit in ((left, "position"), (right, "block")):
         axes.set_xlabel(f"key {unit}")
         axes.set_ylabel(f"query {unit}")
+        axes.locator_params(integer=True)  # there is no key 0.5
     figure.suptitle(str(mask))
     return figure
 

@@ -145,6 +145,7 @@ class Profile:
         figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
         picture = axes.imshow(list(zip(*self.scores, strict=True)), aspect="auto", origin="lower", interpolation="nearest")
         axes.set(xlabel="layer", ylabel="KV head", title=f"{self.method}: what each head needs")
+        axes.locator_params(integer=True)  # there is no layer 0.5
         figure.colorbar(picture)
         return figure
 

@@ -132,3 +132,11 @@ def test_a_picture_of_heads_by_layers() -> None:
     axes = Profile(SCORES, method="echo").plot().axes[0]
     assert axes.images[0].get_size() == (3, 2)
     assert axes.get_title().startswith("echo")
+
+
+def test_a_picture_counts_layers_and_heads_in_whole_numbers() -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    figure = Profile([[0.9, 0.1], [0.2, 0.8]]).plot()
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    assert all(tick == int(tick) for axis in (axes.xaxis, axes.yaxis) for tick in axis.get_ticklocs())
