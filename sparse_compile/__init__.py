@@ -44,10 +44,10 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     """Import ``SparseCache`` and its error on first use, because the class derives from one of transformers."""
     if name == "SparseCache":
-        try:
+        from sparse_compile.masks.optional_packages import needed
+
+        with needed("SparseCache", "transformers"):
             from sparse_compile.cache.sparse_cache import SparseCache
-        except ModuleNotFoundError as missing:
-            raise ImportError("SparseCache needs transformers: pip install 'sparse-compile[hf]'") from missing
         return SparseCache
     if name == "SparseCacheError":
         from sparse_compile.passes.ops.cache.cache_update import SparseCacheError

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sparse_compile.api import planner
+from sparse_compile.masks.optional_packages import needed
 from sparse_compile.passes.torch_private import fake_tensors
 from sparse_compile.policy import Policy
 from sparse_compile.report import Report
@@ -18,12 +19,10 @@ def explain_config(config: Path, policy: Policy | None, batch: int, tokens: int,
 
     Raises ``OSError`` or ``ValueError`` if ``config`` is not a config, and ``ImportError`` without transformers.
     """
-    try:
+    with needed("explain", "transformers"):
         from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
         from sparse_compile.cache.sparse_cache import SparseCache
-    except ImportError as missing:
-        raise ImportError("explain needs transformers: pip install 'sparse-compile[hf]'") from missing
     if not config.exists():
         raise ValueError(f"explain needs a config.json or a directory that holds one, but there is none at {config}")
     settings = AutoConfig.from_pretrained(config)

@@ -13,6 +13,7 @@ from sparse_compile.calibration.gate_training import train_gates
 from sparse_compile.calibration.head_statistics import echo_profile
 from sparse_compile.calibration.passkey_data import Passkeys
 from sparse_compile.head_profile import Profile
+from sparse_compile.masks.optional_packages import needed
 
 LONGEST = 32000  # tokens of the longest text, as published
 
@@ -66,10 +67,8 @@ def run_calibrate(
 
 def load(source: Path, device: str) -> tuple[Any, Any]:
     """Load the model, and its tokenizer if it has one."""
-    try:
+    with needed("calibrate", "transformers"):
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    except ImportError as missing:
-        raise ImportError("calibrate needs transformers: pip install 'sparse-compile[hf]'") from missing
     if not source.exists():
         raise ValueError(f"calibrate needs a model folder or a config.json, but there is none at {source}")
     folder: Any = source if source.is_dir() else source.parent
