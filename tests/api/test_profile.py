@@ -82,9 +82,11 @@ def test_published_folders_tensors_and_lists_are_read(tmp_path: Path) -> None:
         Profile.read(tmp_path / "nowhere")
 
 
-def test_policies_by_name_take_profiles() -> None:
+def test_policies_by_name_take_profiles(tmp_path: Path) -> None:
     profile = Profile([[0.9, 0.1], [0.2, 0.8]])
     assert sc.policies.duo_attention(profile, 0.5) == sc.policies.duo_attention([[0.9, 0.1], [0.2, 0.8]], 0.5)
+    profile.save(tmp_path / "profile.json")
+    assert sc.policies.duo_attention(tmp_path / "profile.json") == sc.policies.duo_attention(profile)
     assert sc.policies.lserve(profile, budget=64) == sc.policies.lserve([[0.9, 0.1], [0.2, 0.8]], budget=64)
 
 
