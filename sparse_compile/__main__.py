@@ -68,9 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--sink", type=int, help="number of first tokens that streaming heads see (default: 128)")
     found.add_argument("--recent", type=int, help="number of last tokens that streaming heads see (default: 256)")
     found.add_argument("--text", type=Path, help="text that hides passkeys, if there is a tokenizer (default: our license)")
-    found.add_argument("--resume", type=Path, help="checkpoint to continue from if it exists, written every 100 steps")
+    found.add_argument("--resume", type=Path, help="checkpoint to continue from if it exists, written every minute")
     found.add_argument("--seed", type=int, default=42, help="random seed (default: 42)")
     found.add_argument("--device", choices=("cpu", "cuda"), help="device to run on (default: the GPU if there is one)")
+    found.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the model (default: float32 on the CPU, where half precision is slow; the checkpoint's on a GPU)",
+    )
     return parser
 
 

@@ -32,7 +32,7 @@ USES: list[tuple[str, str, Callable[[], Any]]] = [
     ("SparseCache", "transformers", lambda: sc.SparseCache(llama().config, max_length=64)),
     ("SparseCache", "transformers", lambda: sc.compile(llama(), inner="eager").sparse_cache(max_length=64)),
     ("explain", "transformers", lambda: explain_config(Path("/no/config"), None, 1, 8, "cpu")),
-    ("calibrate", "transformers", lambda: load(Path("/no/model"), "cpu")),
+    ("calibrate", "transformers", lambda: load(Path("/no/model"), "cpu", "float32")),
     ("the demo", "transformers", lambda: build_model(8)),
     ("kv='int8'", "torchao", lambda: sc.SparseCache(llama().config, max_length=64, kv="int8")),
     ("plot", "matplotlib", lambda: causal.plot(4, 4)),
