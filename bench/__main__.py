@@ -1,4 +1,4 @@
-"""Run a benchmark: ``python -m bench NAME`` prints a table and writes ``NAME.csv``.
+"""Run a benchmark: ``python -m bench NAME`` prints a table and writes ``NAME.csv``, with each row as soon as it is measured.
 
 ``python -m bench report`` draws plots and writes the README's table from the CSVs.
 """
@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 import tempfile
 from pathlib import Path
 
@@ -46,6 +44,7 @@ BENCHES = {
     "compile": run_compile,
     "sweep": sweep,
 }
+ANY_MACHINE = ("masks", "compile", "quality", "report")  # all others have sizes for a GPU
 
 
 def main() -> None:
@@ -62,8 +61,8 @@ def main() -> None:
         plots.plot(arguments.out or timing.RESULTS)
         return
     out = arguments.out or (Path(tempfile.mkdtemp()) if arguments.smoke else timing.RESULTS)
-    timing.printed.clear()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: what was measured so far is written"))
+    if arguments.name not in ANY_MACHINE and not arguments.smoke and not timing.CUDA:
+        parser.error(f"{arguments.name} has texts and models that take hours on a CPU, and torch finds no GPU: use --smoke")
     if arguments.name == "quality":
         smoke(out) if arguments.smoke else quality(out)
         print(f"written to {out}")
@@ -72,12 +71,13 @@ def main() -> None:
         run_generate(out, smoke=arguments.smoke)
         print(f"written to {out}")
         return
+    timing.results.path = out / f"{arguments.name}.csv"
     try:
         BENCHES[arguments.name](smoke=arguments.smoke)
     finally:
-        print(timing.table(timing.printed))
-        timing.write(timing.printed, out / f"{arguments.name}.csv")
-        print(f"written to {out}")
+        if timing.results.rows:
+            print(timing.table(timing.results.rows))
+            print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 
 from sparse_compile.masks.block_mask import Tables, block_tables, query_blocks
 from sparse_compile.masks.mask import Mask, check_sizes, view
+from sparse_compile.masks.optional_packages import needed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,11 +34,9 @@ def draw(mask: Mask, q_len: int, kv_len: int, q_offset: int, batch: int | None, 
 @view
 def plot(mask: Mask, q_len: int, kv_len: int, q_offset: int, block_size: int, head: int) -> Figure:
     """See ``Mask.plot``."""
-    try:
+    with needed("plot", "matplotlib"):
         from matplotlib.colors import ListedColormap
         from matplotlib.figure import Figure
-    except ImportError as missing:
-        raise ImportError("plot needs matplotlib: pip install 'sparse-compile[plot]'") from missing
     check_sizes(q_offset=q_offset, q_len=q_len, kv_len=kv_len, block_size=block_size)
     if q_len * kv_len > MOST_PAIRS:
         raise ValueError(f"plot shows at most {MOST_PAIRS} pairs, got {q_len} x {kv_len}: plot fewer queries or keys")
@@ -59,6 +58,7 @@ def plot(mask: Mask, q_len: int, kv_len: int, q_offset: int, block_size: int, he
     for axes, unit in ((left, "position"), (right, "block")):
         axes.set_xlabel(f"key {unit}")
         axes.set_ylabel(f"query {unit}")
+        axes.locator_params(integer=True)  # there is no key 0.5
     figure.suptitle(str(mask))
     return figure
 

@@ -19,6 +19,11 @@ from sparse_compile.masks.patterns.tensor import Document, Explicit, Padding, Pr
 from sparse_compile.masks.selection.page_topk import PageTopK
 
 VERSION = 1
+READERS = {  # by what a file holds
+    "mask": "Mask.from_json",
+    "policy": "Policy.load",
+    "profile": "Profile.load, whose method policy() builds a policy",
+}
 PATTERNS: dict[str, type[Mask]] = {
     pattern.name: pattern
     for pattern in (
@@ -38,6 +43,7 @@ def to_json(mask: Mask) -> str:
 def from_json(text: str) -> Mask:
     """See ``Mask.from_json``."""
     content = parse_json(text, "mask")
+    check_kind(content, "mask")
     if not isinstance(content, dict) or content.get("version") != VERSION or "mask" not in content:
         got = content.get("version") if isinstance(content, dict) else content
         raise ValueError(f"a mask file needs version {VERSION} and a mask, got version {got!r}: write it again with to_json")
@@ -52,6 +58,13 @@ def parse_json(text: str, what: str) -> Any:
         raise ValueError(f"cannot read a {what}, because the text is not valid JSON: {broken}") from broken
 
 
+def check_kind(content: Any, what: str) -> None:
+    """Raise ``ValueError`` if a JSON file holds a value of another kind than ``what``."""
+    kinds = [kind for kind in READERS if isinstance(content, dict) and kind in content]
+    if kinds and what not in kinds:
+        raise ValueError(f"a {what} file is needed, but this is a {kinds[0]} file: read it with {READERS[kinds[0]]}")
+
+
 def read_json(text: str, what: str, version: int, remedy: str, *, holds: type | None = None) -> Any:
     """Return the value under the key ``what`` in a JSON file of this ``version``.
 
@@ -59,6 +72,7 @@ def read_json(text: str, what: str, version: int, remedy: str, *, holds: type | 
     Raises ``ValueError`` for other content. The message has the version that was found and the ``remedy``.
     """
     content = parse_json(text, what)
+    check_kind(content, what)
     got = content.get("version") if isinstance(content, dict) else None
     if got != version or (holds is not None and not isinstance(content.get(what), holds)):
         needs = f"version {version}" if holds is None else f"version {version} and a {what}"

@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from sparse_compile import masks
+from sparse_compile.masks.optional_packages import needed
 from sparse_compile.passes.ir.fx_nodes import memory_of
 from sparse_compile.passes.ir.kv_source import Dense
 from sparse_compile.passes.ir.rewrite import Rewrite
@@ -99,13 +100,8 @@ def source_digest(*packages: Path) -> str:
 
 def import_tensorrt() -> None:
     """Import torch-tensorrt, which registers its backend. Raises ``ImportError`` with the remedy if it cannot be imported."""
-    try:
+    with needed("inner='tensorrt'", "torch-tensorrt"):
         import torch_tensorrt  # noqa: F401
-    except ImportError as missing:
-        raise ImportError(
-            f"inner='tensorrt' needs torch-tensorrt, which cannot be imported ({missing}): "
-            "pip install 'sparse-compile[tensorrt]'"
-        ) from missing
 
 
 def _mode_options(mode: str | None) -> dict[str, Any]:

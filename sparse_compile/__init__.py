@@ -33,13 +33,21 @@ __all__ = [
 ]
 
 
+__version__ = "0.1.0"  # pyproject.toml reads it from here
+
+
+def __dir__() -> list[str]:
+    """List the public names, also those that are imported on first use, and none that this file imports for itself."""
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
+
+
 def __getattr__(name: str) -> Any:
     """Import ``SparseCache`` and its error on first use, because the class derives from one of transformers."""
     if name == "SparseCache":
-        try:
+        from sparse_compile.masks.optional_packages import needed
+
+        with needed("SparseCache", "transformers"):
             from sparse_compile.cache.sparse_cache import SparseCache
-        except ModuleNotFoundError as missing:
-            raise ImportError("SparseCache needs transformers: pip install 'sparse-compile[hf]'") from missing
         return SparseCache
     if name == "SparseCacheError":
         from sparse_compile.passes.ops.cache.cache_update import SparseCacheError

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparse_compile.policy import Policy
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
@@ -25,8 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_calibrate(chosen.model, chosen.out, **options)
         else:
             from sparse_compile.explain_config import explain_config
+            from sparse_compile.policy_argument import read_policy
 
-            policy = Policy.load(chosen.policy) if chosen.policy else None
+            policy = read_policy(chosen.policy) if chosen.policy else None
             report = explain_config(chosen.config, policy, chosen.batch, chosen.tokens, chosen.device)
             print(report.to_json() if chosen.json else report)
     except (ImportError, OSError, ValueError) as problem:
@@ -46,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan = commands.add_parser("explain", help="report what the backend does to a causal language model, from its config")
     plan.add_argument("config", type=Path, help="a transformers config.json, or the directory that holds one")
-    plan.add_argument("--policy", type=Path, help="policy file written by Policy.save")
+    plan.add_argument(
+        "--policy", help="a file of a policy, a mask or a profile, or a name: dense, streaming_llm, quest, lserve, block_topk"
+    )
     plan.add_argument("--tokens", type=int, default=1024, help="length of the prompt (default: 1024)")
     plan.add_argument("--batch", type=int, default=1, help="batch size (default: 1)")
     plan.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device to plan kernels for (default: cpu)")
@@ -67,9 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--sink", type=int, help="number of first tokens that streaming heads see (default: 128)")
     found.add_argument("--recent", type=int, help="number of last tokens that streaming heads see (default: 256)")
     found.add_argument("--text", type=Path, help="text that hides passkeys, if there is a tokenizer (default: our license)")
-    found.add_argument("--resume", type=Path, help="checkpoint to continue from if it exists, written every 100 steps")
+    found.add_argument("--resume", type=Path, help="checkpoint to continue from if it exists, written every minute")
     found.add_argument("--seed", type=int, default=42, help="random seed (default: 42)")
     found.add_argument("--device", choices=("cpu", "cuda"), help="device to run on (default: the GPU if there is one)")
+    found.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the model (default: float32 on the CPU, where half precision is slow; the checkpoint's on a GPU)",
+    )
     return parser
 
 

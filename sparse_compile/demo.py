@@ -13,6 +13,7 @@ from torch import Tensor
 
 import sparse_compile as sc
 from sparse_compile.masks import Mask, causal, sink, sliding_window
+from sparse_compile.masks.optional_packages import needed
 
 POLICY = causal & (sink(4) | sliding_window(256))
 LAYERS, HEADS, KV_HEADS = 4, 8, 4
@@ -82,10 +83,8 @@ def find_license() -> Path:
 
 def build_model(length: int) -> torch.nn.Module:
     """A Llama over bytes, with the same random weights every time."""
-    try:
+    with needed("the demo", "transformers"):
         from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError as missing:
-        raise ImportError("the demo needs transformers: pip install 'sparse-compile[hf]'") from missing
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,

@@ -17,6 +17,7 @@ from torch import nn
 
 from sparse_compile.cache.padding import Padding
 from sparse_compile.dynamo import Backend
+from sparse_compile.masks.optional_packages import needed
 from sparse_compile.repeated_steps import repeating_steps
 
 HOOKS = ("generate", "_prepare_cache_for_generation", "_update_model_kwargs_for_generation", "get_compiled_call")
@@ -64,8 +65,8 @@ class Generation:
             >>> model.generate(tokens, max_new_tokens=2, past_key_values=cache).shape
             torch.Size([1, 10])
         """
-        from sparse_compile.cache.sparse_cache import SparseCache
-
+        with needed("SparseCache", "transformers"):
+            from sparse_compile.cache.sparse_cache import SparseCache
         settings = {"dtype": self.model.dtype, "device": self.model.device, **self.options, **options}
         return SparseCache(self.model.config, self.backend.policy, max_length=max_length, max_batch=max_batch, **settings)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from sparse_compile.masks import Mask, causal, per_head, sliding_window
 from sparse_compile.masks import sink as first_tokens
 from sparse_compile.masks.json_format import read_json
+from sparse_compile.masks.optional_packages import needed
 from sparse_compile.policy import Policy
 
 if TYPE_CHECKING:
@@ -138,13 +139,12 @@ class Profile:
 
     def plot(self) -> Figure:
         """Plot layers by heads as a matplotlib figure; brighter heads need more. Requires the extra ``plot``."""
-        try:
+        with needed("plot", "matplotlib"):
             from matplotlib import pyplot
-        except ImportError as missing:
-            raise ImportError("plots need matplotlib: pip install 'sparse-compile[plot]'") from missing
         figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
         picture = axes.imshow(list(zip(*self.scores, strict=True)), aspect="auto", origin="lower", interpolation="nearest")
         axes.set(xlabel="layer", ylabel="KV head", title=f"{self.method}: what each head needs")
+        axes.locator_params(integer=True)  # there is no layer 0.5
         figure.colorbar(picture)
         return figure
 

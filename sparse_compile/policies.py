@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -40,9 +41,9 @@ def streaming_llm(sink: int = 4, recent: int = 1020) -> Policy:
 def duo_attention(pattern: Pattern, sparsity: float = 0.5, sink: int | None = 64, recent: int | None = 256) -> Policy:
     """The share ``sparsity`` of all KV heads with the lowest gates streams (DuoAttention, https://arxiv.org/abs/2410.10819).
 
-    ``pattern`` is a published folder (``full_attention_heads.tsv`` and ``config.json``), a tsv file, a ``Profile``, or the
-    gates themselves, ``[layers, KV heads]``. Streaming heads see the first ``sink`` and the last ``recent`` tokens; None takes
-    that size from the ``config.json`` or the ``Profile``. See ``full_heads`` for ties.
+    ``pattern`` is a published folder (``full_attention_heads.tsv`` and ``config.json``), a tsv file, a ``Profile`` or its file,
+    or the gates themselves, ``[layers, KV heads]``. Streaming heads see the first ``sink`` and the last ``recent`` tokens; None
+    takes that size from the ``config.json`` or the ``Profile``. See ``full_heads`` for ties.
 
         >>> duo_attention([[0.9, 0.1], [0.2, 0.3]], sparsity=0.5, sink=2, recent=4).layers[1][1]
         per_head([causal & (sink(2) | sliding_window(4)), causal])
@@ -165,4 +166,6 @@ def _streaming(sink: int, recent: int) -> Mask:
 
 def _gates(pattern: Pattern) -> tuple[Sequence[Sequence[float]], Mapping[str, int]]:
     """The gates, and the sink and window sizes that a published folder suggests."""
+    if isinstance(pattern, str | Path) and Path(pattern).suffix == ".json":
+        pattern = Profile.load(pattern)
     return (pattern.scores, pattern.numbers) if isinstance(pattern, Profile) else read_table(pattern)

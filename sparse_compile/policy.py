@@ -166,7 +166,8 @@ def as_policy(policy: Policy | Mask | None) -> Policy | None:
         return policy
     if isinstance(policy, Mask):
         return Policy(policy)
-    raise TypeError(f"policy needs a Policy, a mask or None, got {policy!r}")
+    remedy = ": build one with sparse_compile.policies, or read a file with Policy.load" if isinstance(policy, str) else ""
+    raise TypeError(f"policy needs a Policy, a mask or None, got {policy!r}{remedy}")
 
 
 def _phase(name: str, value: Mask | Policy | None) -> Policy | None:

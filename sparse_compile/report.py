@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -77,7 +78,8 @@ class Site:
 class Report:
     """Every attention call of every graph that a backend compiled, and how often it compiled.
 
-    ``compiles`` counts graphs, and ``recompiles`` counts those that compile the same code again, for example for new lengths.
+    ``compiles`` counts graphs, and ``recompiles`` counts those that compile the same code again, as a decode step after a
+    prefill does, or a prompt of a new length.
     ``str(report)`` is a table in which equal rows of several layers share a line. ``sites`` has one row for each call.
     """
 
@@ -115,9 +117,8 @@ class Report:
         return json.dumps(content, indent=1)
 
     def __str__(self) -> str:
-        graphs = f"{self.compiles} graph{'s' * (self.compiles != 1)} compiled, {self.recompiles} of them again"
         calls = f"{len(self.rewritten)} of {len(self.sites)} attention calls rewritten"
-        lines = [f"sparse_compile: {calls}; {graphs}"]
+        lines = [f"sparse_compile: {calls}; {_graphs(self.compiles, self.sites)}"]
         rows = [_cells(site, count, layers) for site, count, layers in _merged(self.sites)]
         if rows:
             head = ("graph", "module", "calls", "phase", "q x kv", "model mask", "policy", "density", "kernel")
@@ -131,6 +132,18 @@ class Report:
             lines.append(f"  SparseCache: {held / 2**20:.1f} MiB of keys and values, dense {dense / 2**20:.1f} MiB; {each}")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def _graphs(compiles: int, sites: list[Site]) -> str:
+    """Count the graphs, and if there are several, say what each is for: ``2 graphs compiled: 1 prefill, 1 decode``."""
+    phases: dict[int, dict[str, None]] = {}
+    for site in sites:
+        phases.setdefault(site.graph, {})[site.phase] = None
+    kinds = Counter(" and ".join(found) for found in phases.values())
+    if compiles > len(phases):
+        kinds["without attention"] = compiles - len(phases)
+    told = f": {', '.join(f'{count} {kind}' for kind, count in kinds.items())}" if compiles > 1 else ""
+    return f"{compiles} graph{'s' * (compiles != 1)} compiled{told}"
 
 
 def _merged(sites: list[Site]) -> list[tuple[Site, int, str]]:

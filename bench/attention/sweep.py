@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 
 from bench.measure.shapes import WINDOW, Shape, compiled, decode, operands, prefill
+from bench.measure.stopping import end_with
 from bench.measure.timing import CUDA, Row, Timing, in_graph, measure, measured
 from sparse_compile.masks import Mask, causal
 from sparse_compile.passes.choose import tuning
@@ -107,9 +108,11 @@ def sweep(*, smoke: bool = False) -> list[Row]:
     """Compile all trials in parallel, then time them one by one."""
     everything = trials(smoke=smoke)
     if not CUDA:
+        print("sweep times tiles of Triton kernels, and torch finds no GPU: nothing is measured")
         return []
     workers = min(14, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with, initargs=(os.getpid(),)) as pool:
         problems = list(pool.map(_compile_only, everything, chunksize=1))
     rows = []
     for trial, problem in zip(everything, problems, strict=True):

@@ -9,8 +9,6 @@ import argparse
 import math
 import os
 import re
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from itertools import chain
@@ -97,7 +95,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help=f"processes (default: {WORKERS} per GPU, at most two fewer than cores)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSVs")
     chosen = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: what was measured so far is written"))
     quality(chosen.out, folder=chosen.model, groups=chosen.groups, named=chosen.named, workers=chosen.workers)
 
 

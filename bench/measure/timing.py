@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -164,15 +164,17 @@ def commit() -> str:
 
 
 def write(rows: Iterable[Any], path: Path) -> None:
-    """Write rows of one dataclass, by default ``Row``, as CSV."""
+    """Write rows of one dataclass, by default ``Row``, as CSV. A process that is killed meanwhile leaves the old file."""
     rows = list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    new = path.with_name(path.name + ".new")
+    with new.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(rows[0] if rows else Row)])
         writer.writeheader()
         for row in rows:
             values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
             writer.writerow({k: "" if v == "nan" else v for k, v in values.items()})
+    new.replace(path)
 
 
 def table(rows: list[Row]) -> str:
@@ -186,12 +188,26 @@ def table(rows: list[Row]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-printed: list[Row] = []
+@dataclass
+class Results:
+    """The rows of a run so far. They are written to ``path``, if there is one, whenever one is added."""
+
+    rows: list[Row] = field(default_factory=list)
+    path: Path | None = None
+
+    def add(self, row: Row) -> None:
+        """Add a row, and write all rows: a long run may be cut short."""
+        self.rows.append(row)
+        if self.path is not None:
+            write(self.rows, self.path)
+
+
+results = Results()
 
 
 def print_row(row: Row) -> None:
-    """Print one row as soon as it is measured, and keep it for the CSV: a long run may be cut short."""
-    printed.append(row)
+    """Print and keep one row as soon as it is measured."""
+    results.add(row)
     against = f"{_number(row.ratio, '.2f', 'x')} of {row.baseline} ({_number(row.baseline_p50, '.4g')} ms)"
     share = _number(row.share, ".0%", " of the bound")
     what = f"{row.bench}: {row.what}; {row.shape}; {row.kv_len} keys; {row.kernel}"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bench.measure.stopping import end_with
 from bench.measure.timing import CUDA, DEVICE, Row, Timing, measured
 
 LAYERS = 32
@@ -58,7 +59,7 @@ def _once(result: dict[str, Any]) -> Timing:
 def _in_a_process(name: str, layers: int, length: int, caches: str) -> dict[str, Any]:
     """Time the first call of a model in its own process."""
     settings = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": caches, "TRITON_CACHE_DIR": f"{caches}/triton"}
-    command = [sys.executable, "-m", "bench.models.compiling", name, str(layers), str(length)]
+    command = [sys.executable, "-m", "bench.models.compiling", name, str(layers), str(length), str(os.getpid())]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=settings, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -93,4 +94,5 @@ def _first_call(name: str, layers: int, length: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    end_with(int(sys.argv[4]))
     print(json.dumps(_first_call(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

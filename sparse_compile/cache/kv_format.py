@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 
+from sparse_compile.masks.optional_packages import check_installed
 from sparse_compile.passes.storage.codec import KINDS, Format
 
 # Default group sizes: tokens that share a scale within a channel of keys, and channels that share a scale within a token of
@@ -133,8 +133,8 @@ def _format(kv: ByLayer) -> KVFormat:
 def check_formats(formats: list[list[KVFormat]], device: torch.device) -> None:
     """Raise if the formats cannot be used here: ``ImportError`` without torchao, ``ValueError`` on a GPU without fp8."""
     kinds = {kind for layer in formats for form in layer for kind in (form.key, form.value)} - {None}
-    if kinds and find_spec("torchao") is None:
-        raise ImportError(f"kv={sorted(map(str, kinds))[0]!r} needs torchao: pip install 'sparse-compile[quant]'")
+    if kinds:
+        check_installed(f"kv={sorted(map(str, kinds))[0]!r}", "torchao")
     if "fp8" in kinds and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         major, minor = torch.cuda.get_device_capability(device)
         raise ValueError(f"fp8 needs a GPU of compute capability 8.9, but {device} has {major}.{minor}: use int8")

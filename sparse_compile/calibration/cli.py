@@ -13,6 +13,7 @@ from sparse_compile.calibration.gate_training import train_gates
 from sparse_compile.calibration.head_statistics import echo_profile
 from sparse_compile.calibration.passkey_data import Passkeys
 from sparse_compile.head_profile import Profile
+from sparse_compile.masks.optional_packages import needed
 
 LONGEST = 32000  # tokens of the longest text, as published
 
@@ -30,12 +31,14 @@ def run_calibrate(
     resume: Path | None = None,
     seed: int = 42,
     device: str | None = None,
+    dtype: str | None = None,
 ) -> Profile:
     """Calibrate the causal language model of ``source`` and write its profile to ``out``.
 
     ``source`` is a folder that ``save_pretrained`` wrote. It may also be a ``config.json``, or a folder with a ``config.json``
-    and no weights; the weights are then random. ``device`` defaults to the GPU if there is one. Passkeys are words hidden in
-    ``text`` if the folder has a tokenizer, and random tokens otherwise. Raises ``ValueError`` or ``OSError`` for another
+    and no weights; the weights are then random. ``device`` defaults to the GPU if there is one. ``dtype`` defaults to float32
+    on the CPU, where half precision is several times slower, and to that of the checkpoint on a GPU. Passkeys are words hidden
+    in ``text`` if the folder has a tokenizer, and random tokens otherwise. Raises ``ValueError`` or ``OSError`` for another
     ``source``, and ``ImportError`` without transformers.
     """
     if not out.absolute().parent.is_dir():
@@ -49,13 +52,16 @@ def run_calibrate(
     given = {name: value for name, value in given.items() if value is not None}
     if method == "echo" and given:
         raise ValueError(f"--method echo reads random tokens and trains nothing: omit --{', --'.join(given)}")
-    model, tokenizer = load(source, device)
+    dtype = dtype or ("float32" if device == "cpu" else "auto")
+    model, tokenizer = load(source, device, dtype)
+    where = f"on {device} in {str(model.dtype).removeprefix('torch.')}"
     inner = "inductor" if device == "cuda" else "eager"
     if method == "echo":
+        print(f"one pass over repeated random tokens, {where}", file=sys.stderr)
         profile = echo_profile(model, seed=seed, inner=inner)
     else:
         longest = longest or min(LONGEST, positions_of(sizes_of(model)) or LONGEST)
-        print(f"texts of at most {longest:,} tokens, on {device}", file=sys.stderr)
+        print(f"texts of at most {longest:,} tokens, {where}", file=sys.stderr)
         data = passkeys(model, tokenizer, text, longest, seed)
         training: dict[str, Any] = {name: given[name] for name in ("steps", "sink", "recent", "resume") if name in given}
         profile = train_gates(model, data, inner=inner, **training)
@@ -64,24 +70,23 @@ def run_calibrate(
     return profile
 
 
-def load(source: Path, device: str) -> tuple[Any, Any]:
-    """Load the model, and its tokenizer if it has one."""
-    try:
+def load(source: Path, device: str, dtype: str) -> tuple[Any, Any]:
+    """Load the model in a ``dtype`` (``auto``: that of the checkpoint), and its tokenizer if it has one."""
+    with needed("calibrate", "transformers"):
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    except ImportError as missing:
-        raise ImportError("calibrate needs transformers: pip install 'sparse-compile[hf]'") from missing
     if not source.exists():
         raise ValueError(f"calibrate needs a model folder or a config.json, but there is none at {source}")
     folder: Any = source if source.is_dir() else source.parent
     has_weights = any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
     factory: Any = AutoModelForCausalLM
     if has_weights and source.is_dir():
-        model = factory.from_pretrained(folder)
+        model = factory.from_pretrained(folder, dtype=dtype)
     else:
         beside = "; to use the weights beside it, name the folder" if has_weights else ""
         print(f"{source} has no weights, so the weights and the scores of the heads are random{beside}", file=sys.stderr)
         torch.manual_seed(0)
-        model = factory.from_config(AutoConfig.from_pretrained(source))
+        config = AutoConfig.from_pretrained(source)
+        model = factory.from_config(config, **({} if dtype == "auto" else {"dtype": getattr(torch, dtype)}))
     has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     names: Any = AutoTokenizer
     return model.eval().to(device), names.from_pretrained(folder) if has_tokenizer else None

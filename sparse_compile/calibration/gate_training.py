@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from sparse_compile.calibration.checkpoint import Checkpoint
 from sparse_compile.calibration.forward import Hidden, compiled_hidden, frozen, last_hidden, sizes_of
+from sparse_compile.calibration.progress import Line, Steps, ticking
 from sparse_compile.dynamo import Backend, Hooks
 from sparse_compile.head_profile import Profile, signature
 from sparse_compile.masks import causal, sliding_window
@@ -21,7 +21,6 @@ from sparse_compile.masks import sink as first_tokens
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]  # step -> tokens [B, N], and bool [B, N] for those that count
 STEPS, RATE, PENALTY = 2000, 0.02, 0.05  # as published
-SAVED = 100  # steps between two checkpoints
 
 
 def train_gates(
@@ -47,9 +46,10 @@ def train_gates(
 
     ``batches(step)`` returns tokens ``[B, N]``, and which of them are asked, bool ``[B, N]``: only those count in the loss. It
     has to return the same batch whenever it is called for the same step. ``Passkeys`` works for any model. ``resume`` is a
-    checkpoint file. Training continues from it if it exists, and writes it every 100 steps. The file records
-    ``batches.digest``, if there is one, and training refuses a file of other data. ``hidden`` computes the states that are
-    compared, ``[B, N, *]``; pass it for models that are not from transformers.
+    checkpoint file. Training continues from it if it exists, and writes it every 100 steps and every minute. The file records
+    ``batches.digest``, if there is one, and training refuses a file of other data. With ``progress``, a line on stderr
+    says which step is done and how much time is left, which ``batches.length(step)`` helps to estimate, if there is one.
+    ``hidden`` computes the states that are compared, ``[B, N, *]``; pass it for models that are not from transformers.
 
         >>> tokens, asked = torch.randint(64, (2, 48)), torch.arange(48).expand(2, 48) >= 40
         >>> profile = train_gates(model, lambda step: (tokens, asked), steps=2, sink=2, recent=8, inner="eager", progress=False)
@@ -70,26 +70,24 @@ def train_gates(
     settings = {"steps": steps, "sink": sink, "recent": recent, "rate": rate, "penalty": penalty}
     run: dict[str, Any] = settings | {"model": identity, "data": getattr(batches, "digest", "")}
     if resume is not None:
-        run["weights"] = _digest(model)
-    state = _State(gates, optimizer, schedule, run, Path(resume) if resume is not None else None)
-    start, last = state.load()
+        run |= {"dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "weights": _digest(model)}
+    saved = Checkpoint(gates, optimizer, schedule, run, Path(resume) if resume is not None else None)
+    start, last = saved.load()
     streaming = causal & (first_tokens(sink) | sliding_window(recent))
-    with frozen(model), torch.enable_grad():
-        teacher = compiled_hidden(model, hidden, Backend(inner=inner))
-        mixing = Backend(inner=inner, hooks=Hooks((_mixing(gates, streaming),), trains=True))
-        student = compiled_hidden(model, hidden, mixing)
-        bar = tqdm(range(start, steps), initial=start, total=steps, disable=not progress, unit="step")
-        for step in bar:
+    mixing = Hooks((_mixing(gates, streaming),), trains=True)
+    backends = Backend(inner=inner), Backend(inner=inner, hooks=mixing)
+    teacher, student = (compiled_hidden(model, hidden, backend) for backend in backends)
+    told = Steps(start, steps, Line(progress), length=getattr(batches, "length", None), compiles=partial(_compiles, backends))
+    with frozen(model), torch.enable_grad(), ticking(told.text, told.line):
+        for step in range(start, steps):
             tokens, asked = _checked(*batches(step), device)
             with torch.no_grad():
                 wanted = teacher(tokens)[asked]
             error = (student(tokens)[asked].float() - wanted.float()).square().mean(dim=-1).mean()
             last, mean = _descend(gates, error, penalty, optimizer)
             schedule.step()
-            if progress and step % 10 == 0:
-                bar.set_postfix(loss=f"{last:.4g}", gate=f"{mean:.3f}")
-            if (step + 1) % SAVED == 0 or step + 1 == steps:
-                state.save(step + 1, last)
+            told.note(step, tokens.shape[1], f"loss {last:.4g}, mean gate {mean:.3f}")
+            saved.save(step + 1, last, last=step + 1 == steps)
     numbers = settings | {"loss": last} | ({"data": run["data"]} if run["data"] else {})
     return Profile(torch.stack(list(gates)).tolist(), method="gates", model=identity, numbers=numbers)
 
@@ -113,6 +111,10 @@ def _descend(gates: list[nn.Parameter], error: Tensor, penalty: float, optimizer
 def rate_at(step: int, *, steps: int) -> float:
     """The learning-rate factor: it rises to 1 over a fifth of the steps, falls over the last fifth, and is at least 0.1."""
     return min(1.0, max((step + 1) / (steps / 5), 0.1), max((steps - step) / (steps / 5), 0.1))
+
+
+def _compiles(backends: tuple[Backend, ...]) -> int:
+    return sum(backend.report.compiles for backend in backends)
 
 
 def _mixing(gates: list[nn.Parameter], streaming: Any) -> Callable[[Any], int]:
@@ -140,53 +142,3 @@ def _check_reached(gates: list[nn.Parameter]) -> None:
     missing = [layer for layer, gate in enumerate(gates) if gate.grad is None]
     if missing:
         raise ValueError(f"layers {missing} have no causal attention that was recognized: call explain(model, ...) to see why")
-
-
-class _State:
-    """The training state that a checkpoint file stores."""
-
-    def __init__(
-        self,
-        gates: list[nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-        settings: Mapping[str, Any],
-        path: Path | None,
-    ) -> None:
-        self.gates, self.optimizer, self.schedule, self.settings, self.path = gates, optimizer, schedule, settings, path
-
-    def load(self) -> tuple[int, float]:
-        """Return the step to continue with, and the loss of the step before it."""
-        if self.path is None:
-            return 0, 0.0
-        if not self.path.parent.is_dir():
-            raise ValueError(f"training writes {self.path}, but its folder does not exist: create the folder")
-        if not self.path.exists():
-            return 0, 0.0
-        try:
-            found = torch.load(self.path, map_location="cpu", weights_only=True)
-            settings, shapes = found["settings"], [list(gate.shape) for gate in found["gates"]]
-        except (RuntimeError, EOFError, UnpicklingError, LookupError, TypeError) as wrong:
-            raise ValueError(f"{self.path} was not written by train_gates: pass another file, or remove this one") from wrong
-        if settings != dict(self.settings) or shapes != [list(gate.shape) for gate in self.gates]:
-            raise ValueError(
-                f"{self.path} belongs to a run with {settings} over gates {shapes}, but this run has {self.settings}: pass "
-                "another file, or remove this one"
-            )
-        with torch.no_grad():
-            for gate, old in zip(self.gates, found["gates"], strict=True):
-                gate.copy_(old)
-        self.optimizer.load_state_dict(found["optimizer"])
-        self.schedule.load_state_dict(found["schedule"])
-        return int(found["step"]), float(found["loss"])
-
-    def save(self, step: int, loss: float) -> None:
-        """Replace the file atomically."""
-        if self.path is None:
-            return
-        content: dict[str, Any] = {"step": step, "loss": loss, "settings": dict(self.settings)}
-        content |= {"gates": [gate.detach().cpu() for gate in self.gates]}
-        content |= {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
-        new = self.path.with_name(self.path.name + ".new")
-        torch.save(content, new)
-        new.replace(self.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_compile.calibration.forward import Hidden, compiled_hidden, frozen, last_hidden, positions_of, sizes_of
+from sparse_compile.calibration.progress import Line, duration, ticking
 from sparse_compile.dynamo import Backend, Hooks
 from sparse_compile.head_profile import Profile, signature
 
@@ -63,12 +65,13 @@ def observe(
     sink: int = 4,
     recent: int = 64,
     inner: str = "inductor",
+    progress: bool = True,
     hidden: Hidden = last_hidden,
 ) -> Observations:
     """Measure the attention of every head of ``model`` in one forward pass over ``tokens`` ``[B, N]``.
 
     From token ``start`` on, the text repeats itself every ``period`` tokens. If ``period`` is 0, ``echo`` and ``induction``
-    are NaN. Memory grows linearly with N, not quadratically.
+    are NaN. Memory grows linearly with N, not quadratically. With ``progress``, a line on stderr says how far the pass is.
 
         >>> seen = observe(model, torch.randint(64, (1, 32)).repeat(1, 2), period=32, recent=8, inner="eager")
         >>> len(seen.echo), len(seen.echo[0])
@@ -88,7 +91,8 @@ def observe(
     device = next(model.parameters()).device
     sums = _Sums(config["layers"], Look(sink, recent, period=period, start=start), device)
     backend = Backend(inner=inner, hooks=Hooks((partial(watch_attention, look=sums.look, sums=sums),)))
-    with frozen(model), torch.no_grad():
+    line = Line(progress)
+    with frozen(model), torch.no_grad(), ticking(Layers(sums, tokens.numel(), line.clock).text, line):
         compiled_hidden(model, hidden, backend)(tokens.to(device))
     return sums.means()
 
@@ -101,6 +105,7 @@ def echo_profile(
     batch: int = 1,
     seed: int = 0,
     inner: str = "inductor",
+    progress: bool = True,
     hidden: Hidden = last_hidden,
 ) -> Profile:
     """Score KV heads by their attention to repeated random tokens, without data (https://arxiv.org/abs/2407.15891).
@@ -127,7 +132,7 @@ def echo_profile(
     begins = isinstance(getattr(config, "bos_token_id", None), int)
     if begins:  # ``start`` excludes this token, which is not repeated
         tokens = torch.cat([torch.full((batch, 1), config.bos_token_id), tokens], dim=1)
-    seen = observe(model, tokens, period=period, start=int(begins), inner=inner, hidden=hidden)
+    seen = observe(model, tokens, period=period, start=int(begins), inner=inner, progress=progress, hidden=hidden)
     found = signature(config)
     echo, induction = (seen.by_kv_head(name, found["kv_heads"]) for name in ("echo", "induction"))
     scores = [[max(pair) for pair in zip(*rows, strict=True)] for rows in zip(echo, induction, strict=True)]
@@ -153,6 +158,15 @@ class _Sums:
         self.found[layer] = make(heads, len(STATISTICS), 2), make(heads, -(-keys // self.look.page), 2)
         return self.found[layer]
 
+    def done(self) -> list[float] | None:
+        """The number of queries that each layer has measured so far; None on a GPU, where looking would wait for it."""
+        from sparse_compile.passes.ops.attention_stats import STATISTICS
+
+        if self.device.type != "cpu":
+            return None
+        counted = STATISTICS.index("entropy")  # it counts every query
+        return [float(totals[0, counted, 1]) for totals, _ in list(self.found.values())]
+
     def means(self) -> Observations:
         from sparse_compile.passes.ops.attention_stats import STATISTICS
 
@@ -165,6 +179,28 @@ class _Sums:
         totals = [_mean(totals) for totals, _ in rows]
         named = {name: [row[:, at].tolist() for row in totals] for at, name in enumerate(STATISTICS)}
         return Observations(**named, pages=[_mean(pages).tolist() for _, pages in rows])
+
+
+class Layers:
+    """What is known of a pass over all layers, which the sums of the layers show while it runs."""
+
+    def __init__(self, sums: _Sums, queries: int, clock: Callable[[], float]) -> None:
+        self.sums, self.queries, self.clock = sums, queries, clock
+        self._began, self._first = clock(), 0.0  # when the pass began, and when the first layer was seen to run
+
+    def text(self) -> str:
+        """The line that shows how far the pass is."""
+        now, done = self.clock(), self.sums.done()
+        passed = duration(now - self._began)
+        if done is None:
+            return f"one pass over {self.queries:,} tokens, {passed}"
+        layers = sum(queries / self.queries for queries in done)
+        if not layers:
+            return f"one pass over {self.queries:,} tokens, compiling, {passed}"
+        self._first = self._first or now
+        left = (now - self._first) / layers * (self.sums.layers - layers)
+        told = f"{layers:.1f} of {self.sums.layers} layers are done, {passed}"
+        return f"{told}, about {duration(left)} left" if now > self._first and left else told
 
 
 def _mean(sums: Tensor) -> Tensor:

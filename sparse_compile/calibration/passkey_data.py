@@ -119,14 +119,23 @@ class Passkeys:
         made = (parts, len(self.asking), self.size, self.shortest, self.longest, self.seed)
         return hashlib.sha256(repr(made).encode()).hexdigest()[:16]
 
+    def length(self, step: int) -> int:
+        """Return the number of tokens of the text of a step, without making the text."""
+        return self._begin(step)[1]
+
+    def _begin(self, step: int) -> tuple[torch.Generator, int]:
+        """Return the random numbers of a step, and its length, which is the first of them."""
+        rng = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        at = int(torch.randint(LENGTHS, (1,), generator=rng))
+        return rng, self.shortest + (self.longest - self.shortest) * at // (LENGTHS - 1)
+
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return the text of a step, int64 ``[1, N]``, and which of its tokens are asked, bool ``[1, N]``."""
-        rng = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        rng, length = self._begin(step)
 
         def pick(count: int, size: int = 1) -> list[int]:
             return torch.randint(count, (size,), generator=rng).tolist()
 
-        length = self.shortest + (self.longest - self.shortest) * pick(LENGTHS)[0] // (LENGTHS - 1)
         keys = [torch.cat([self.words[at] for at in pick(len(self.words), self.size)]) for _ in self.asking]
         announced = [torch.cat(pair) for pair in zip(self.announcing, keys, strict=True)]
         tail = torch.cat([part for pair in zip(self.asking, keys, strict=True) for part in pair])

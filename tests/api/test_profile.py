@@ -82,9 +82,11 @@ def test_published_folders_tensors_and_lists_are_read(tmp_path: Path) -> None:
         Profile.read(tmp_path / "nowhere")
 
 
-def test_policies_by_name_take_profiles() -> None:
+def test_policies_by_name_take_profiles(tmp_path: Path) -> None:
     profile = Profile([[0.9, 0.1], [0.2, 0.8]])
     assert sc.policies.duo_attention(profile, 0.5) == sc.policies.duo_attention([[0.9, 0.1], [0.2, 0.8]], 0.5)
+    profile.save(tmp_path / "profile.json")
+    assert sc.policies.duo_attention(tmp_path / "profile.json") == sc.policies.duo_attention(profile)
     assert sc.policies.lserve(profile, budget=64) == sc.policies.lserve([[0.9, 0.1], [0.2, 0.8]], budget=64)
 
 
@@ -132,3 +134,11 @@ def test_a_picture_of_heads_by_layers() -> None:
     axes = Profile(SCORES, method="echo").plot().axes[0]
     assert axes.images[0].get_size() == (3, 2)
     assert axes.get_title().startswith("echo")
+
+
+def test_a_picture_counts_layers_and_heads_in_whole_numbers() -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    figure = Profile([[0.9, 0.1], [0.2, 0.8]]).plot()
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    assert all(tick == int(tick) for axis in (axes.xaxis, axes.yaxis) for tick in axis.get_ticklocs())

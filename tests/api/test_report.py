@@ -29,7 +29,7 @@ def test_the_table_is_short_and_says_what_happened() -> None:
     backend = sc.Backend(STREAMING, inner="eager")
     run(backend)
     assert str(backend.report).splitlines() == [
-        "sparse_compile: 2 of 2 attention calls rewritten; 1 graph compiled, 0 of them again",
+        "sparse_compile: 2 of 2 attention calls rewritten; 1 graph compiled",
         "  graph  module                        calls  phase    q x kv   model mask  policy"
         "                                  density  kernel",
         "  1      model.layers.[0-1].self_attn  2      prefill  24 x 24  causal      causal & (sink(2) | sliding_window(6))"
@@ -88,6 +88,17 @@ def test_compiles_and_recompiles_are_counted() -> None:
     assert backend.report.sites[-1].q_len != "36", "the second graph is dynamic, and its length a symbol"
 
 
+def test_graphs_are_counted_by_what_they_are_for() -> None:
+    """A decode step compiles the code of the prefill again, and a report must not read as if that were a fault."""
+    backend = sc.Backend(inner="eager")
+    model: Any = torch.compile(DECODERS[0].build(), backend=backend)
+    with torch.no_grad():
+        cache = model(tokens(), use_cache=True).past_key_values
+        model(tokens(length=1), past_key_values=cache)
+    assert str(backend.report).splitlines()[0].endswith("; 2 graphs compiled: 1 prefill, 1 decode")
+    assert (backend.report.compiles, backend.report.recompiles) == (2, 1)
+
+
 class TwoCalls(nn.Module):
     """One call that is rewritten, and one that cannot be rewritten."""
 
@@ -133,6 +144,14 @@ def test_every_call_of_every_graph_is_a_row() -> None:
     rows = [sum(site.graph == graph for site in backend.report.sites) for graph in (1, 2)]
     assert rows == seen == [1, 2]
     assert (backend.report.compiles, backend.report.recompiles) == (2, 0)
+    assert "2 graphs compiled: 1 prefill, 1 other" in str(backend.report)
+
+
+def test_a_graph_without_attention_is_counted_as_such() -> None:
+    backend = sc.Backend(inner="eager")
+    torch.compile(lambda x: x + 1, backend=backend)(torch.randn(1, 2, 8, 4))
+    torch.compile(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), backend=backend)(torch.randn(1, 2, 8, 4))
+    assert "2 graphs compiled: 1 prefill, 1 without attention" in str(backend.report)
 
 
 def test_a_graph_that_is_traced_again_for_the_same_code_is_counted_once() -> None:
@@ -187,7 +206,7 @@ def test_many_layers_share_a_line_by_their_ranges() -> None:
 
 
 def test_an_empty_report_says_so() -> None:
-    assert str(sc.Report()) == "sparse_compile: 0 of 0 attention calls rewritten; 0 graphs compiled, 0 of them again"
+    assert str(sc.Report()) == "sparse_compile: 0 of 0 attention calls rewritten; 0 graphs compiled"
 
 
 def test_a_graph_that_cannot_be_cached_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_compile.calibration import Passkeys, gate_training, train_gates
+from sparse_compile.calibration import Passkeys, checkpoint, train_gates
 from support.gated_models import SETTINGS, last, trained_toy
 from support.models import VOCABULARY
 from support.oracles.cache import llama
@@ -44,7 +45,7 @@ def interrupted(at: int) -> Callable[[int], tuple[Tensor, Tensor]]:
 def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(
     at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate_training, "SAVED", 2)
+    monkeypatch.setattr(checkpoint, "STEPS", 2)
     wanted = trained_toy(last, steps=8)
     file = tmp_path / "gates.pt"
     with pytest.raises(Interrupted):
@@ -66,24 +67,53 @@ def test_a_run_that_is_done_is_read_from_its_file(tmp_path: Path) -> None:
     assert trained_toy(interrupted(0), steps=3, resume=str(file)) == wanted
 
 
-@pytest.mark.parametrize("change", [{"steps": 4}, {"sink": 3}, {"recent": 6}, {"rate": 0.03}, {"penalty": 0.1}])
-def test_a_file_of_another_run_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "old", "new"),
+    [
+        ({"steps": 4}, "steps=2", "steps=4"),
+        ({"sink": 3}, "sink=2", "sink=3"),
+        ({"recent": 6}, "recent=5", "recent=6"),
+        ({"rate": 0.03}, "rate=0.02", "rate=0.03"),
+        ({"penalty": 0.1, "steps": 3}, "steps=2, penalty=0.05", "steps=3, penalty=0.1"),
+    ],
+)
+def test_a_file_of_another_run_is_refused_by_what_differs(change: dict[str, Any], old: str, new: str, tmp_path: Path) -> None:
     file = tmp_path / "gates.pt"
     trained_toy(last, steps=2, resume=file)
     kept = file.read_bytes()
-    with pytest.raises(
-        ValueError, match=r"gates.pt belongs to a run with .* but this run has .*: pass another file, or remove"
-    ):
+    message = f"{file} belongs to a run with {old}, but this run has {new}: pass another file, or remove this one"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         trained_toy(last, resume=file, **({"steps": 2} | change))
     assert file.read_bytes() == kept
+
+
+def test_a_file_is_written_when_time_has_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step on a CPU may take minutes, and a hundred of them hours."""
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    file = tmp_path / "gates.pt"
+    with pytest.raises(Interrupted):
+        trained_toy(interrupted(3), steps=8, resume=file)
+    assert torch.load(file, weights_only=True)["step"] == 3
+    monkeypatch.setattr(checkpoint, "SECONDS", 3600.0)
+    with pytest.raises(Interrupted):
+        trained_toy(interrupted(5), steps=8, resume=file)
+    assert torch.load(file, weights_only=True)["step"] == 3
 
 
 def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "gates.pt"
     trained_toy(last, steps=2, resume=file)
-    for other in (llama(), llama(num_key_value_heads=4), llama(num_hidden_layers=3)):
-        with pytest.raises(ValueError, match=r"belongs to a run with .* pass another file, or remove this one"):
-            train_gates(other, last, steps=2, resume=file, **SETTINGS)
+    others = {
+        "model kv_heads=2, .*this run has model kv_heads=4": llama(num_key_value_heads=4),
+        "model layers=2, .*this run has model layers=3": llama(num_hidden_layers=3),
+        "dtype='float32', .*this run has dtype='bfloat16'": llama().bfloat16(),
+    }
+    train_gates(llama(), last, steps=2, resume=tmp_path / "llama.pt", **SETTINGS)
+    for message, other in others.items():
+        with pytest.raises(ValueError, match=f"belongs to a run with .*{message}.*: pass another file, or remove this one"):
+            train_gates(other, last, steps=2, resume=tmp_path / "llama.pt", **SETTINGS)
+    with pytest.raises(ValueError, match=r"belongs to a run with model type='toy'"):
+        train_gates(llama(), last, steps=2, resume=file, **SETTINGS)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b'{"version": 1}', b"PK\x03\x04 half a file"])
@@ -109,7 +139,7 @@ def test_a_file_that_cannot_be_written_is_told_before_training(tmp_path: Path) -
 
 
 def test_a_half_written_file_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_training, "SAVED", 2)
+    monkeypatch.setattr(checkpoint, "STEPS", 2)
     file, save, written = tmp_path / "gates.pt", torch.save, list[Path]()
 
     def dies(content: Any, path: Path) -> None:
@@ -134,5 +164,7 @@ def test_a_file_of_other_weights_is_refused(tmp_path: Path) -> None:
     train_gates(model, last, steps=2, resume=file, **SETTINGS)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1.5)
-    with pytest.raises(ValueError, match=r"belongs to a run with .* pass another file, or remove this one"):
+    with pytest.raises(
+        ValueError, match=r"a run with weights='\w+' \(a hash of the weights\), but this run has weights='\w+' "
+    ):
         train_gates(model, last, steps=2, resume=file, **SETTINGS)

@@ -367,5 +367,5 @@ def test_a_plot_shows_a_head_that_is_there() -> None:
 
 def test_a_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"plot needs matplotlib: pip install 'sparse-compile\[plot\]'"):
+    with pytest.raises(ImportError, match=r"plot needs matplotlib 3.6 or newer.*: pip install 'sparse-compile\[plot\]'"):
         causal.plot(8, 8)

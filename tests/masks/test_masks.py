@@ -254,6 +254,14 @@ def test_a_plot_tells_the_share_of_visible_pairs() -> None:
     assert causal.plot(4, 4, block_size=2).axes[0].get_title() == "pairs: 62.5 % visible"
 
 
+def test_a_plot_counts_positions_and_blocks_in_whole_numbers() -> None:
+    pytest.importorskip("matplotlib")
+    figure = causal.plot(4, 4, block_size=2)
+    figure.draw_without_rendering()
+    ticks = [tick for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for tick in axis.get_ticklocs()]
+    assert all(tick == int(tick) for tick in ticks)
+
+
 def test_a_plot_counts_block_classes() -> None:
     pytest.importorskip("matplotlib")
     title = causal.plot(40, 40, block_size=10).axes[1].get_title()

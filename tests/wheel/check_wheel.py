@@ -2,7 +2,7 @@
 
 import importlib.util
 import sysconfig
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,6 +20,7 @@ for package in (sparse_compile, sparse_compile.masks, sparse_compile.passes):
 for package_name in ("masks", "passes", "tests", "bench"):
     assert importlib.util.find_spec(package_name) is None, f"the wheel installs {package_name!r} at the top level"
 assert files(sparse_compile).joinpath("py.typed").is_file()
+assert version("sparse-compile") == sparse_compile.__version__
 
 streaming = causal & (sink(1) | sliding_window(2))
 assert streaming.draw(4, 4).split() == ["█···", "██··", "███·", "█·██"]

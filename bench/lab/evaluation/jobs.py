@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import multiprocessing
+import os
 import queue
 import time
 import traceback
@@ -25,6 +26,7 @@ from bench.lab.evaluation.methods import Method
 from bench.lab.evaluation.rows import Row, wilson
 from bench.lab.model import build, config, load
 from bench.lab.session import Session
+from bench.measure.stopping import end_with
 from bench.measure.timing import environment
 
 SEED = 1 << 33  # first seed of the items; neither training nor scoring uses it
@@ -184,7 +186,7 @@ def done(jobs: Sequence[Job], workers: int, failed: list[str]) -> Iterator[tuple
         yield from ((at, job(devices[0])) for at, job in enumerate(jobs))
         return
     ended: queue.Queue[tuple[int, list[Any]] | None] = queue.Queue()
-    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, _begin, (os.getpid(),)) as pool:
         for at, job in enumerate(jobs):
             call = run, (at, job, devices[at % len(devices)])
             pool.apply_async(*call, callback=ended.put, error_callback=_telling(job, failed, ended))
@@ -204,6 +206,12 @@ def run(at: int, job: Job, device: str) -> tuple[int, list[Any]]:
     except RuntimeError as error:  # errors of torch's compiler cannot be pickled for the parent process
         raise RuntimeError("".join(traceback.format_exception(error))) from None
     return at, rows
+
+
+def _begin(parent: int) -> None:
+    """Prepare a worker process. It has one thread, because there are as many workers as the machine can run."""
+    end_with(parent)
+    torch.set_num_threads(1)
 
 
 def _telling(job: Job, failed: list[str], ended: queue.Queue[Any]) -> Callable[[BaseException], None]:

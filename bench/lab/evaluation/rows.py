@@ -88,13 +88,15 @@ class Table:
                 self._keep(csv.DictReader(file))
 
     def add(self, rows: Iterable[Any]) -> None:
-        """Add rows, and write the file."""
+        """Add rows, and write the file. A process that is killed meanwhile leaves the old file."""
         self._keep({name: written(value) for name, value in asdict(row).items()} for row in rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="", encoding="utf-8") as file:
+        new = self.path.with_name(self.path.name + ".new")
+        with new.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self.rows.values())
+        new.replace(self.path)
 
     def _keep(self, rows: Iterable[dict[str, str]]) -> None:
         for row in rows:

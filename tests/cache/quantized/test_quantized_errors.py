@@ -14,6 +14,7 @@ import sparse_compile as sc
 from sparse_compile.cache.kv_format import ByLayer
 from sparse_compile.passes.lower.paged import unreadable_format
 from sparse_compile.passes.storage.codec import Format
+from support.installed import pretend
 from support.models import GPT2
 from support.oracles.cache import error, llama
 from support.sessions.cache import ones
@@ -108,14 +109,14 @@ def test_other_types_are_refused(kv: Any, message: str) -> None:
 
 @pytest.mark.parametrize("kv", ["int8", ["int4", None], [["fp8", None], None], sc.KVFormat(None, "int8")], ids=str)
 def test_formats_without_torchao_are_refused(kv: ByLayer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparse_compile.cache.kv_format.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"kv='(int8|int4|fp8)' needs torchao: pip install 'sparse-compile\[quant\]'"):
+    pretend(monkeypatch, "torchao", None)
+    with pytest.raises(ImportError, match=r"kv='(int8|int4|fp8)' needs torchao 0.13 or newer, found none: pip install"):
         new_cache(kv)
 
 
 @pytest.mark.parametrize("kv", [None, [None, None], sc.KVFormat(None, None)], ids=str)
 def test_a_cache_of_plain_numbers_needs_no_torchao(kv: ByLayer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparse_compile.cache.kv_format.find_spec", lambda name: None)
+    pretend(monkeypatch, "torchao", None)
     assert all(layer.quantized == [] for layer in new_cache(kv).cached_layers)
 
 

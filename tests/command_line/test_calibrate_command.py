@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoConfig, BertConfig, T5Config
 
 from sparse_compile.__main__ import main
 from sparse_compile.calibration import Passkeys, echo_profile, train_gates
-from sparse_compile.calibration.cli import passkeys
+from sparse_compile.calibration.cli import load, passkeys
 from sparse_compile.head_profile import Profile, signature
 from support.models import SMALL, VOCABULARY
 from support.oracles.cache import llama
@@ -42,12 +43,17 @@ def error_of(arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
+def printed_by_us(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines on stderr, without the bars of transformers."""
+    return [line for line in capsys.readouterr().err.splitlines() if line and "Loading weights" not in line]
+
+
 def test_echo_writes_the_profile_of_the_saved_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = folder.parent / "echo.json"
     assert main(["calibrate", str(folder), "--method", "echo", "--out", str(out), "--seed", "3", "--device", "cpu"]) == 0
     captured = capsys.readouterr()
     assert f"{out}: scores of 2 layers x 2 KV heads by echo" in captured.err
-    assert "random" not in captured.err
+    assert "are random" not in captured.err
     profile = Profile.load(out)
     torch._dynamo.reset()
     assert profile == echo_profile(llama(), seed=3, inner="eager")
@@ -64,6 +70,35 @@ def test_gates_are_those_that_python_trains(folder: Path, capsys: pytest.Capture
     wanted = train_gates(llama(), data, steps=3, sink=4, recent=16, inner="eager", progress=False)
     assert Profile.load(out) == wanted
     assert json.loads(out.read_text())["profile"]["method"] == "gates"
+
+
+@pytest.mark.parametrize("method", ["echo", "gates"])
+@pytest.mark.parametrize(
+    ("given", "used"), [([], "float32"), (["--dtype", "bfloat16"], "bfloat16"), (["--dtype", "float16"], "float16")]
+)
+def test_the_cpu_computes_in_float32_unless_told_otherwise(
+    method: str, given: list[str], used: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half precision is several times slower there."""
+    llama().half().save_pretrained(tmp_path)
+    training = ["--steps", "1", *SIZES] if method == "gates" else ["--device", "cpu"]
+    assert main(["calibrate", str(tmp_path), "--method", method, *training, *given, "--out", str(tmp_path / "p.json")]) == 0
+    assert f"on cpu in {used}" in capsys.readouterr().err
+    assert load(tmp_path, "cpu", used)[0].dtype == getattr(torch, used)
+    assert load(tmp_path, "cpu", "auto")[0].dtype == torch.float16
+
+
+def test_a_calibration_says_how_far_it_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(folder.parent / "profile.json")
+    assert main(["calibrate", str(folder), "--steps", "3", *SIZES, "--out", out]) == 0
+    lines = printed_by_us(capsys)
+    assert lines[1].startswith("step 1 of 3, compiling, 0 s")
+    assert re.fullmatch(r"3 steps take about \d+ s, measured on a step of 200 tokens that also compiled", lines[2])
+    assert re.fullmatch(r"step 3 of 3 is done, loss [\d.e-]+, mean gate [\d.]+, \d+ s", lines[-2])
+    assert main(["calibrate", str(folder), "--method", "echo", "--device", "cpu", "--out", out]) == 0
+    lines = printed_by_us(capsys)
+    assert lines[1] == "one pass over 129 tokens, compiling, 0 s"
+    assert re.fullmatch(r"2.0 of 2 layers are done, \d+ s", lines[-2])
 
 
 @pytest.mark.parametrize("file", ["", "config.json"])
@@ -108,7 +143,7 @@ def test_a_run_is_resumed(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main([*arguments, "--out", str(again)]) == 0
     assert Profile.load(first) == Profile.load(again)
     message = error_of([*arguments[:3], "5", *arguments[4:], "--out", again], capsys)
-    assert f"{file} belongs to a run with" in message
+    assert f"{file} belongs to a run with steps=2, but this run has steps=5: pass another file" in message
 
 
 def test_problems_are_one_line_on_stderr(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +164,8 @@ def test_problems_are_one_line_on_stderr(folder: Path, capsys: pytest.CaptureFix
     (folder.parent / "gates.pt").unlink()
     assert main([str(word) for word in (*resumed, "--out", folder / "profile.json")]) == 0
     capsys.readouterr()
-    assert "belongs to a run with" in error_of([*resumed, "--seed", 7], capsys)
+    message = error_of([*resumed, "--seed", 7], capsys)
+    assert re.search(r"a run with data='\w+' \(a hash of the texts, their lengths and their seed\), but this run", message)
     ignored = ["calibrate", folder, "--method", "echo", "--steps", 3, "--sink", 4]
     assert "omit --steps, --sink" in error_of(ignored, capsys)
     if not torch.cuda.is_available():
