@@ -7,9 +7,11 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 INSTALL := $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
+
 unexport PYTHONPATH PYTHONHOME
 .NOTPARALLEL:
-.PHONY: test demo lint format pytest wheel clean
+.PHONY: test slow demo lint format pytest wheel clean
 
 test: lint pytest wheel
 
@@ -28,7 +30,11 @@ format: $(INSTALLED)
 
 # Each worker gets one thread: two workers fill two cores, and threads that wait for each other spin.
 pytest: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal --durations 10
+	$(PYTEST) -m 'not slow' --durations 10
+
+# Benchmarks at small sizes, a million tokens, and what else takes long: half as much as all other tests together.
+slow: $(INSTALLED)
+	$(PYTEST) -m slow --durations 10
 
 # Builds the wheel from the sdist and tests it in a virtual environment outside the checkout, which borrows only dependencies
 # from .venv.

@@ -68,8 +68,8 @@ def for_steps() -> dict[str, Any]:
 
     The options combine kernels that do not depend on each other. A step of Llama-3-8B with pages and rings has 105 fewer.
     """
-    # ``coordinate_descent_tuning`` is not among them: on an H200, a step of Llama-3-8B with 32,768 tokens takes 6.0 ms instead of
-    # 6.4 ms with it, a step with page selection takes no less, and the first call takes 22 s longer.
+    # ``coordinate_descent_tuning`` is not among them. With it, on an H200, a step of Llama-3-8B with 32,768 tokens takes 6.0 ms
+    # instead of 6.4 ms, a step with page selection takes no less, and the first call takes 22 s longer.
     wanted = {"combo_kernels": True, "combo_kernel_per_subkernel_blocks": True}
     return {name: value for name, value in wanted.items() if has_inductor_option(name)}
 

@@ -43,7 +43,6 @@ def test_on_cpu_windows_and_long_caches_beat_sdpa_under_the_same_dense_mask() ->
         assert row.ratio > (1 if row.what.startswith("all streaming") else 0.7)
 
 
-@pytest.mark.slow
 def test_generate_is_measured_row_by_row(tmp_path: Path) -> None:
     methods = tuple(method for method in METHODS if method.name in ("eager", "exact"))
     write_rows(tmp_path / "generate.csv", measure_all(TINY, (64,), methods))

@@ -155,6 +155,7 @@ def test_the_plan_asks_every_method_of_every_task() -> None:
     assert all(job.size.items * job.size.seeds % job.size.rows == 0 for job in jobs["static"])
 
 
+@pytest.mark.slow
 def test_what_fails_is_told_and_the_rest_goes_on() -> None:
     """Run two jobs in a worker process: one that fails, and one that does not."""
     size, failed = Size(None, items=1, seeds=1, rows=1), list[str]()
@@ -194,6 +195,7 @@ def test_a_smoke_run_writes_rows_that_plots_and_findings_read(tmp_path: Path) ->
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_demo_finds_its_needle_in_half_of_the_cache_and_not_by_streaming(capsys: pytest.CaptureFixture[str]) -> None:
     whole, heads, streaming = run_demo(items=6, length=512).values()
     assert whole == heads == 1.0 and streaming == 0.0

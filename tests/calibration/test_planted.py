@@ -57,6 +57,7 @@ def test_gates_rank_the_induction_heads_first_and_not_the_local_head_they_need()
     assert profile.scores[0][2] < 0.1, "the head that finds the token before needs a window and no more"
 
 
+@pytest.mark.slow
 def test_both_ways_follow_the_heads_to_other_places() -> None:
     places = {(1, 0), (2, 2), (2, 3)}
     model = planted({(0, 3): "previous"} | dict.fromkeys(places, "induction"))
@@ -67,6 +68,7 @@ def test_both_ways_follow_the_heads_to_other_places() -> None:
     assert margin(profile, places) > 0.6
 
 
+@pytest.mark.slow
 def test_a_window_over_the_whole_text_needs_no_head() -> None:
     profile = train_gates(planted(), passkeys(), steps=60, sink=4, recent=240, inner="eager", progress=False)
     assert max(max(row) for row in profile.scores) < 0.1

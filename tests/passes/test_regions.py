@@ -160,6 +160,7 @@ def test_results_and_gradients_are_those_of_dense_attention(kind: str, policy: M
     assert {site.layer for site in backend.report.sites} == set(range(LAYERS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_inductor_trains_under_a_policy(kind: str) -> None:
     model, backend = Decoder(kind), sc.Backend(STREAMING, strict=True)
@@ -202,6 +203,7 @@ def test_a_trained_bias_in_a_body_gets_its_gradient(kind: str) -> None:
     assert_same(got, oracle(kind, everywhere(STREAMING), x, valid, bias=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_bodies_follow_dynamic_lengths(kind: str, inner: str) -> None:
@@ -249,6 +251,7 @@ class Graphs:
         return [(str(node.args[0].target), str(node.args[1])) for node in nodes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["region", "checkpoint in a region", "cond in a region"])
 def test_equal_layers_share_a_body_and_different_layers_do_not(kind: str) -> None:
     shares = []
