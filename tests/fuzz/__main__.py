@@ -13,12 +13,12 @@ from multiprocessing import get_context
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from fuzz.case import Case
+from fuzz.case import Case, Generate
 from fuzz.draw import cases
 from fuzz.play import Verdict, play
 from fuzz.reduce import reduced
 
-BATCH = 20  # cases of one seed
+BATCH = 10  # cases of one seed
 MOST_REDUCED = 3  # faults of one kind that are reduced to a small case
 
 
@@ -65,6 +65,7 @@ def kind_of(case: Case, verdict: Verdict) -> str:
     calls = sorted({type(call).__name__ for call in case.calls})
     facts = [case.cache.kind, "padded" * case.is_padded, "selects" * case.selects, case.cache.kv or ""]
     facts += ["moves" * case.cache.cache_positions, "relaxed" * (case.cache.mode != "strict")]
+    facts += [call.implementation or "" for call in case.calls if isinstance(call, Generate)][:1]
     return f"wrong: {' '.join(fact for fact in facts if fact)}; {', '.join(calls)}"
 
 

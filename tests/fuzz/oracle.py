@@ -144,10 +144,11 @@ class Oracle:
         if form is None:
             return k, v
         token = self._row.tokens[i]
-        fresh = token.chunk if token.phase == "prefill" else token.stop
-        place = layer, kv_head, token.stop, fresh
+        stop = min(token.stop, len(self._row.tokens))  # later tokens may have been taken back
+        fresh = token.chunk if token.phase == "prefill" else stop
+        place = layer, kv_head, stop, fresh
         if place not in self._read:
-            self._read[place] = stored(form, k, v, self._row.pad, token.stop, fresh)
+            self._read[place] = stored(form, k, v, self._row.pad, stop, fresh)
         return self._read[place]
 
     def _placed(self, layer: int, kv_head: int, query: Tensor, i: int, seen: list[int]) -> Tensor:
