@@ -60,7 +60,10 @@ def _requirements(names: list[str]) -> list[str]:
 
 
 def ran(tests: Path, site: Path, family: str, mode: str, chosen: str, folder: Path) -> Path:
-    """Run the tests of a family in one mode, and return the file with their outcomes."""
+    """Run the tests of a family in one mode, and return the file with their outcomes.
+
+    Over a ``SparseCache``, only the tests run that generate, as the exact run has found.
+    """
     outcomes = folder / f"{family}-{mode}.jsonl"
     outcomes.unlink(missing_ok=True)
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", site)))
@@ -73,6 +76,7 @@ def ran(tests: Path, site: Path, family: str, mode: str, chosen: str, folder: Pa
     }
     run = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:logging"]
     run += ["-p", "suites.compile_in_place", "--compiled", mode, "--outcomes", str(outcomes), "--timeout", str(SECONDS)]
+    run += ["--generating", str(folder / f"{family}-exact.jsonl")] if mode == "sparse" else []
     run += ["-k", chosen, f"tests/models/{family}/test_modeling_{family}.py"]
     with (folder / f"{family}-{mode}.log").open("w", encoding="utf-8") as log:
         subprocess.run(run, cwd=tests, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)

@@ -3,7 +3,8 @@
 ``PreTrainedModel.eval`` compiles the model in place, because the tests call it on every model before they run it. With
 ``--compiled exact``, the caches are those of transformers. With ``--compiled sparse``, ``generate`` makes a ``SparseCache``
 wherever it would make a ``DynamicCache``. Every ``generate`` runs twice from the same random state, plain and compiled, and
-the tokens have to be equal. The plugin writes what happened in each test to the file of ``--outcomes``, one JSON line each.
+the tokens have to be equal. The plugin writes what happened in each test to the file of ``--outcomes``, one JSON line each,
+and runs only the tests that generate in the file of ``--generating``, if there is one.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sparse_compile")
     group.addoption("--compiled", choices=MODES, default="plain", help="how models run")
     group.addoption("--outcomes", type=Path, required=True, help="the file for the outcome of each test")
+    group.addoption("--generating", type=Path, help="the outcomes of another run, of which the tests that generate run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,7 +56,7 @@ class Compiled:
     def forget(self) -> None:
         """Start counting for the next test."""
         self.backends: list[sc.Backend] = []
-        self.caches = self.equal = 0
+        self.generations = self.caches = self.equal = 0
 
     def patch(self) -> None:
         """Replace ``eval`` and ``generate`` of all models, and count the caches that ``generate`` is lent."""
@@ -68,7 +70,10 @@ class Compiled:
             return model
 
         def compared(model: Any, *args: Any, **kwargs: Any) -> Any:
-            if getattr(model, "_compiled_call_impl", None) is None or self.is_comparing or kwargs.keys() & set(USED_UP):
+            if getattr(model, "_compiled_call_impl", None) is None or self.is_comparing:
+                return plain_generate(model, *args, **kwargs)
+            self.generations += 1
+            if kwargs.keys() & set(USED_UP):
                 return plain_generate(model, *args, **kwargs)
             return self.compare(plain_generate, model, *args, **kwargs)
 
@@ -107,7 +112,12 @@ class Compiled:
         return got
 
     @pytest.hookimpl
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        other = config.getoption("--generating")
+        if other is not None:
+            lines = map(json.loads, other.read_text("utf-8").splitlines())
+            generating = {line["test"] for line in lines if line["generations"]}
+            items[:] = [item for item in items if item.nodeid in generating]
         for item in items:
             if self.mode != "plain" and (reason := reason_against(item.name, self.mode)):
                 item.add_marker(pytest.mark.skip(reason=f"cannot apply: {reason}"))
@@ -123,7 +133,8 @@ class Compiled:
             return  # set-up and clean-up
         why = report.longrepr if isinstance(report.longrepr, tuple) else (str(report.longrepr or "")[-600:],)
         graphs = sum(backend.calls for backend in self.backends)
-        line = {"test": report.nodeid, "outcome": report.outcome, "graphs": graphs, "caches": self.caches, "equal": self.equal}
+        line = {"test": report.nodeid, "outcome": report.outcome, "graphs": graphs}
+        line |= {"generations": self.generations, "caches": self.caches, "equal": self.equal}
         with self.outcomes.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**line, "why": str(why[-1])}) + "\n")
 
