@@ -105,11 +105,11 @@ def compared(family: str, mode: str, plain: dict[str, Any], compiled: dict[str, 
     passed = [test for test, end in ends.items() if end == "passed"]
     failed = [test for test, end in ends.items() if end == "failed"]
     graphs = sum(any(line["graphs"] for line in counted[test]) for test in passed)
-    equal, caches = (sum(max(line[name] for line in lines) for lines in counted.values()) for name in ("equal", "caches"))
+    equal, caches = (sum(max(line[name] for line in counted[test]) for test in passed) for name in ("equal", "caches"))
     print(
         f"{family}, {mode}: {len(ends)} tests that pass with plain models: {len(passed)} passed ({graphs} of them ran compiled "
         f"graphs), {len(failed)} failed, {len(ends) - len(passed) - len(failed)} cannot apply; {equal} generations with equal "
-        f"tokens, {caches} of them over a SparseCache",
+        f"tokens; {caches} runs of generate were lent a SparseCache",
         flush=True,
     )
     for test in failed:
