@@ -79,7 +79,7 @@ class Select:
 
 @dataclass(frozen=True)
 class Crop:
-    """The last ``count`` tokens are taken back."""
+    """The last ``count`` tokens are taken back, or all but one of the shortest row."""
 
     count: int
 

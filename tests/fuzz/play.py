@@ -116,6 +116,7 @@ class Player:
                     self.rows, self.got, self.since = [self.rows[row] for row in rows], [[] for _ in rows], 0
                 case Crop(count):
                     self.check()
+                    count = min(count, *(len(row.tokens) - 1 for row in self.rows))  # never into padding
                     self.cache.crop(-count)
                     self.rows = [Row(row.pad, row.tokens[: len(row.tokens) - count]) for row in self.rows]
                     self.got, self.since = [[] for _ in self.rows], 0

@@ -51,7 +51,7 @@ def _has_short_table(facts: Facts) -> bool:
     """Whether a table ends before the text, or before the end of a cache whose size is fixed."""
     cache = facts.case.cache
     needed = {"sparse": cache.max_length, "static": cache.max_length, "lent": 128}.get(cache.kind, facts.asked)
-    tables: list[str] = re.findall(r"(?:document|padding)\(\[(.*?\])\]\)", facts.case.policy)
+    tables: list[str] = re.findall(r"(?:document|padding)\(\[(.*?)\]\)", facts.case.policy)
     rows = [row for table in tables for row in table.split(", ")]
     return any(sum(map(int, re.findall(r"\] \* (\d+)", row))) + row.count("[False]") < needed for row in rows)
 
@@ -79,7 +79,6 @@ RIGHT: list[tuple[str, Callable[[Facts], bool]]] = [
     (r"per_head (of|has) \d+ masks", _has_wrong_list),
     (r"the policy names layer \d+, but the model has", _names_missing_layer),
     (r"has room for max_length=", lambda facts: facts.asked > facts.case.cache.max_length),
-    (r"crop needs|tokens, so \d+ cannot be removed", lambda facts: facts.columns < 9),
     (r"was built for batch size|was built for \d+ batch rows", _has_table),
     (r"covers \d+ positions, but", _has_short_table),
     (r"needs a SparseCache", lambda facts: facts.case.selects and facts.case.cache.kind not in ("sparse", "lent")),
