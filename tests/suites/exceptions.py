@@ -9,6 +9,7 @@ BOTH = ("exact", "sparse")
 CANNOT_APPLY: list[tuple[str, tuple[str, ...], str]] = [
     ("compile|compilation|executorch|export", BOTH, "it compiles the model by itself, and counts how often"),
     ("capture_outputs_decorator", BOTH, "it counts calls of a Python function of transformers, which a graph does not make"),
+    ("mismatching_num_image_tokens", BOTH, "it expects a ValueError, for which transformers has torch._check in graphs"),
 ]
 
 
