@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 unexport PYTHONPATH PYTHONHOME
 .NOTPARALLEL:
-.PHONY: test slow demo lint format pytest wheel clean
+.PHONY: test slow demo lint format pytest wheel fuzz suites clean
 
 test: lint pytest wheel
 
@@ -40,6 +40,19 @@ slow: $(INSTALLED)
 # from .venv.
 wheel: $(INSTALLED)
 	tests/wheel/run
+
+# Random uses of the library against a dense oracle, for a night. Batches of cases follow from SEED, so another SEED plays others.
+COUNT ?= 10000
+SEED ?= 0
+PROCESSES ?= 2
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m fuzz --count $(COUNT) --seed $(SEED) --processes $(PROCESSES)
+
+# The tests of transformers over compiled models. TESTS is a checkout of transformers; without it, git fetches one.
+TESTS ?=
+FAMILIES ?= gpt2 phi3 gpt_neox mixtral qwen2 qwen2_vl llava gemma3
+suites: $(INSTALLED)
+	PYTHONPATH=.:tests $(BIN)/python -m suites $(if $(TESTS),--tests $(TESTS)) $(FAMILIES)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

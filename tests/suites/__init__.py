@@ -1,0 +1,1 @@
+"""Other people's test suites, run over models that this library has compiled."""
