@@ -1,8 +1,9 @@
 """``generate()`` of a compiled transformers model: it makes, uses and keeps the ``SparseCache`` that the policy needs.
 
-Four methods of transformers are replaced on the compiled model alone. ``_prepare_cache_for_generation`` supplies the cache, and
+Five methods of transformers are replaced on the compiled model alone. ``_prepare_cache_for_generation`` supplies the cache, and
 ``generate`` keeps it for the next call. ``_update_model_kwargs_for_generation`` chooses the mask of the next step. These three
-call the original. ``get_compiled_call`` keeps ``generate`` from compiling a second time around a static cache.
+call the original. For a static cache, ``create_masks_for_generate`` leaves masks to the graph, and ``get_compiled_call`` keeps
+``generate`` from compiling a second time.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_compile.cache.padding import Padding
 from sparse_compile.dynamo import Backend
 from sparse_compile.masks.optional_packages import needed
 from sparse_compile.repeated_steps import repeating_steps
 
-HOOKS = ("generate", "_prepare_cache_for_generation", "_update_model_kwargs_for_generation", "get_compiled_call")
+HOOKS = (
+    "generate", "_prepare_cache_for_generation", "_update_model_kwargs_for_generation", "create_masks_for_generate",
+    "get_compiled_call",
+)  # fmt: skip
 REPLACED = (*HOOKS, "sparse_cache")  # the attributes that a compiled model has of its own
 # Candidate tokens of assisted decoding that a cache can take back.
 ROLLBACK = 64
@@ -29,9 +33,13 @@ _lock = Lock()
 
 @dataclass
 class _Kept:
-    """A cache and the options that it was built with. The cache is None before there is one, and while it is in use."""
+    """A cache and the options that it was built with. The cache is None before there is one, and while it is in use.
+
+    ``length`` is that of the longest text of a call of ``generate``.
+    """
 
     cache: Any = None
+    length: int = 0
     options: tuple[str, ...] = ()
 
 
@@ -98,7 +106,9 @@ class Generation:
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, length: int, *rest: Any
     ) -> Any:
         """Supply a ``SparseCache`` where transformers would make a ``DynamicCache``."""
-        given = model_kwargs.get("past_key_values")
+        given, used = model_kwargs.get("past_key_values"), _in_use.get()
+        if used is not None:
+            used.length = length
         if given is not None:
             self._check_text(given, model_kwargs)
             if getattr(given, "made_by_generate", False):
@@ -125,6 +135,22 @@ class Generation:
             if mask is not None:  # assisted decoding of transformers 5.17 takes a mask that is there for a tensor
                 updated["attention_mask"] = mask
         return updated
+
+    def create_masks_for_generate(self, *, attention_mask: Tensor | None, **rest: Any) -> Any:
+        """Return the mask of the tokenizer, of fixed length, from which the graph computes the mask over a static cache.
+
+        A mask of queries times keys from outside of the graph would not say where in the text its queries are, and a policy
+        needs to know.
+        """
+        used = _in_use.get()
+        if used is None or self.model.config.is_encoder_decoder:
+            from transformers.masking_utils import create_masks_for_generate
+
+            original = getattr(type(self.model), "create_masks_for_generate", create_masks_for_generate)
+            return original(attention_mask=attention_mask, **rest)
+        if attention_mask is None:
+            return None
+        return nn.functional.pad(attention_mask, (0, max(0, used.length - attention_mask.shape[1])), value=1)
 
     def get_compiled_call(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model itself, which is compiled already."""

@@ -10,6 +10,7 @@ from sparse_compile.masks.selection.budget import check_budget, check_pages
 from sparse_compile.masks.selection.page_topk import has_selector, selector_of
 from sparse_compile.passes.ir.attention import Attention
 from sparse_compile.passes.ir.fx_nodes import hint_of
+from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.rewrite import Rewrite
 from sparse_compile.passes.ops.block_tables import BLOCK
 from sparse_compile.passes.torch_private import real_tensors
@@ -25,7 +26,7 @@ def assign_policy(rewrite: Rewrite) -> int:
     and for a ``page_topk`` that no prefill can follow.
     """
     has_decoder = rewrite.has_decoder or any(_decodes(call) for call in rewrite.calls)
-    rewrite.calls = [_with_policy(call, rewrite, has_decoder) for call in rewrite.calls]
+    rewrite.keep([_with_policy(call, rewrite, has_decoder) for call in rewrite.calls])
     return sum(call.policy != full for call in rewrite.calls)
 
 
@@ -33,25 +34,22 @@ def _decodes(call: Attention) -> bool:
     return call.is_self_attention and call.phase != "other"
 
 
-def _with_policy(call: Attention, rewrite: Rewrite, has_decoder: bool) -> Attention:
+def _with_policy(call: Attention, rewrite: Rewrite, has_decoder: bool) -> Attention | Left:
     if not (has_decoder and call.is_self_attention and call.phase == "other"):
         return _assigned(call, rewrite.assign(call, by_path=False))
     assigned = _assigned(call, rewrite.assign(call, by_path=True))
-    if assigned.has_policy or rewrite.assign(call, by_path=False) in (None, full):
+    if isinstance(assigned, Left) or assigned.has_policy or rewrite.assign(call, by_path=False) in (None, full):
         return assigned
     return replace(call, note="an encoder beside a text decoder: the policy reaches it by the path of its modules only")
 
 
-def _assigned(call: Attention, mask: Mask | None) -> Attention:
+def _assigned(call: Attention, mask: Mask | None) -> Attention | Left:
     if mask is None or mask == full:
         return call
-    if call.in_parts:
-        reason = (
-            "its queries and keys have five axes, so they may be parts of a text: no policy applies, because it needs positions"
-        )
-        return replace(call, note=reason)
     if not call.is_self_attention:
         return replace(call, note="cross-attention: no policy applies, because its keys are not in the text of the queries")
+    if call.unplaced:
+        return Left(call.node, f"{call.unplaced}, and a policy needs their positions")
     mask.for_heads(call.heads)  # raises now, not at run time, if the head count fits neither query nor KV heads
     if call.phase != "decode" and has_selector(mask):
         _check_selectors(call, mask)

@@ -29,7 +29,8 @@ class Attention:
     is the mask that a policy adds; it is ``full`` without a policy. ``sources`` maps each name in these masks and in the
     score mod to the tensor of the graph that it reads. ``mask_nodes`` are the nodes of the model's own mask. ``note`` says
     why a policy does not apply to this call; it is empty otherwise. ``caveat`` says for which queries or scores the result
-    differs from the model's, if there can be any. ``in_parts`` says that queries and keys may be parts of a text.
+    differs from the model's, if there can be any. ``unplaced`` says why the text positions of queries or keys are not known,
+    so that no policy can apply; it is empty if they are.
     """
 
     node: Node
@@ -46,7 +47,7 @@ class Attention:
     policy: Mask = full
     note: str = ""
     caveat: str = ""
-    in_parts: bool = False
+    unplaced: str = ""
 
     # -- the mask ----------------------------------------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ def _with_cache(call: Attention) -> Attention | Left:
 
 def _over(call: Attention, kv: Cached, positions: Positions) -> Attention:
     phase = phase_of(call.q_len, kv, call.mask, is_self_attention=True)
-    return replace(call, kv=kv, positions=positions, phase=phase, is_self_attention=True)
+    return replace(call, kv=kv, positions=positions, phase=phase, is_self_attention=True, unplaced="")
 
 
 def _first_tokens(node: Node, call: Attention) -> Node | None:

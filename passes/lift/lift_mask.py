@@ -16,7 +16,7 @@ from torch.fx import Node
 from sparse_compile.masks import Mask, ScoreMod, bias, causal, full, sink_logits, softcap
 from sparse_compile.masks.score_mods import in_order
 from sparse_compile.passes.ir.attention import Attention, phase_of
-from sparse_compile.passes.ir.fx_nodes import Order, expr_of, shape_of, sizes_of, value_of
+from sparse_compile.passes.ir.fx_nodes import Order, expr_of, shape_of, sizes_of, value_of, writers
 from sparse_compile.passes.ir.kv_source import Dense
 from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.positions import Positions
@@ -95,7 +95,7 @@ class _Lift:
             sources=dict(self.words.sources),
             mask_nodes=call.mask_nodes,
             caveat=self._caveat(mask),
-            in_parts=call.in_parts,
+            unplaced=self._unplaced(),
         )
 
     def _caveat(self, mask: Mask) -> str:
@@ -170,6 +170,22 @@ class _Lift:
         if self.call.is_self_attention and not self.call.is_causal:
             return Positions(q_start=sympy.expand(expr_of(self.kv_len) - expr_of(self.q_len)))
         return Positions()
+
+    def _unplaced(self) -> str:
+        """Why the positions of queries or keys are not known; "" if they are.
+
+        Without a comparison of the two, the queries are taken for the last keys. They need not be in a buffer that is longer
+        than the text.
+        """
+        if self.call.in_parts:
+            return "its queries and keys have five axes, so they may be parts of a text"
+        compared = any(self._compared(relation) for relation in _relations([*self.values, *self.hidden]))
+        if compared or self.call.is_causal or expr_of(self.q_len) == expr_of(self.kv_len) or not writers(self.call.k):
+            return ""
+        return (
+            "its keys are in a buffer that this graph fills, and its mask is made outside of the graph, so it is not known "
+            "which keys are those of the queries: pass a mask [batch, keys], or a SparseCache"
+        )
 
     def _compared(self, relation: Relation) -> Positions | None:
         """Positions from ``kv_start + j <= q_start + i``, the only comparison from which both starts can be read; else None."""

@@ -229,3 +229,23 @@ def test_lengths_are_rounded_by_at_most_a_thirty_second() -> None:
     for length in (1, 63, 64, 1000, 4096, 131_135, 1_000_000):
         assert length <= rounded(length) <= max(64 + length, length * 33 / 32)
     assert rounded(131_072 + 63) == 135_168
+
+
+# -- static caches ------------------------------------------------------------------------------------------------------
+
+
+def test_steps_over_a_static_cache_know_where_they_are_in_the_text() -> None:
+    """Transformers makes a mask of queries times keys for each step, which does not say so. The graph makes it instead."""
+    model = sc.compile(llama(), STREAMING, inner="eager")
+    wanted = new_tokens(sc.compile(llama(), STREAMING, inner="eager"), prompt())
+    assert torch.equal(new_tokens(model, prompt(), cache_implementation="static"), wanted)
+    assert {site.model_mask for site in model.sparse_compile_report.sites} == {"causal"}
+
+
+def test_a_mask_from_outside_over_a_static_cache_leaves_the_policy_out_and_says_so() -> None:
+    model = torch.compile(llama(), backend=sc.Backend(STREAMING, inner="eager"))
+    ids, cache = prompt(20, 1)["input_ids"], StaticCache(config=llama().config, max_cache_len=32)  # type: ignore[no-untyped-call]
+    mask = (torch.arange(20)[:, None] >= torch.arange(32))[None, None]
+    with torch.no_grad(), pytest.warns(sc.SparseCompileWarning, match="not known which keys are those of the queries: pass"):
+        got = model(ids, past_key_values=cache, attention_mask=mask, position_ids=torch.arange(20)[None]).logits
+    torch.testing.assert_close(got, llama()(ids).logits)
