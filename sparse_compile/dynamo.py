@@ -179,8 +179,13 @@ class Backend:
                 host_state.admit(batch, tokens, use.layers, empty=use.empty)
             # With gradients, a cache would tie the autograd graph of each step to all earlier steps, and a backward pass would
             # miss the content of the cache.
-            with torch.no_grad() if uses else nullcontext():
-                result = compiled(*args)
+            try:
+                with torch.no_grad() if uses else nullcontext():
+                    result = compiled(*args)
+            except BaseException as error:
+                for host_state, *_ in updates:
+                    host_state.failed = type(error).__name__
+                raise
             for host_state, batch, tokens, use in updates:
                 host_state.note(batch, tokens, use.layers, last=use.last)
             result = [x.clone() if isinstance(x, Tensor) else x for x in result] if copies else result

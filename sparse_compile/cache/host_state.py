@@ -17,12 +17,22 @@ class HostState:
     columns: int = 0
     batch: int | None = None
     done: set[int] = field(default_factory=set)  # layers that already have the tokens of this forward pass
+    failed: str = ""  # the error that ended a run over the cache, which may have written some layers and not others
+
+    def check_whole(self) -> None:
+        """Raise ``SparseCacheError`` if layers may hold different tokens."""
+        if self.failed:
+            raise SparseCacheError(
+                f"a run over the cache failed ({self.failed}), so some of its layers may hold tokens that others lack: reset "
+                "the cache"
+            )
 
     def admit(self, batch: int, tokens: int, layers: tuple[int, ...], *, empty: bool) -> None:
         """Raise ``SparseCacheError`` if a graph that appends ``tokens`` to ``layers`` cannot run. The cache is then unchanged.
 
         ``empty`` marks a graph whose attention reads the new tokens only.
         """
+        self.check_whole()
         if empty and self.columns:
             raise SparseCacheError(
                 f"the model attends to its new tokens only, but the cache already holds {self.columns} tokens: pass an "
@@ -60,5 +70,5 @@ class HostState:
 
     def forget(self) -> None:
         """Reset the state to that of an empty cache."""
-        self.columns, self.batch = 0, None
+        self.columns, self.batch, self.failed = 0, None, ""
         self.done.clear()

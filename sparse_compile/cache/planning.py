@@ -89,8 +89,13 @@ def plan_layers(
     mode: str,
     formats: list[list[KVFormat]],
     debug: bool,
+    moving: bool = False,
 ) -> tuple[LayerPlan, ...]:
-    """Plan each layer: a ring for KV heads whose masks see only a sink and a window, pages in their formats for all others."""
+    """Plan each layer: a ring for KV heads whose masks see only a sink and a window, pages in their formats for all others.
+
+    A ring as large as the cache would be pages. With ``moving``, for queries at cache positions, it stays a ring, and heads
+    share one only if they see equally much, because its size is the largest position.
+    """
     if mode not in MODES:
         raise ValueError(f"mode needs to be one of {', '.join(MODES)}, got {mode!r}")
     if policy is not None:
@@ -108,7 +113,8 @@ def plan_layers(
                 for part in (offered(mask), static_part(mask)):
                     part.check(part.sizes()[0], geometry.heads, 1, columns)
         forms = [one.forms(geometry.key_dim, geometry.value_dim, page_size) for one in formats[layer]]
-        storages = _storages(geometry, model, [prefill, decode], forms, max_length, page_size, rollback, mode, plans)
+        sizes = max_length, page_size, rollback
+        storages = _storages(geometry, model, [prefill, decode], forms, sizes, mode, plans, moving=moving)
         last = layer == len(geometry.masks) - 1
         plans.append(LayerPlan(layer, last, columns, (), storages, model, prefill, decode, mode, debug=debug))
     rings = dict.fromkeys(s.ring_kind for plan in plans for s in plan.storages if s.ring_kind is not None)
@@ -120,15 +126,16 @@ def _storages(
     model: Mask,
     policies: list[Mask | None],
     forms: list[Forms | None],
-    max_length: int,
-    page_size: int,
-    rollback: int,
+    sizes: tuple[int, int, int],
     mode: str,
     before: list[LayerPlan],
+    *,
+    moving: bool,
 ) -> tuple[Storage, ...]:
+    max_length, page_size, rollback = sizes
     group = geometry.heads // geometry.kv_heads
     pages: dict[tuple[PageTopK | None, Forms | None], dict[int, Mask]] = {}
-    rings: dict[tuple[int, int], list[tuple[int, int]]] = {}  # (sink, slots) -> [(head, recent)]
+    rings: dict[tuple[int, int, int], list[tuple[int, int]]] = {}  # (sink, slots, frame) -> [(head, recent)]
     most = -(-max_length // page_size) * page_size
     for head in range(geometry.kv_heads):
         queries = range(head * group, (head + 1) * group)
@@ -137,15 +144,16 @@ def _storages(
             for policy in policies
         )
         past = _union([needed_past(mask, mode, max_length) for mask in {*prefill, *decode}])
-        slots = most if past is None else -(-(past.sink + past.recent + rollback) // page_size) * page_size
+        # A head that sees nothing has a slot too, because its new keys are written somewhere.
+        slots = most if past is None else -(-(past.sink + max(past.recent, 1) + rollback) // page_size) * page_size
         in_prefill, whole = _selector(union(prefill), max_length, prefill=True), union(decode)
         selector = _selector(whole, max_length, prefill=False)
         if in_prefill is not None or selector is not None:
             past = None  # a head that selects pages stores pages
-        if past is None or slots >= most:
+        if past is None or (slots >= most and not moving):
             pages.setdefault((selector, forms[head]), {})[head] = whole
         else:
-            rings.setdefault((past.sink, slots), []).append((head, past.recent))
+            rings.setdefault((past.sink, slots, past.recent if moving else 0), []).append((head, past.recent))
     storages: list[Storage] = []
     for (selector, form), heads in pages.items():
         kept = PageStorage(tuple(heads), most)
@@ -154,7 +162,7 @@ def _storages(
         # Two pages, so that after a page has been cropped the tail still holds the group that is being filled.
         tail = 2 * page_size + -(-rollback // page_size) * page_size
         storages.append(kept if form is None else replace(kept, forms=form, tail=tail))
-    for (sink, slots), members in rings.items():
+    for (sink, slots, _), members in rings.items():
         numbers, recent = zip(*members, strict=True)
         storages.append(RingStorage(tuple(numbers), slots, sink, max(recent)))
     return tuple(storages)

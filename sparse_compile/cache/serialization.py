@@ -40,6 +40,7 @@ def save(cache: Contents, path: str | Path) -> None:
     """See ``SparseCache.save``."""
     from safetensors.torch import save_file
 
+    cache.host_state.check_whole()
     rows, columns = cache.host_state.batch or 0, cache.host_state.columns
     tensors = {name: part.contiguous().cpu() for name, part in _contents(cache).items() if part.numel()}
     header = {"format": FORMAT, "version": str(VERSION), "rows": str(rows), "columns": str(columns), "cache": _identity(cache)}

@@ -101,7 +101,9 @@ class SparseCache(Cache):
         formats = formats_of(kv, len(self.geometry.masks), self.geometry.kv_heads)
         check_formats(formats, device)
         with real_tensors():  # planning evaluates masks, even while the surrounding code runs on fake tensors
-            plans = plan_layers(self.geometry, self.policy, **sizes, mode=mode, formats=formats, debug=debug)
+            plans = plan_layers(
+                self.geometry, self.policy, **sizes, mode=mode, formats=formats, debug=debug, moving=cache_positions
+            )
         frequencies: list[Tensor | None] = [None] * len(plans)
         if cache_positions:
             plans, frequencies = in_cache_positions(plans, config, self.geometry.key_dim, device)
@@ -228,6 +230,7 @@ class SparseCache(Cache):
         """
         if max_length <= self.max_length:
             return
+        self.host_state.check_whole()
         larger = self._built(max_length=max_length)
         if serialization.copy(self, larger):
             raise SparseCacheError(
@@ -251,6 +254,7 @@ class SparseCache(Cache):
             self.reset()
         if remove == 0 or self.host_state.columns == 0:
             return
+        self.host_state.check_whole()
         at, rows = self.positions, self.host_state.batch or 0
         first = self.host_state.columns - remove  # the first column that is removed
         texts = self._texts_without(first, rows)
@@ -308,7 +312,7 @@ class SparseCache(Cache):
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``, in that order."""
+        """Keep the rows ``indices``, in that order. Without any row, the cache is empty."""
         indices = torch.as_tensor(indices)
         if indices.dtype == torch.bool:
             indices = indices.nonzero().flatten()
@@ -328,13 +332,17 @@ class SparseCache(Cache):
         held = self.host_state.batch or 0
         if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < max(held, 1):
             raise ValueError(f"the cache holds {held} sequences, got rows {rows.tolist()}: pass rows that it holds")
+        self.host_state.check_whole()
+        if not rows.numel():
+            self.reset()
+            return
         rows = rows.to(self.positions.columns.device)
         for part in self.parts(max(held, rows.numel())).values():
             if part.dim():
                 part[: rows.numel()] = part.index_select(0, rows)
         self.positions.padding.select(rows)
         self.positions.choose_anew()
-        self.host_state.batch = rows.numel() or None
+        self.host_state.batch = rows.numel()
 
     def parts(self, rows: int, columns: int | None = None) -> dict[str, Tensor]:
         """The contents as named views: positions, keys and values of the first rows and columns (None: all columns in use)."""

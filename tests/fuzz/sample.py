@@ -25,11 +25,14 @@ SAMPLE: dict[str, Case] = {
         Model("gpt2", 2, 2),
         Cache("static", max_length=32),
     ),
+    "generate over a static cache": Case(
+        STREAMING, (Prompt(20), Generate(9, "static")), Model("mistral", 2, 1, 1, 8), Cache("lent", page_size=64)
+    ),
     "generate over a cache that it makes, with padding": Case(
         f"per_head([causal, {STREAMING}])", (Prompt(20, (7, 0)), Generate(4)), cache=Cache("lent", page_size=64)
     ),
-    "rings of a padded batch, after an error and a saved file": Case(
-        STREAMING, (Prompt(20, (6, 0)), Steps(3), Trip(1), Steps(2), Reload(128), Steps(1)), cache=Cache("sparse")
+    "rings of a padded batch, after a saved file": Case(
+        STREAMING, (Prompt(20, (6, 0)), Steps(3), Reload(128), Steps(1)), cache=Cache("sparse")
     ),
     "a rollback in a model with windows of its own": Case(
         "Policy(causal, layers={1: causal & (sink(3) | sliding_window(9))})",
@@ -49,6 +52,33 @@ SAMPLE: dict[str, Case] = {
     ),
     "cache positions": Case(STREAMING, (Prompt(24), Steps(3)), cache=Cache("sparse", page_size=1, cache_positions=True)),
     "relaxed chunks": Case(STREAMING, (Prompt(20), Chunk(7), Steps(2)), cache=Cache("sparse", mode="chunk_relaxed")),
+    "frames of two heads whose rings take whole pages": Case(
+        "per_head([causal & (sink(4) | sliding_window(4)), causal & (sink(4) | sliding_window(60))])",
+        (Prompt(120), Steps(3)),
+        Model("llama", 4, 2),
+        Cache("sparse", max_length=192, page_size=64, cache_positions=True),
+    ),
+    "cache positions in a ring as large as the cache": Case(
+        "causal & (sink(3) | sliding_window(3))",
+        (Prompt(20), Steps(3)),
+        Model("llama", 2, 1, 1),
+        Cache("sparse", max_length=61, page_size=64, cache_positions=True),
+    ),
+    "another text after no row was kept": Case(
+        STREAMING, (Prompt(20, (0, 3)), Steps(2), Select(()), Prompt(11), Steps(2)), cache=Cache("sparse")
+    ),
+    "a head that sees nothing": Case(
+        "per_head([causal, ~full])", (Prompt(20), Steps(3)), Model("llama", 4, 2), Cache("sparse", page_size=1)
+    ),
+    "a window that the policy hides": Case(
+        "~sliding_window(4)", (Prompt(20), Steps(3)), Model("mistral", 4, 2, window=3), Cache("sparse")
+    ),
+    "another text after an error in the middle of a graph": Case(
+        STREAMING, (Prompt(20), Steps(3), Trip(5), Reset(), Prompt(9), Steps(2)), cache=Cache("sparse")
+    ),
+    "a step after an error in the middle of a graph is refused": Case(
+        STREAMING, (Prompt(20), Steps(3), Trip(5), Steps(2)), cache=Cache("sparse")
+    ),
     "a list for other heads is refused": Case(
         "per_head([causal, causal, sink(1)])", (Prompt(9),), Model("llama", 4, 2), Cache("sparse")
     ),
@@ -56,4 +86,7 @@ SAMPLE: dict[str, Case] = {
         "causal", (Prompt(20), Steps(2), Chunk(9)), cache=Cache("sparse", max_length=24)
     ),
 }
-REFUSED = ("a list for other heads is refused", "a text that is too long is refused")
+REFUSED = (
+    "a step after an error in the middle of a graph is refused", "a list for other heads is refused",
+    "a text that is too long is refused",
+)  # fmt: skip
