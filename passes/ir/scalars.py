@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Node
 
@@ -48,3 +49,17 @@ def fixed(size: Any) -> int | None:
     if isinstance(size, torch.SymInt) and size.node.hint is None:
         return None
     return int(size)
+
+
+def without_exact_divisions(expr: sympy.Expr) -> sympy.Expr:
+    """Write divisions of sizes that have no remainder without a division: ``s**2 // s`` as ``s``.
+
+    Torch gives two sizes that are equal one symbol, such as a batch of three texts of three tokens.
+    """
+
+    def divided(division: sympy.Expr) -> sympy.Expr:
+        quotient = sympy.cancel(division.args[0] / division.args[1])
+        exact = quotient.is_polynomial() and all(number.is_Integer for number in sympy.Poly(quotient).coeffs())
+        return quotient if exact else division
+
+    return expr.replace(lambda part: type(part).__name__ == "FloorDiv", divided)

@@ -16,6 +16,7 @@ from sparse_compile.passes.ir.fx_nodes import expr_of, hint_of, op_name, value_o
 from sparse_compile.passes.ir.kv_source import Cached
 from sparse_compile.passes.ir.left import Refused
 from sparse_compile.passes.ir.rewrite import CacheUse, HeldBytes, Rewrite
+from sparse_compile.passes.ir.scalars import without_exact_divisions
 from sparse_compile.passes.kv.checks import check_choice, check_storage, check_updates
 from sparse_compile.passes.kv.find_caches import read_update, updates_of
 from sparse_compile.passes.kv.split_by_storage import query_heads, split_by_storage
@@ -118,12 +119,13 @@ def _input_size(size: Any, inputs: list[Node]) -> int | tuple[int, int | None]:
     """A size of the graph as a number, or as the input and axis from which it can be read when the graph runs."""
     if isinstance(size, int):
         return size
+    wanted = without_exact_divisions(expr_of(size))
     for number, node in enumerate(inputs):
         value = value_of(node)
-        if isinstance(value, torch.SymInt) and value.node.expr == size.node.expr:
+        if isinstance(value, torch.SymInt) and value.node.expr == wanted:
             return number, None
         for axis, length in enumerate(getattr(value, "shape", ())):
-            if expr_of(length) == size.node.expr:
+            if expr_of(length) == wanted:
                 return number, axis
     raise SparseCacheError(
         f"a SparseCache needs batch size and length to be sizes of the graph's inputs, but {size} is not: compile without "

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparse_compile.masks import Mask
+from sparse_compile.masks import Mask, causal, sliding_window
 from sparse_compile.masks.block_mask import query_blocks, split_tables
 from sparse_compile.masks.patterns.per_head import unions_by_kv_head
+from sparse_compile.masks.patterns.remapped import Remapped
 from sparse_compile.masks.patterns.tensor import Explicit
 from sparse_compile.masks.selection.page_scoring import (
     HIDDEN,
@@ -87,8 +89,9 @@ def _choose(
     batch, kv_heads, kv_len, _ = k.shape
     pages = -(-kv_len // BLOCK)
     lo, hi = query_blocks(q.shape[2], BLOCK, q.device)
-    valid = _valid(offered(mask), first_key, kv_len)
-    means = _means(q, kv_heads, lo.numel(), valid, first_query - first_key)  # [B, H, G, rows, D]
+    places = _Places.of(mask, q.shape[2], kv_len, first_query, first_key)
+    valid = places.keys
+    means = _means(q, kv_heads, lo.numel(), places.queries)  # [B, H, G, rows, D]
     described = None if selector is None else _described(k, valid, selector)
     compared = pages if described is None else described.shape[2]
     step = max(1, NUMBERS_AT_ONCE // (batch * kv_heads * means.shape[2] * compared))
@@ -100,7 +103,7 @@ def _choose(
         maybe, kept, surely = (((x - first_key).clamp(0, kv_len)) for x in (may.maybe, must.maybe, may.surely))
         start = torch.arange(pages, device=q.device) * BLOCK
         classes = torch.where(maybe.overlap(start, start + BLOCK) > 0, OFFERED, HIDDEN)
-        own = (start + BLOCK > (run[0] - first_key).unsqueeze(-1)) & (start <= (run[1] - first_key).unsqueeze(-1))
+        own = (places.own.bounds(*run).maybe - first_key).clamp(0, kv_len).overlap(start, start + BLOCK) > 0
         keeps = kept.overlap(start, start + BLOCK) > 0 if selector is not None else classes == OFFERED
         classes = torch.where(keeps | own, KEPT, classes)
         classes = classes.expand(batch, kv_heads, *classes.shape[-2:])
@@ -113,31 +116,60 @@ def _choose(
     return tuple(torch.cat(parts, dim=2) for parts in zip(*runs, strict=True))
 
 
-def _means(q: Tensor, kv_heads: int, rows: int, valid: Tensor | None, first: Tensor) -> Tensor:
-    """Return the mean of the queries of each block, without padding: fp32 ``[B, Hkv, G, rows, D]``."""
+def _means(q: Tensor, kv_heads: int, rows: int, valid: Tensor | None) -> Tensor:
+    """Return the mean of the queries of each block, without those that are not ``valid``: fp32 ``[B, Hkv, G, rows, D]``."""
     q_len, room = q.shape[2], rows * BLOCK - q.shape[2]
     if valid is None:
         counts = (q_len - torch.arange(rows, device=q.device) * BLOCK).clamp(max=BLOCK).view(1, 1, rows, 1)
     else:
-        column = (torch.arange(q_len, device=q.device) + first).clamp(max=valid.shape[1] - 1)
-        own = valid.index_select(1, column)
-        q = q * own[:, None, :, None]
-        counts = pad(own, (0, room)).unflatten(1, (rows, BLOCK)).sum(dim=2).clamp(min=1)[:, None, :, None]
+        q = q * valid[:, None, :, None]
+        counts = pad(valid, (0, room)).unflatten(1, (rows, BLOCK)).sum(dim=2).clamp(min=1)[:, None, :, None]
     total = (pad(q, (0, 0, 0, room)) if room else q).unflatten(2, (rows, BLOCK)).sum(dim=3, dtype=torch.float32)
     means: Tensor = (total / counts).unflatten(1, (kv_heads, -1))
     return means
 
 
-def _valid(mask: Mask, first_key: Tensor, kv_len: int) -> Tensor | None:
-    """Return which keys are not padding, bool ``[B | 1, KV]``: those that see themselves under ``mask``.
+class _Places(NamedTuple):
+    """Which keys ``[B|1, KV]`` and queries ``[B|1, Q]`` are not padding (None: all), and the mask of each query's own key."""
 
-    None if the mask reads no tensors, and if it has an explicit mask, which does not say what is padding.
-    """
-    if not mask.captures() or any(isinstance(node, Explicit) for node in mask.walk()):
-        return None
-    b = torch.arange(mask.sizes()[0], device=first_key.device).view(-1, 1)
-    at = torch.arange(kv_len, device=first_key.device) + first_key
-    seen: Tensor = mask(b, b * 0, at, at).expand(b.shape[0], kv_len)
+    keys: Tensor | None
+    queries: Tensor | None
+    own: Mask
+
+    @classmethod
+    def of(cls, mask: Mask, q_len: int, kv_len: int, first_query: Tensor, first_key: Tensor) -> _Places:
+        """The places of the queries and keys of a call. What does not see itself is padding.
+
+        An explicit mask does not say what is padding, and a mask without tensors has none. Where tables say which text
+        positions queries and keys have, a query is not at the place of a key.
+        """
+        seen, device = offered(mask), first_key.device
+        table = next((node for node in seen.walk() if isinstance(node, Remapped)), None)
+        own = causal & sliding_window(1)
+        if table is not None:
+            own = replace(table, mask=own)
+        if not seen.captures() or any(isinstance(node, Explicit) for node in seen.walk()):
+            return cls(None, None, own)
+        keys = _see_themselves(_at_one_table(seen, "keys"), torch.arange(kv_len, device=device) + first_key)
+        at = torch.arange(q_len, device=device) + first_query
+        if table is not None:
+            return cls(keys, _see_themselves(_at_one_table(seen, "queries"), at), own)
+        return cls(keys, keys.index_select(1, (at - first_key).clamp(max=kv_len - 1)), own)
+
+
+def _at_one_table(mask: Mask, side: str) -> Mask:
+    """``mask`` between queries and keys that all are at the places of one table: that of the ``keys`` or of the ``queries``."""
+    children = [_at_one_table(child, side) for child in mask.children()]
+    rebuilt = mask.rebuild(children) if children else mask
+    if isinstance(rebuilt, Remapped):
+        return replace(rebuilt, queries=getattr(rebuilt, side), keys=getattr(rebuilt, side))
+    return rebuilt
+
+
+def _see_themselves(mask: Mask, at: Tensor) -> Tensor:
+    """Whether each place of ``at`` ``[n]`` sees itself under ``mask``: bool ``[B|1, n]``."""
+    b = torch.arange(mask.sizes()[0], device=at.device).view(-1, 1)
+    seen: Tensor = mask(b, b * 0, at, at).expand(b.shape[0], at.numel())
     return seen
 
 

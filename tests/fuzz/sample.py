@@ -47,6 +47,16 @@ SAMPLE: dict[str, Case] = {
         Model("llama", 4, 2, layers=2),
         Cache("sparse", page_size=4, alone=True),
     ),
+    "a prompt with padding that selects pages beside windows": Case(
+        "Policy(prefill=per_head([causal, causal & (sink(8) | sliding_window(17)), causal & page_topk(38, page=16)]))",
+        (Prompt(33, (27, 10)),),
+        Model("gemma3_text", 3, 3, window=13),
+        Cache("sparse", page_size=64),
+        spelled=True,
+    ),
+    "as many texts as tokens, of dynamic sizes": Case(
+        "causal", (Prompt(3, (0, 0, 0)), Steps(2)), Model("llama", 2, 1, 1), Cache("sparse"), spelled=True, dynamic=True
+    ),
     "quantized pages": Case(
         "causal", (Prompt(21, (3, 0)), Steps(3)), Model("mistral", 4, 2, window=9), Cache("sparse", kv="int8")
     ),

@@ -243,8 +243,8 @@ def test_steps_over_a_static_cache_know_where_they_are_in_the_text() -> None:
 
 
 def test_a_mask_from_outside_over_a_static_cache_leaves_the_policy_out_and_says_so() -> None:
-    model = torch.compile(llama(), backend=sc.Backend(STREAMING, inner="eager"))
-    ids, cache = prompt(20, 1)["input_ids"], StaticCache(config=llama().config, max_cache_len=32)  # type: ignore[no-untyped-call]
+    model: Any = torch.compile(llama(), backend=sc.Backend(STREAMING, inner="eager"))
+    ids, cache = prompt(20, 1)["input_ids"], StaticCache(config=llama().config, max_cache_len=32)
     mask = (torch.arange(20)[:, None] >= torch.arange(32))[None, None]
     with torch.no_grad(), pytest.warns(sc.SparseCompileWarning, match="not known which keys are those of the queries: pass"):
         got = model(ids, past_key_values=cache, attention_mask=mask, position_ids=torch.arange(20)[None]).logits
