@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sparse_compile.passes.choose.assign_policy import assign_policy
 from sparse_compile.passes.choose.check_shapes import check_shapes
+from sparse_compile.passes.choose.text_positions import count_tokens
 from sparse_compile.passes.ir.rewrite import Pass, Rewrite
 from sparse_compile.passes.kv.expand_cache import expand_cache
 from sparse_compile.passes.kv.find_caches import find_caches
@@ -17,7 +18,9 @@ from sparse_compile.passes.read.open_regions import open_regions
 from sparse_compile.passes.read.read_attention import read_attention
 from sparse_compile.passes.read.unfuse_modules import unfuse
 
-UNDERSTAND: tuple[Pass, ...] = (open_regions, unfuse, read_attention, lift_masks, find_caches, assign_policy, check_shapes)
+UNDERSTAND: tuple[Pass, ...] = (
+    open_regions, unfuse, read_attention, lift_masks, find_caches, assign_policy, check_shapes, count_tokens,
+)  # fmt: skip
 REPLACE: tuple[Pass, ...] = (expand_cache, lower_attention, remove_dead_code, close_regions)
 PASSES: tuple[Pass, ...] = (*UNDERSTAND, *REPLACE)
 

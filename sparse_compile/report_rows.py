@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sparse_compile.masks import Mask
+from sparse_compile.masks.patterns.remapped import Remapped
 from sparse_compile.masks.selection.page_topk import has_selector
 from sparse_compile.masks.unknown_tensors import without_symbols
 from sparse_compile.passes.ir.attention import Attention
@@ -41,7 +43,7 @@ def _rewritten(call: Attention, rewrite: Rewrite, graph: int, held_tokens: int |
         q_len=str(call.q_len),
         kv_len=str(call.kv_len),
         model_mask=str(call.mask),
-        policy_mask=str(call.policy) if call.has_policy else "",
+        policy_mask=str(_as_given(call.policy)) if call.has_policy else "",
         kernel=" + ".join(dict.fromkeys(choice.kernel.title for choice in choices)),
         action="sparse" if call.has_policy else "exact",
         reason="; ".join(reason for reason in reasons if reason),
@@ -56,8 +58,13 @@ def _rewritten(call: Attention, rewrite: Rewrite, graph: int, held_tokens: int |
         kv_tokens=held.tokens,
         block=_block(groups),
         refused=tuple(dict.fromkeys((refusal.kernel, refusal.reason) for choice in choices for refusal in choice.refused)),
-        mask=without_symbols(call.visible),
+        mask=without_symbols(call.mask & _as_given(call.policy)),
     )
+
+
+def _as_given(policy: Mask) -> Mask:
+    """The policy of a call as it was given, where the passes apply it at text positions."""
+    return policy.mask if isinstance(policy, Remapped) else policy
 
 
 def _first_query(call: Attention, held: int | None) -> int:

@@ -31,6 +31,12 @@ SAMPLE: dict[str, Case] = {
     "generate over a cache that it makes, with padding": Case(
         f"per_head([causal, {STREAMING}])", (Prompt(20, (7, 0)), Generate(4)), cache=Cache("lent", page_size=64)
     ),
+    "a dynamic cache of a padded batch": Case(
+        f"per_head([causal, {STREAMING}])",
+        (Prompt(18, (6, 0)), Chunk(5), Steps(2)),
+        Model("mistral", 4, 2, window=8),
+        Cache("dynamic"),
+    ),
     "rings of a padded batch, after a saved file": Case(
         STREAMING, (Prompt(20, (6, 0)), Steps(3), Reload(128), Steps(1)), cache=Cache("sparse")
     ),

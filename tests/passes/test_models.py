@@ -115,6 +115,7 @@ def test_a_policy_equals_the_oracle(decoder: Decoder, setting: str, monkeypatch:
     padding = left_padding(length=PROMPT + STEPS) if setting == "left padding" else None
     with monkeypatch.context() as patch:
         patch.setitem(oracle.extra, "mask", STREAMING)
+        patch.setitem(oracle.starts, "columns", [] if padding is None else padding.argmax(dim=1).tolist())
         wanted = whole(with_oracle(decoder, patch), ids, padding)
     fast, backend = compiled(model, STREAMING)
     steps = setting in ("dynamic", "static")

@@ -12,6 +12,7 @@ from transformers.masking_utils import eager_mask
 from sparse_compile.masks import Mask, full
 
 extra: dict[str, Mask] = {"mask": full}
+starts: dict[str, list[int]] = {"columns": []}  # the column of the first token of each row; no entry for 0
 
 
 def attend(
@@ -50,12 +51,18 @@ def attend(
 
 
 def hide(scores: Tensor) -> Tensor:
-    """Hide scores by the extra mask, one pair at a time."""
-    q_len, kv_len = scores.shape[-2:]
-    heads = scores.shape[1]
+    """Hide scores by the extra mask, one pair at a time. It counts tokens, not the padding before them."""
+    rows, heads, q_len, kv_len = scores.shape
     mask = extra["mask"].for_heads(heads)
+
+    def sees(h: int, i: int, j: int) -> bool:
+        return min(i, j) >= 0 and bool(mask(0, h, i, j))
+
     visible = torch.tensor(
-        [[[bool(mask(0, h, i, j)) for j in range(kv_len)] for i in range(q_len)] for h in range(heads)],
+        [
+            [[[sees(h, i - first, j - first) for j in range(kv_len)] for i in range(q_len)] for h in range(heads)]
+            for first in starts["columns"] or [0] * rows
+        ]
     )
     return scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
 
