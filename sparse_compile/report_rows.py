@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sparse_compile.masks.head_shares import head_shares
 from sparse_compile.masks.selection.page_topk import has_selector
 from sparse_compile.masks.unknown_tensors import without_symbols
 from sparse_compile.passes.ir.attention import Attention
@@ -42,6 +43,7 @@ def _rewritten(call: Attention, rewrite: Rewrite, graph: int, held_tokens: int |
         kv_len=str(call.kv_len),
         model_mask=str(call.mask),
         policy_mask=str(call.policy) if call.has_policy else "",
+        policy_shares=head_shares(call.policy, call.heads, call.kv_heads) if call.has_policy else "",
         kernel=" + ".join(dict.fromkeys(choice.kernel.title for choice in choices)),
         action="sparse" if call.has_policy else "exact",
         reason="; ".join(reason for reason in reasons if reason),

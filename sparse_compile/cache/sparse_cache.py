@@ -207,7 +207,7 @@ class SparseCache(Cache):
 
     def __repr__(self) -> str:
         held = f"{self.host_state.columns} of {self.max_length} tokens, {self.nbytes / 2**20:.1f} MiB"
-        return f"SparseCache({held}, dense {self.dense_nbytes / 2**20:.1f} MiB, layers={self.layers})"
+        return f"SparseCache({held}, dense {self.dense_nbytes / 2**20:.1f} MiB, {len(self.layers)} layers)"
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """The column of the next token: a tensor while a graph is traced, an int otherwise."""

@@ -67,3 +67,9 @@ def test_there_are_no_gradients_through_a_cache(inner: str) -> None:
     assert not any(buffer.requires_grad for layer in cache.cached_layers for buffer in layer.buffers)
     with pytest.raises(RuntimeError, match="does not require grad"):
         logits.sum().backward()
+
+
+def test_a_cache_prints_on_one_line() -> None:
+    cache = sc.SparseCache(llama().config, POLICY, max_length=64, page_size=8, dtype=torch.float32)
+    assert repr(cache) == f"SparseCache(0 of 64 tokens, 0.0 MiB, dense {cache.dense_nbytes / 2**20:.1f} MiB, 2 layers)"
+    assert repr(cache.cached_layers[1]) == "SparseCacheLayer(2 heads x 8 slots (sink 2, recent 6))"
