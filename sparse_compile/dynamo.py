@@ -147,6 +147,7 @@ class Backend:
         from sparse_compile.passes.compile_graph import compile_graph
         from sparse_compile.passes.inner_compiler import check_mode, records_cuda_graphs
         from sparse_compile.passes.ir.left import Refused
+        from sparse_compile.passes.ops.cache.without_gradients import refuse_backward
 
         check_mode(mode)
         if options:
@@ -166,6 +167,7 @@ class Backend:
             self.report_note(note)
 
         uses = rewrite.cache_uses
+        would_train = bool(uses) and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
         runs = itertools.count(1)
 
         def run(*args: Any) -> Any:
@@ -184,6 +186,7 @@ class Backend:
             for host_state, batch, tokens, use in updates:
                 host_state.note(batch, tokens, use.layers, last=use.last)
             result = [x.clone() if isinstance(x, Tensor) else x for x in result] if copies else result
+            result = refuse_backward(result) if would_train and torch.is_grad_enabled() else result
             if self.runs is not None:
                 self.runs.append(GraphRun(run, args, result))
             return result

@@ -69,7 +69,7 @@ class SparseCache(Cache):
     The constructor raises ``ValueError`` or ``TypeError`` for invalid sizes, policies and configs. A cache in use raises
     ``SparseCacheError`` without the backend, beyond ``max_length``, and where a ring no longer holds tokens that are needed. It
     raises ``ValueError`` for tensors of another model, dtype or device, and for a larger batch. The cache is unchanged after
-    these errors. Graphs that read a cache have no gradients.
+    these errors. Graphs that read a cache have no gradients, and a backward pass through them raises ``SparseCacheError``.
     """
 
     def __init__(
