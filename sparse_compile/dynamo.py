@@ -44,7 +44,8 @@ class Hooks:
     ``passes`` run after the lift, and ``trains`` says that they add tensors that are trained; calibration sets both. With
     ``dry``, the backend chooses kernels for its report, on ``device`` if it is given, but runs the dense reference; ``explain``
     sets it. ``isolated`` says that Dynamo counts the recompiles of this backend separately, and ``limit`` is how many it allows
-    (None: those of the process). ``has_decoder`` says that the model has a text decoder beside an encoder.
+    (None: those of the process). ``has_decoder`` says that the model has a text decoder beside an encoder, and ``model_heads``
+    are the numbers of query heads and KV heads in its config, if it has one.
     """
 
     passes: tuple[Pass, ...] = ()
@@ -54,6 +55,7 @@ class Hooks:
     isolated: bool = False
     limit: int | None = None
     has_decoder: bool = False
+    model_heads: tuple[int, int] | None = None
 
 
 class GraphRun(NamedTuple):
@@ -236,7 +238,8 @@ class Backend:
         )
         gradients = gradients and not reads_cache(gm)
         target = Target(self.inner, self.kernel, gradients, self.hooks.device, capability())
-        rewrite = Rewrite(gm, self._mask_for, target, self.hooks.dry, has_decoder=self.hooks.has_decoder)
+        hooks = self.hooks
+        rewrite = Rewrite(gm, self._mask_for, target, hooks.dry, has_decoder=hooks.has_decoder, model_heads=hooks.model_heads)
         run_passes(rewrite, self.hooks.passes)
         if not getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False):
             self._check_layers({call.layer for call in rewrite.calls if call.phase != "other"})
