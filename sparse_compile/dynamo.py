@@ -102,7 +102,9 @@ class Backend:
         >>> print(backend.report)  # doctest: +SKIP
 
     Raises ``ValueError`` or ``TypeError`` for unknown options; while compiling, ``ValueError`` for a forced kernel that cannot
-    run a call, ``ImportError`` for an inner compiler that is not installed, and ``SparseCompileError`` as above.
+    run a call, ``ImportError`` for an inner compiler that is not installed, and ``SparseCompileError`` as above. A graph raises
+    ``ValueError`` when it runs if the policy has a ``per_head`` for other heads than those of a call, or for heads that several
+    devices share.
     """
 
     def __init__(
