@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MOST_PRINTED = 16  # numbers of a tensor
+
 
 class Captured:
     """A tensor that compares by content, or a symbol: the name of a tensor that the compiled model receives when it runs.
@@ -16,8 +18,12 @@ class Captured:
     A captured tensor with a name compares and hashes by its name alone, even after its tensor is filled in. Contents must
     not be read while a graph is traced, nor on an accelerator.
 
+    Up to 16 numbers print as they are typed, and more print as a dtype and a shape.
+
     >>> Captured.of([[True, False]])
     [[True, False]]
+    >>> Captured.of([[True] * 100])
+    <bool [1, 100]>
     >>> Captured.symbol("attention_mask")
     attention_mask
     """
@@ -87,11 +93,8 @@ class Captured:
     def __repr__(self) -> str:
         if self.is_symbol:
             return self.name
-        text = repr(self.tolist()).replace("inf", "float('inf')")
         dtype = str(self.tensor.dtype).removeprefix("torch.")
+        if self.tensor.numel() > MOST_PRINTED:
+            return f"<{dtype} {list(self.tensor.shape)}>"
+        text = repr(self.tolist()).replace("inf", "float('inf')")
         return text if dtype in ("bool", "int64", "float32") else f"Captured.of({text}, {dtype!r})"
-
-    def __str__(self) -> str:
-        if self.name or self.tensor.numel() <= 16:
-            return repr(self)
-        return f"<{str(self.tensor.dtype).removeprefix('torch.')} {list(self.tensor.shape)}>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,10 +25,14 @@ def draw(mask: Mask, q_len: int, kv_len: int, q_offset: int, batch: int | None, 
     pairs = mask.dense(q_len, kv_len, q_offset=q_offset, batch=batch, heads=heads)
     lines = []
     for b in range(batch):
-        for h in range(heads):
-            title = [f"batch {b}"] * (batch > 1) + [f"head {h}"] * (heads > 1)
-            lines += [", ".join(title)] * bool(title)
-            lines += ["".join("█" if seen else "·" for seen in row) for row in pairs[b, h].tolist()]
+        drawings = ["\n".join("".join("█" if seen else "·" for seen in row) for row in head) for head in pairs[b].tolist()]
+        first = 0
+        for drawing, alike in groupby(drawings):
+            last = first + len(list(alike)) - 1
+            head = f"head {first}" if first == last else f"heads {first}-{last}"
+            title = [f"batch {b}"] * (batch > 1) + [head] * (heads > 1)
+            lines += [", ".join(title)] * bool(title) + [drawing]
+            first = last + 1
     return "\n".join(lines)
 
 

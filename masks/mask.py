@@ -55,8 +55,9 @@ Index = Any  # an int, a scalar tensor under vmap, or a broadcasting index tenso
 class Mask(ABC):
     """Says which (query, key) pairs may attend, as a function of batch, head, query position and key position.
 
-    A mask is a FlexAttention ``mask_mod`` and also a plain value. It prints as the code that builds it, and it can be
-    compared, hashed, pickled, and converted to JSON and back. Positions are text positions: 0 is the first token.
+    A mask is a FlexAttention ``mask_mod`` and also a plain value. It prints as the code that builds it, with a dtype and a
+    shape in place of a long tensor, and it can be compared, hashed, pickled, and converted to JSON and back. Positions are
+    text positions: 0 is the first token.
 
         >>> from sparse_compile.masks import causal, sink, sliding_window
         >>> streaming = causal & (sink(1) | sliding_window(2))
@@ -201,9 +202,6 @@ class Mask(ABC):
     def __repr__(self) -> str:
         return self.text(Captured.__repr__)
 
-    def __str__(self) -> str:
-        return self.text(Captured.__str__)
-
     def text(self, tensor: Callable[[Captured], str]) -> str:
         """Return the mask as code, with each captured tensor written by ``tensor``."""
         arguments = []
@@ -321,7 +319,8 @@ class Mask(ABC):
     def draw(self, q_len: int, kv_len: int, *, q_offset: int = 0, batch: int | None = None, heads: int | None = None) -> str:
         """Draw the mask as text, one line per query: ``█`` is visible, ``·`` is hidden.
 
-        Several heads or batch rows are drawn one below the other, each under a title.
+        Several heads or batch rows are drawn one below the other, each under a title. Neighboring heads that look the same
+        share a drawing.
         """
         return VIEWS.draw(self, q_len, kv_len, q_offset, batch, heads)
 

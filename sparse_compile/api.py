@@ -63,7 +63,13 @@ def compile(
         torch.Size([1, 10])
     """
     options = torch_private.compiles_often()
-    hooks = Hooks(isolated=bool(options), limit=options.get("recompile_limit"), has_decoder=_has_decoder(model))
+    sizes = _sizes_of(model)
+    hooks = Hooks(
+        isolated=bool(options),
+        limit=options.get("recompile_limit"),
+        has_decoder=_has_decoder(model),
+        model_heads=sizes[1:] if sizes else None,
+    )
     chosen = Backend(policy, hooks=hooks, **backend_options)
     if chosen.policy is not None:
         check_policy(chosen.policy, model)
@@ -111,12 +117,20 @@ def _has_decoder(model: nn.Module) -> bool:
 
 def check_policy(policy: Policy, model: nn.Module) -> None:
     """Raise ``ValueError`` if the policy names layers or heads that a transformers model does not have."""
+    sizes = _sizes_of(model)
+    if sizes is not None:
+        policy.check(*sizes)
+
+
+def _sizes_of(model: nn.Module) -> tuple[int, int, int] | None:
+    """The numbers of layers, query heads and KV heads in the config of a transformers model; None if it does not have them."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     layers, heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
-    if isinstance(layers, int) and isinstance(heads, int):
-        kv_heads = getattr(config, "num_key_value_heads", None)
-        policy.check(layers, heads, kv_heads if isinstance(kv_heads, int) else heads)
+    if not (isinstance(layers, int) and isinstance(heads, int)):
+        return None
+    kv_heads = getattr(config, "num_key_value_heads", None)
+    return layers, heads, kv_heads if isinstance(kv_heads, int) else heads
 
 
 def explain(
@@ -142,7 +156,14 @@ def explain(
 
 def planner(policy: Policy | Mask | None, model: nn.Module, device: str | None = None) -> Backend:
     """Return a backend that reports what ``Backend(policy)`` would do, but runs the dense reference."""
-    hooks = Hooks(dry=True, device=device, isolated=torch_private.isolates_recompiles(), has_decoder=_has_decoder(model))
+    sizes = _sizes_of(model)
+    hooks = Hooks(
+        dry=True,
+        device=device,
+        isolated=torch_private.isolates_recompiles(),
+        has_decoder=_has_decoder(model),
+        model_heads=sizes[1:] if sizes else None,
+    )
     chosen = Backend(policy, hooks=hooks)
     if chosen.policy is not None:
         check_policy(chosen.policy, model)

@@ -44,7 +44,8 @@ class Hooks:
     ``passes`` run after the lift, and ``trains`` says that they add tensors that are trained; calibration sets both. With
     ``dry``, the backend chooses kernels for its report, on ``device`` if it is given, but runs the dense reference; ``explain``
     sets it. ``isolated`` says that Dynamo counts the recompiles of this backend separately, and ``limit`` is how many it allows
-    (None: those of the process). ``has_decoder`` says that the model has a text decoder beside an encoder.
+    (None: those of the process). ``has_decoder`` says that the model has a text decoder beside an encoder, and ``model_heads``
+    are the numbers of query heads and KV heads in its config, if it has one.
     """
 
     passes: tuple[Pass, ...] = ()
@@ -54,6 +55,7 @@ class Hooks:
     isolated: bool = False
     limit: int | None = None
     has_decoder: bool = False
+    model_heads: tuple[int, int] | None = None
 
 
 class GraphRun(NamedTuple):
@@ -100,7 +102,9 @@ class Backend:
         >>> print(backend.report)  # doctest: +SKIP
 
     Raises ``ValueError`` or ``TypeError`` for unknown options; while compiling, ``ValueError`` for a forced kernel that cannot
-    run a call, ``ImportError`` for an inner compiler that is not installed, and ``SparseCompileError`` as above.
+    run a call, ``ImportError`` for an inner compiler that is not installed, and ``SparseCompileError`` as above. A graph raises
+    ``ValueError`` when it runs if the policy has a ``per_head`` for other heads than those of a call, or for heads that several
+    devices share.
     """
 
     def __init__(
@@ -147,6 +151,7 @@ class Backend:
         from sparse_compile.passes.compile_graph import compile_graph
         from sparse_compile.passes.inner_compiler import check_mode, records_cuda_graphs
         from sparse_compile.passes.ir.left import Refused
+        from sparse_compile.passes.ops.cache.without_gradients import refuse_backward
 
         check_mode(mode)
         if options:
@@ -166,6 +171,7 @@ class Backend:
             self.report_note(note)
 
         uses = rewrite.cache_uses
+        would_train = bool(uses) and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
         runs = itertools.count(1)
 
         def run(*args: Any) -> Any:
@@ -189,6 +195,7 @@ class Backend:
             for host_state, batch, tokens, use in updates:
                 host_state.note(batch, tokens, use.layers, last=use.last)
             result = [x.clone() if isinstance(x, Tensor) else x for x in result] if copies else result
+            result = refuse_backward(result) if would_train and torch.is_grad_enabled() else result
             if self.runs is not None:
                 self.runs.append(GraphRun(run, args, result))
             return result
@@ -238,7 +245,8 @@ class Backend:
         )
         gradients = gradients and not reads_cache(gm)
         target = Target(self.inner, self.kernel, gradients, self.hooks.device, capability())
-        rewrite = Rewrite(gm, self._mask_for, target, self.hooks.dry, has_decoder=self.hooks.has_decoder)
+        hooks = self.hooks
+        rewrite = Rewrite(gm, self._mask_for, target, hooks.dry, has_decoder=hooks.has_decoder, model_heads=hooks.model_heads)
         run_passes(rewrite, self.hooks.passes)
         if not getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False):
             self._check_layers({call.layer for call in rewrite.calls if call.phase != "other"})

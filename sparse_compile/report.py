@@ -12,6 +12,8 @@ from typing import Any, Literal
 from sparse_compile.masks import Mask
 from sparse_compile.masks.density import largest_density
 
+NOT_IN_JSON = ("mask", "traced", "block", "refused", "policy_shares")
+
 Action = Literal["exact", "sparse", "left"]
 
 
@@ -21,11 +23,12 @@ class Site:
 
     ``module`` is the path of the module that makes the call, and ``layer`` is the first number in it. ``q_len`` and ``kv_len``
     are text: numbers, or symbols for dynamic lengths. ``model_mask`` is the mask that was recovered from the model, and
-    ``policy_mask`` is the mask that the policy adds. ``action`` is ``exact`` (rewritten with the same result), ``sparse`` (a
-    policy removed keys) or ``left`` (not changed). ``reason`` says why a call was left, runs a slower kernel, or runs without
-    its policy. ``kv_nbytes`` are the resident bytes of the layer in a ``SparseCache``, and ``kv_head_nbytes`` those of each KV
-    head. ``kv_dense_nbytes`` are the bytes of a dense cache of the same ``kv_tokens`` tokens, all rows together. The bytes are
-    None (empty for heads) without a ``SparseCache``.
+    ``policy_mask`` is the mask that the policy adds. ``policy_shares`` says instead how many heads have each mask, such as
+    ``3 of 8 KV heads causal; 5 of 8 causal & sliding_window(64)``, and stands in the table. ``action`` is ``exact`` (rewritten
+    with the same result), ``sparse`` (a policy removed keys) or ``left`` (not changed). ``reason`` says why a call was left,
+    runs a slower kernel, or runs without its policy. ``kv_nbytes`` are the resident bytes of the layer in a ``SparseCache``,
+    and ``kv_head_nbytes`` those of each KV head. ``kv_dense_nbytes`` are the bytes of a dense cache of the same ``kv_tokens``
+    tokens, all rows together. The bytes are None (empty for heads) without a ``SparseCache``.
     """
 
     module: str
@@ -39,6 +42,7 @@ class Site:
     action: Action
     reason: str
     graph: int
+    policy_shares: str = ""
     score_mod: str = ""
     heads: int = 1
     kv_heads: int = 1
@@ -68,7 +72,7 @@ class Site:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row as JSON values."""
-        content = {k: v for k, v in asdict(self).items() if k not in ("mask", "traced", "block", "refused")}
+        content = {k: v for k, v in asdict(self).items() if k not in NOT_IN_JSON}
         lengths = {"traced_q_len": self.traced[0], "traced_kv_len": self.traced[1]}
         refused = [{"kernel": kernel, "reason": reason} for kernel, reason in self.refused]
         return {**content, "density": self.density, **lengths, "refused": refused}
@@ -80,7 +84,8 @@ class Report:
 
     ``compiles`` counts graphs, and ``recompiles`` counts those that compile the same code again, as a decode step after a
     prefill does, or a prompt of a new length.
-    ``str(report)`` is a table in which equal rows of several layers share a line. ``sites`` has one row for each call.
+    ``str(report)`` is a table in which equal rows of several layers share a line, also if their heads have the same masks in
+    another order. ``sites`` has one row for each call, and ``to_json`` has the mask of each head.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -151,7 +156,7 @@ def _merged(sites: list[Site]) -> list[tuple[Site, int, str]]:
     groups: dict[tuple[Any, ...], list[Site]] = {}
     for site in sites:
         path = re.sub(r"\d+", "*", site.module, count=1)
-        key = (site.graph, path, site.phase, site.q_len, site.kv_len, site.model_mask, site.policy_mask)
+        key = (site.graph, path, site.phase, site.q_len, site.kv_len, site.model_mask, site.policy_shares)
         groups.setdefault((*key, site.kernel, site.action, site.reason, site.score_mod, site.traced), []).append(site)
     merged = []
     for members in groups.values():
@@ -198,7 +203,7 @@ def _cells(site: Site, count: int, path: str) -> tuple[str, ...]:
         site.phase,
         lengths,
         mask,
-        site.policy_mask,
+        site.policy_shares,
         density,
         kernel,
         site.reason,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparse_compile.masks import Mask
+from sparse_compile.masks.head_shares import head_shares
 from sparse_compile.masks.patterns.remapped import Remapped
 from sparse_compile.masks.selection.page_topk import has_selector
 from sparse_compile.masks.unknown_tensors import without_symbols
@@ -44,6 +45,7 @@ def _rewritten(call: Attention, rewrite: Rewrite, graph: int, held_tokens: int |
         kv_len=str(call.kv_len),
         model_mask=str(call.mask),
         policy_mask=str(_as_given(call.policy)) if call.has_policy else "",
+        policy_shares=head_shares(_as_given(call.policy), call.heads, call.kv_heads) if call.has_policy else "",
         kernel=" + ".join(dict.fromkeys(choice.kernel.title for choice in choices)),
         action="sparse" if call.has_policy else "exact",
         reason="; ".join(reason for reason in reasons if reason),

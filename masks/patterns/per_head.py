@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.intervals import Bounds, beside
 from sparse_compile.masks.mask import Index, Mask
 from sparse_compile.masks.operators import union
+
+SHORTEST_RUN = 3  # neighbors with the same mask that are printed once
 
 
 @dataclass(frozen=True, repr=False)
@@ -19,7 +23,8 @@ class PerHead(Mask):
     """Each head has its own mask: one mask per query head, or one mask per KV head for all query heads of its group.
 
     ``dense``, ``block_mask`` and the compiler expand a list for KV heads to the query heads of the attention. A direct call
-    as a ``mask_mod`` does not expand it: the list must then have one mask per query head. ``per_head`` does not nest.
+    as a ``mask_mod`` does not expand it: the list must then have one mask per query head. ``per_head`` does not nest. Three or
+    more neighbors with the same mask print as ``[mask] * 3``.
 
         >>> print(per_head([causal, causal & sliding_window(1)]).draw(2, 2))
         head 0
@@ -105,6 +110,21 @@ class PerHead(Mask):
             same = len(self.masks) == len(other.masks)
             return same and all(a.implies(b) for a, b in zip(self.masks, other.masks, strict=True))
         return super().implies(other) or all(mask.implies(other) for mask in self.masks)
+
+    def text(self, tensor: Callable[[Captured], str]) -> str:
+        numbers = {head: number for number, (_, heads) in enumerate(self._shared) for head in heads}
+        written: list[str] = []  # lists to be added; the open one has masks that stand alone
+        alone: list[str] = []
+        for _, run in groupby(range(len(self.masks)), key=numbers.__getitem__):
+            heads = list(run)
+            mask = self.masks[heads[0]].text(tensor)
+            if len(heads) < SHORTEST_RUN:
+                alone += [mask] * len(heads)
+                continue
+            written += [f"[{', '.join(alone)}]"] * bool(alone) + [f"[{mask}] * {len(heads)}"]
+            alone = []
+        written += [f"[{', '.join(alone)}]"] * bool(alone)
+        return f"{self.name}({' + '.join(written)})"
 
     def _group(self, heads: int) -> int:
         if heads % len(self.masks):

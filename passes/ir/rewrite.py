@@ -70,6 +70,7 @@ class Rewrite:
     target: Target = field(default_factory=Target)
     dry: bool = False  # choose kernels for the report, and run the dense reference
     has_decoder: bool = False  # whether the model has a text decoder, which may be in another graph
+    model_heads: tuple[int, int] | None = None  # the query heads and KV heads in the config of the model, if it is known
     written: list[WrittenCall] = field(default_factory=list)
     calls: list[Attention] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)

@@ -69,7 +69,7 @@ class SparseCache(Cache):
     The constructor raises ``ValueError`` or ``TypeError`` for invalid sizes, policies and configs. A cache in use raises
     ``SparseCacheError`` without the backend, beyond ``max_length``, and where a ring no longer holds tokens that are needed. It
     raises ``ValueError`` for tensors of another model, dtype or device, and for a larger batch. The cache is unchanged after
-    these errors. Graphs that read a cache have no gradients.
+    these errors. Graphs that read a cache have no gradients, and a backward pass through them raises ``SparseCacheError``.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class SparseCache(Cache):
 
     def __repr__(self) -> str:
         held = f"{self.host_state.columns} of {self.max_length} tokens, {self.nbytes / 2**20:.1f} MiB"
-        return f"SparseCache({held}, dense {self.dense_nbytes / 2**20:.1f} MiB, layers={self.layers})"
+        return f"SparseCache({held}, dense {self.dense_nbytes / 2**20:.1f} MiB, {len(self.layers)} layers)"
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """The column of the next token: a tensor while a graph is traced, an int otherwise."""

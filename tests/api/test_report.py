@@ -205,6 +205,29 @@ def test_many_layers_share_a_line_by_their_ranges() -> None:
     assert [line.split()[1:3] for line in lines] == [["model.layers.[0-1,3].self_attn", "3"], ["model.layers.2.self_attn", "1"]]
 
 
+def test_layers_whose_heads_have_the_same_masks_in_another_order_share_a_line() -> None:
+    """Policies of retrieval heads have another list of masks in every layer, and reports of them had a line for each."""
+    decoder = Decoder("llama", {**DECODERS[0].config, "num_hidden_layers": 4})
+    layers: Any = {0: per_head([causal, STREAMING]), 1: per_head([STREAMING, causal]), 2: per_head([STREAMING] * 2)}
+    backend = sc.Backend(sc.Policy(per_head([causal, causal, causal, STREAMING]), layers=layers), inner="eager")
+    run(backend, decoder)
+    rows = str(backend.report).splitlines()[2:5]
+    for row, path, told in zip(
+        rows,
+        ("[0-1]", "2", "3"),
+        (
+            f"1 of 2 KV heads causal; 1 of 2 {STREAMING}  ",
+            f"2 of 2 KV heads {STREAMING}  ",
+            f"3 of 4 query heads causal; 1 of 4 {STREAMING}  ",
+        ),
+        strict=True,
+    ):
+        assert f"model.layers.{path}.self_attn " in row and told in row
+    assert [row["policy_mask"] for row in json.loads(backend.report.to_json())["sites"]][:2] == list(map(str, layers.values()))[
+        :2
+    ]
+
+
 def test_an_empty_report_says_so() -> None:
     assert str(sc.Report()) == "sparse_compile: 0 of 0 attention calls rewritten; 0 graphs compiled"
 

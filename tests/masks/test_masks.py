@@ -119,14 +119,14 @@ def test_density_of_a_long_streaming_mask_is_exact() -> None:
 # -- values ---------------------------------------------------------------------------------------------------------
 
 
-@every_row
+@pytest.mark.parametrize("row", [row for row in ROWS if "<" not in repr(row.mask)], ids=lambda row: row.name)
 def test_repr_is_what_you_would_type(row: Row) -> None:
     assert eval(repr(row.mask), dict(NAMES)) == row.mask
 
 
 @every_row
 def test_equal_masks_have_equal_hashes(row: Row) -> None:
-    assert hash(eval(repr(row.mask), dict(NAMES))) == hash(row.mask)
+    assert hash(pickle.loads(pickle.dumps(row.mask))) == hash(row.mask)
 
 
 @every_row
@@ -177,8 +177,33 @@ def test_masks_print_as_typed() -> None:
     assert repr(eval(typed, dict(NAMES))) == typed
 
 
-def test_str_shortens_long_tensors() -> None:
-    assert str(causal & padding(torch.ones(2, 4096, dtype=torch.bool))) == "causal & padding(<bool [2, 4096]>)"
+def test_long_tensors_are_printed_as_their_dtype_and_shape() -> None:
+    mask = causal & padding(torch.ones(2, 4096, dtype=torch.bool))
+    assert str(mask) == repr(mask) == "causal & padding(<bool [2, 4096]>)"
+    assert repr(padding([[True] * 16])).count("True") == 16
+
+
+def test_neighboring_heads_with_the_same_mask_are_printed_once() -> None:
+    near = causal & sliding_window(2)
+    for masks, typed in (
+        ([causal] * 3, "per_head([causal] * 3)"),
+        ([causal, causal], "per_head([causal, causal])"),
+        ([near, causal] + [near] * 30, f"per_head([{near}, causal] + [{near}] * 30)"),
+        ([causal] * 3 + [near] * 3 + [causal], f"per_head([causal] * 3 + [{near}] * 3 + [causal])"),
+    ):
+        mask = per_head(masks)
+        assert repr(mask) == typed
+        assert eval(typed, dict(NAMES)) == mask
+
+
+def test_heads_with_other_tensors_are_printed_separately() -> None:
+    first, second = (padding(torch.full((1, 40), seen)) for seen in (True, False))
+    assert str(per_head([first] * 3 + [second])) == "per_head([padding(<bool [1, 40]>)] * 3 + [padding(<bool [1, 40]>)])"
+
+
+def test_neighboring_heads_that_look_the_same_share_a_drawing() -> None:
+    drawn = per_head([causal, causal, full, causal]).draw(2, 2).splitlines()
+    assert drawn == ["heads 0-1", "█·", "██", "head 2", "██", "██", "head 3", "█·", "██"]
 
 
 def test_str_of_a_symbol_is_its_name() -> None:
@@ -241,7 +266,7 @@ def test_draw_titles_heads_and_batches() -> None:
 
 
 def test_draw_shows_the_heads_asked_for() -> None:
-    assert causal.draw(1, 1, heads=2) == "head 0\n█\nhead 1\n█"
+    assert causal.draw(1, 1, heads=2) == "heads 0-1\n█"
 
 
 def test_a_plot_has_pairs_and_blocks() -> None:

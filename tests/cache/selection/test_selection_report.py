@@ -64,7 +64,7 @@ def test_digests_count_among_the_bytes() -> None:
     summaries, scores, table = 256 // 16 * 2 * config.hidden_size // config.num_attention_heads, 256 // 16, 64 // 16
     kept = 4 * (summaries + scores + 1 + table)
     assert chosen.nbytes - plain.nbytes == config.num_hidden_layers * config.num_key_value_heads * kept + 8
-    assert "page_topk(64)" in repr(chosen)
+    assert "page_topk(64)" in repr(chosen.cached_layers[0])
 
 
 def test_padded_rows_need_no_whole_pages() -> None:
