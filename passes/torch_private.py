@@ -47,6 +47,14 @@ def mode_of(values: Iterator[Any]) -> AbstractContextManager[Any]:
     return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), nullcontext())
 
 
+def example_size(size: Any) -> int:
+    """Return the value of an int or SymInt in the traced example; 0 if a SymInt has none."""
+    if isinstance(size, torch.SymInt):
+        hint = size.node.hint
+        return int(hint) if hint is not None else 0
+    return int(size)
+
+
 def storage_id(tensor: Tensor) -> int:
     """Return a number that only tensors over the same storage share. Tensors without memory have storages too."""
     return int(tensor.untyped_storage()._cdata)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparse_compile.attention_modules import without_rows
 from sparse_compile.cache.padding import Padding
 from sparse_compile.dynamo import Backend, GraphRun, SparseCompileWarning
+from sparse_compile.generation import generating
 from sparse_compile.repeated_steps import Steps, current_steps, read_step
 
 # Arguments of a model that have one entry for each new token, and the axis of the tokens.
@@ -30,6 +31,7 @@ class CompiledCall:
 
     def __init__(self, run: Callable[..., Any], model: nn.Module, backend: Backend, chunk: int | None) -> None:
         self.run, self.model, self.backend, self.chunk = run, model, backend, chunk
+        self.owner = generating(model) or model  # whose weights a cache remembers; a wrapper may have others beside them
         parameters = inspect.signature(model.forward).parameters.values()
         self.parameters = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
 
@@ -45,6 +47,7 @@ class CompiledCall:
         return self._watched(*args, **kwargs)
 
     def _over_cache(self, cache: Any, padding: Padding, kwargs: dict[str, Any]) -> Any:
+        cache.origin.use(self.owner, cache.host_state.columns)
         rows, tokens = _size(kwargs)
         whole = kwargs.get("attention_mask")
         start, result = 0, None

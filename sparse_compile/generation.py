@@ -76,7 +76,9 @@ class Generation:
         with needed("SparseCache", "transformers"):
             from sparse_compile.cache.sparse_cache import SparseCache
         settings = {"dtype": self.model.dtype, "device": self.model.device, **self.options, **options}
-        return SparseCache(self.model.config, self.backend.policy, max_length=max_length, max_batch=max_batch, **settings)
+        cache = SparseCache(self.model.config, self.backend.policy, max_length=max_length, max_batch=max_batch, **settings)
+        cache.origin.use(self.model, tokens=0)
+        return cache
 
     # -- what replaces the methods of transformers ------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from sparse_compile.passes.torch_private import op_schema, written_arguments
+from sparse_compile.passes.torch_private import example_size, op_schema, written_arguments
 
 # Operations whose result may share memory with their first argument.
 ALIASING = frozenset(
@@ -75,10 +75,7 @@ def expr_of(size: Any) -> sympy.Expr:
 
 def hint_of(size: Any) -> int:
     """The value of an int or SymInt in the traced example; 0 if a SymInt has none."""
-    if isinstance(size, torch.SymInt):
-        hint = size.node.hint
-        return int(hint) if hint is not None else 0
-    return int(size)
+    return example_size(size)
 
 
 def is_one(size: Any) -> bool:

@@ -74,15 +74,20 @@ def _check_ring(call: Attention, plan: LayerPlan, ring: Storage, heads: tuple[in
             f"layer {plan.layer} of the SparseCache keeps a ring, whose keys are out of order, but the score mod "
             f"{call.score_mod} needs keys in order: give this layer a policy that keeps every key"
         )
-    shown: dict[Mask, int] = {}
+    # The cache was planned for the masks of the model's config and of its own policy. Every further mask only hides more, but
+    # the sink and window that are left may be another pair: of a window of 8 tokens, two sink tokens and the last 4.
+    of_cache = plan.policy(call.phase)
+    built_for = full if of_cache is None else of_cache
+    shown: dict[tuple[Mask, ...], int] = {}
     for head in heads:
-        shown.setdefault(model & call.policy.for_head(head, call.heads), head)
-    for mask, head in shown.items():
-        if ring.shortage(needed_past(without_tensors(mask), plan.mode, plan.columns)):
+        masks = [policy.for_head(head, call.heads) for policy in (call.policy, built_for)]
+        shown.setdefault((model & masks[0], model & masks[1], masks[0]), head)
+    for masks_of_head, head in shown.items():
+        if all(ring.shortage(needed_past(without_tensors(mask), plan.mode, plan.columns)) for mask in masks_of_head):
             raise SparseCacheError(
                 f"layer {plan.layer} of the cache keeps {ring.holding()} for "
-                f"query head {head}, but its mask {mask} shows more: build the SparseCache from the config and the policy "
-                "of this model"
+                f"query head {head}, but its mask {masks_of_head[0]} shows more: build the SparseCache from the config and the "
+                "policy of this model"
             )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from sparse_compile.masks import causal, full
+from sparse_compile.masks.lengthen import lengthened
 from sparse_compile.masks.selection.page_topk import has_selector
 from sparse_compile.passes.ir.attention import Attention
 from sparse_compile.passes.ir.fx_nodes import expr_of, hint_of, op_name, value_of
@@ -22,6 +23,7 @@ from sparse_compile.passes.kv.find_caches import read_update, updates_of
 from sparse_compile.passes.kv.split_by_storage import query_heads, split_by_storage
 from sparse_compile.passes.kv.token_positions import TokenPositions
 from sparse_compile.passes.ops.cache.cache_update import CacheUpdate, SparseCacheError
+from sparse_compile.passes.torch_private import real_tensors
 
 
 def expand_cache(rewrite: Rewrite) -> int:
@@ -79,7 +81,10 @@ def _with_policy(call: Attention, update: CacheUpdate[Node]) -> Attention:
     built_for = full if of_cache is None else of_cache
     if call.phase == "decode":
         check_choice(call, plan, built_for)
-    policy = built_for & call.policy
+    with real_tensors():
+        covering = lengthened(built_for, plan.columns)
+    # Both are one mask as a rule. The model's own may cover less than the cache, whose tokens may then be fewer as well.
+    policy = covering if call.policy == built_for else covering & call.policy
     policy.for_heads(call.heads)  # raises if the head count fits neither query nor KV heads
     # A cache is always causal, so a causal policy changes nothing.
     return replace(call, policy=full if policy in (full, causal) else policy)

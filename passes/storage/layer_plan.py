@@ -16,6 +16,7 @@ from sparse_compile.masks.selection.page_scoring import summary_width
 from sparse_compile.masks.selection.page_topk import PageTopK
 from sparse_compile.passes.storage.codec import Format, QuantizedTensor
 from sparse_compile.passes.storage.graph_text import rides_in_graphs
+from sparse_compile.passes.torch_private import example_size
 
 T = TypeVar("T")
 MODES = ("strict", "chunk_relaxed")
@@ -255,13 +256,13 @@ def quantized_of(plan: LayerPlan, quantized: Sequence[T], number: int) -> list[Q
 
 def misfit(k: Tensor, v: Tensor, buffers: Sequence[Tensor], plan: LayerPlan) -> str:
     """Explain why new keys and values ``[B, Hkv, Q, D]`` do not fit into ``buffers``. Empty if they fit."""
-    batch, heads, _, dim = k.shape
+    batch, heads, dim, value_dim = map(example_size, (*k.shape[:2], k.shape[3], v.shape[3]))
     buffer = buffers[0]
     built = sum(len(storage.heads) for storage in plan.storages), buffer.shape[3], buffers[1].shape[3]
-    if (heads, dim, v.shape[3]) != built:
+    if (heads, dim, value_dim) != built:
         return (
             f"layer {plan.layer} of the cache was built for {built[0]} KV heads of {built[1]} (values {built[2]}), got {heads} "
-            f"of {dim} ({v.shape[3]}): build it from the config of this model"
+            f"of {dim} ({value_dim}): build it from the config of this model"
         )
     if {k.dtype, v.dtype} != {buffer.dtype}:
         return f"the cache was built with dtype={buffer.dtype}, got keys of {k.dtype}: build it with that dtype"

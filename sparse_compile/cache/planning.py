@@ -111,7 +111,7 @@ def plan_layers(
         for mask in (prefill, decode):
             if mask is not None:
                 for part in (offered(mask), static_part(mask)):
-                    part.check(part.sizes()[0], geometry.heads, 1, columns)
+                    part.check(part.sizes()[0], geometry.heads, 1, max_length)
         forms = [one.forms(geometry.key_dim, geometry.value_dim, page_size) for one in formats[layer]]
         sizes = max_length, page_size, rollback
         storages = _storages(geometry, model, [prefill, decode], forms, sizes, mode, plans, moving=moving)

@@ -16,6 +16,7 @@ from sparse_compile.cache.device_positions import DevicePositions
 from sparse_compile.cache.host_state import HostState
 from sparse_compile.cache.kv_format import ByLayer, check_formats, formats_of
 from sparse_compile.cache.layer import SparseCacheLayer
+from sparse_compile.cache.origin import Origin
 from sparse_compile.cache.page_buffers import Selection
 from sparse_compile.cache.planning import Geometry, check_sizes, dtype_of, plan_layers
 from sparse_compile.cache.rope import in_cache_positions
@@ -92,13 +93,15 @@ class SparseCache(Cache):
         dtype = dtype_of(dtype or getattr(config, "dtype", None) or torch.get_default_dtype())
         device = torch.device(device) if device is not None else torch.get_default_device()
         self._built = partial(
-            SparseCache, config, policy, max_batch=max_batch, page_size=page_size, dtype=dtype, device=device, mode=mode,
-            cache_positions=cache_positions, rollback=rollback, kv=kv, debug=debug,
+            SparseCache, config, policy, max_length=max_length, max_batch=max_batch, page_size=page_size, dtype=dtype,
+            device=device, mode=mode, cache_positions=cache_positions, rollback=rollback, kv=kv, debug=debug,
         )  # fmt: skip
+        self.origin = Origin()
         self.geometry, self.policy = Geometry.of(config), as_policy(policy)
         self.max_length, self.max_batch, self.mode = max_length, max_batch, mode
         sizes = {"max_length": max_length, "page_size": page_size, "rollback": rollback}
-        formats = formats_of(kv, len(self.geometry.masks), self.geometry.kv_heads)
+        self.page_size, self.rollback = page_size, rollback
+        self.formats = formats = formats_of(kv, len(self.geometry.masks), self.geometry.kv_heads)
         check_formats(formats, device)
         with real_tensors():  # planning evaluates masks, even while the surrounding code runs on fake tensors
             plans = plan_layers(
@@ -221,22 +224,33 @@ class SparseCache(Cache):
         """Empty the cache. Its tensors keep their addresses."""
         self.positions.clear()
         self.host_state.forget()
+        self.origin.forget()
+
+    def resized(self, **sizes: Any) -> SparseCache:
+        """Return an empty cache with the same arguments, but for ``sizes``, such as ``max_length`` and ``max_batch``.
+
+        >>> cache = sc.SparseCache(model.config, max_length=64)
+        >>> cache.resized(max_length=128).max_length
+        128
+        """
+        return self._built(**sizes)
 
     def reserve(self, max_length: int) -> None:
         """Make room for texts of ``max_length`` tokens. The contents stay, but their memory moves, so graphs are compiled anew.
 
-        ``generate`` calls this for caches that it has made itself. Raises ``SparseCacheError`` if heads that hold every token
-        in a cache of this length would have a ring in the longer one.
+        ``generate`` calls this for caches that it has made itself. Quantized pages of heads that have a ring in the longer
+        cache are dequantized. Raises ``SparseCacheError`` if the longer cache needs tokens that this one does not hold.
         """
         if max_length <= self.max_length:
             return
         self.host_state.check_whole()
-        larger = self._built(max_length=max_length)
-        if serialization.copy(self, larger):
+        larger = self.resized(max_length=max_length)
+        if lacking := serialization.copy(self, larger):
             raise SparseCacheError(
-                f"a cache for {self.max_length} tokens cannot grow to {max_length}, where other heads have rings: build it for "
-                "the longest text, with model.sparse_cache(max_length=...). The cache is unchanged"
+                f"a cache for {self.max_length} tokens cannot grow to {max_length}, because it lacks tokens that {lacking} "
+                f"would need: build it for the longest text, with max_length={max_length}. The cache is unchanged"
             )
+        larger.origin = self.origin
         self.__dict__.update(larger.__dict__)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -290,7 +304,8 @@ class SparseCache(Cache):
                 room = slots - sink - recents[sink, slots] + missing
                 raise SparseCacheError(
                     f"{remove} tokens cannot be removed: a ring of {slots} slots has overwritten tokens that would be visible "
-                    f"again. Build the cache with rollback={room} or more. The cache is unchanged"
+                    f"again. Build the cache with rollback={room} or more, or reset() it and run the text again. The cache is "
+                    "unchanged"
                 )
 
     def _texts_without(self, first: int, rows: int) -> Tensor:
@@ -300,10 +315,11 @@ class SparseCache(Cache):
             return (at.page_texts[:rows, :first] >= 0).sum(dim=1)
         gone = [(table[:rows] >= first).sum(dim=1) for table in at.rings[1::2]]
         smallest = min(table.shape[1] for table in at.rings)
-        if self.host_state.columns - first > smallest:
+        remove = self.host_state.columns - first
+        if remove > smallest:
             raise SparseCacheError(
-                f"{self.host_state.columns - first} tokens cannot be removed from rings of {smallest} slots: build the cache "
-                "with a larger rollback. The cache is unchanged"
+                f"{remove} tokens cannot be removed from rings of {smallest} slots: build the cache with rollback={remove} or "
+                "more, or reset() it and run the text again. The cache is unchanged"
             )
         return at.texts[:rows] - torch.stack(gone).amax(dim=0)
 
@@ -367,13 +383,22 @@ class SparseCache(Cache):
     # -- files ------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write the contents of the cache to a safetensors file, to continue from the same prompt later."""
+        """Write the contents of the cache to a safetensors file, to continue from the same prompt later.
+
+        If a model of ``sparse_compile.compile`` uses the cache, the file gets a fingerprint of its weights: a hash of some
+        values of each. A cache that only a model of ``torch.compile`` has used does not know its model, and its file has none.
+        """
         serialization.save(self, path)
 
     def load(self, path: str | Path) -> None:
-        """Read a file of ``save`` into a cache that was built alike. ``max_length`` and ``max_batch`` may be larger.
+        """Read a file of ``save`` into a cache that was built alike. ``max_length`` and ``max_batch`` may differ.
 
-        Raises ``FileNotFoundError`` if there is no file, and ``ValueError`` if it is broken or belongs to a cache of another
-        model, policy, mode, page size, rollback, dtype or kv format. The cache is then unchanged.
+        Raises ``FileNotFoundError`` if there is no file, and ``ValueError`` if it is broken, holds more than fits, or belongs
+        to a cache of another model, policy, mode, dtype or kv format. The cache is then unchanged. Quantized caches and those
+        that select pages or use ``cache_positions`` also need the same ``page_size`` and ``rollback``.
+
+        A file with a fingerprint of weights is refused with ``ValueError`` if the model that uses this cache has other weights.
+        If no model has used the cache yet, the first one that does raises ``SparseCacheError`` instead. A file without a
+        fingerprint is taken as it is.
         """
         serialization.load(self, path)
