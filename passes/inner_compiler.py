@@ -74,6 +74,15 @@ def for_steps() -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if has_inductor_option(name)}
 
 
+def for_single_queries() -> dict[str, Any]:
+    """Return Inductor options for attention of one query, which keep the strides of tensors as they are.
+
+    FlexAttention's decode template reads the strides of queries before Inductor pads them (torch 2.11). With 14 heads of 80
+    channels, the second row of a batch is then read from another place.
+    """
+    return {"comprehensive_padding": False} if has_inductor_option("comprehensive_padding") else {}
+
+
 def returns_keys(rewrite: Rewrite) -> bool:
     """Whether the graph returns keys or values of an attention call, as it does with a cache that grows (``DynamicCache``)."""
     output = next(iter(reversed(rewrite.gm.graph.nodes)))

@@ -209,7 +209,7 @@ class Backend:
         addresses never change. Prompts over a cache never do, because their work depends on how much the cache holds. Nor does
         a graph that returns keys or values: in the next run of a CUDA graph they would be overwritten.
         """
-        from sparse_compile.passes.inner_compiler import CUDA_GRAPHS, for_steps, returns_keys
+        from sparse_compile.passes.inner_compiler import CUDA_GRAPHS, for_single_queries, for_steps, returns_keys
         from sparse_compile.passes.ir.kv_source import Cached
 
         # autotune tunes attention only, so matrix products stay with ATen.
@@ -217,6 +217,8 @@ class Backend:
         steps = [call for call in rewrite.calls if isinstance(call.kv, Cached) and call.phase == "decode"]
         if self.inner != "inductor" or all(call.device.type != "cuda" for call in rewrite.calls):
             return tune | self.inductor
+        if any(call.is_step for call in rewrite.calls):
+            tune |= for_single_queries()
         if rewrite.cache_uses and len(steps) == len(rewrite.calls):
             tune |= for_steps() | ({CUDA_GRAPHS: True} if mode is None else {})
         elif rewrite.cache_uses or returns_keys(rewrite):
