@@ -140,6 +140,6 @@ def _input_size(size: Any, inputs: list[Node]) -> int | tuple[int, int | None]:
             if expr_of(length) == size.node.expr:
                 return number, axis
     raise SparseCacheError(
-        f"a SparseCache needs batch size and length to be sizes of the graph's inputs, but {size} is not: compile without "
-        "dynamic=True, or pass inputs of these sizes"
+        f"a SparseCache needs batch size and length to be sizes of the graph's inputs, but one (here {hint_of(size)}) is "
+        "computed in the graph: compile without dynamic=True, or pass inputs of these sizes"
     )
