@@ -47,6 +47,11 @@ class CompiledCall:
         return self._watched(*args, **kwargs)
 
     def _over_cache(self, cache: Any, padding: Padding, kwargs: dict[str, Any]) -> Any:
+        if getattr(getattr(self.owner, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                f"{type(self.owner).__name__} has an encoder, whose keys need a cache of their own, got a SparseCache alone: "
+                "pass past_key_values=EncoderDecoderCache(cache, DynamicCache()) of transformers"
+            )
         cache.origin.use(self.owner, cache.host_state.columns)
         rows, tokens = _size(kwargs)
         whole = kwargs.get("attention_mask")

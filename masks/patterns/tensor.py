@@ -48,7 +48,10 @@ def _not_negative(x: Index) -> Index:
 
 def _check_batch(what: str, tensor: Tensor, batch: int) -> None:
     if tensor.shape[0] not in (1, batch):
-        raise ValueError(f"{what} was built for batch size {tensor.shape[0]}, but the attention has batch size {batch}")
+        raise ValueError(
+            f"{what} was built for batch size {tensor.shape[0]}, but the attention has batch size {batch}: give one row for "
+            "each sequence, or one for all"
+        )
 
 
 def _check_length(what: str, tensor: Tensor, needed: int) -> None:

@@ -45,12 +45,14 @@ class Cached(Dense):
     """The output of ``update``, a node that updates one layer of a SparseCache.
 
     ``k`` and ``v`` are placeholders with the shape of all keys; no such tensors exist when the graph runs. With
-    ``is_prompt``, attention sees the new tokens only. The cache pass replaces this source by the sources below, one for
+    ``is_prompt``, attention sees the new tokens only. With ``is_computed``, the model computes ``k`` and ``v`` from the outputs
+    of the update. The cache pass replaces this source by the sources below, one for
     each storage of the layer.
     """
 
     update: Node
     is_prompt: bool
+    is_computed: bool = False
 
 
 @dataclass(frozen=True)

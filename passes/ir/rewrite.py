@@ -82,6 +82,11 @@ class Rewrite:
     checks: list[Callable[[Sequence[Any]], None]] = field(default_factory=list)  # of the inputs of a run, before it starts
     closed: dict[Node, str] = field(default_factory=dict)  # ops whose bodies stay as they are, each with the reason
 
+    @property
+    def call_nodes(self) -> set[Node]:
+        """The nodes of all calls that are not lowered yet, and of those that stay as they are."""
+        return {call.node for call in self.calls} | {call.node for call in self.left}
+
     def keep(self, results: Sequence[Attention | Left]) -> None:
         """Replace ``calls`` by the results of a pass, and add those that stay as they are to ``left``."""
         self.calls = [result for result in results if isinstance(result, Attention)]

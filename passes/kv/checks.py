@@ -39,13 +39,20 @@ def _check_fit(update: CacheUpdate[Node]) -> None:
 
 def _check_layers(updates: Sequence[Node]) -> None:
     """Raise if a layer takes new tokens twice. A layer beyond the cache's last one is taken for the last one."""
-    seen = [(update.columns, update.plan.layer) for update in map(read_update, updates)]
-    again = [layer for at, (cache, layer) in enumerate(seen) if (cache, layer) in seen[:at]]
-    if again:
-        raise ValueError(
-            f"the model has more layers than the {again[0] + 1} of the cache, or its layer {again[0]} updates the cache twice: "
-            "build the cache from the config of this model"
-        )
+    seen: list[tuple[Node, int]] = []
+    for update in map(read_update, updates):
+        layer, key = update.plan.layer, (update.columns, update.plan.layer)
+        if key in seen and not update.plan.last:
+            raise ValueError(
+                f"layer {layer} of the model updates the SparseCache twice, as a decoder with cross-attention does: pass "
+                "EncoderDecoderCache(cache, DynamicCache()) of transformers if there is an encoder, or use a DynamicCache"
+            )
+        if key in seen:
+            raise ValueError(
+                f"the model has more layers than the {layer + 1} of the cache, or its layer {layer} updates the cache twice: "
+                "build the cache from the config of this model"
+            )
+        seen.append(key)
 
 
 def check_storage(call: Attention, plan: LayerPlan, storage: Storage, heads: tuple[int, ...]) -> None:

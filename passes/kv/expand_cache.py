@@ -19,8 +19,9 @@ from sparse_compile.passes.ir.left import Refused
 from sparse_compile.passes.ir.rewrite import CacheUse, HeldBytes, Rewrite
 from sparse_compile.passes.ir.scalars import without_exact_divisions
 from sparse_compile.passes.kv.checks import check_choice, check_storage, check_updates
+from sparse_compile.passes.kv.computed_keys import check_plan, read_back
 from sparse_compile.passes.kv.find_caches import read_update, updates_of
-from sparse_compile.passes.kv.split_by_storage import query_heads, split_by_storage
+from sparse_compile.passes.kv.split_by_storage import over_computed_keys, query_heads, split_by_storage
 from sparse_compile.passes.kv.token_positions import TokenPositions
 from sparse_compile.passes.ops.cache.cache_update import CacheUpdate, SparseCacheError
 from sparse_compile.passes.torch_private import real_tensors
@@ -59,12 +60,20 @@ def _expand(rewrite: Rewrite) -> None:
             update = read_update(call.kv.update)
             caches.setdefault(update.columns, []).append((call, update))
     replaced: dict[Node, Attention] = {}
+    nodes = rewrite.call_nodes
     for served in caches.values():
         positions = TokenPositions(*served[0], [call for call, _ in served])
         for call, update in served:
             assert isinstance(call.kv, Cached)
-            is_prompt = call.kv.is_prompt
+            source, is_prompt = call.kv, call.kv.is_prompt
             call = _with_policy(call, update)
+            if source.is_computed:
+                check_plan(update.plan)
+                call = replace(call, kv=read_back(call, source, update, positions.columns, nodes))
+                replaced[call.node] = call
+                rewrite.storage_groups[call.node] = over_computed_keys(call, update, positions, is_prompt=is_prompt)
+                rewrite.held[call.node] = _held(update)
+                continue
             for storage in update.plan.storages:
                 check_storage(call, update.plan, storage, query_heads(call, storage))
             replaced[call.node] = call
@@ -133,6 +142,6 @@ def _input_size(size: Any, inputs: list[Node]) -> int | tuple[int, int | None]:
             if expr_of(length) == wanted:
                 return number, axis
     raise SparseCacheError(
-        f"a SparseCache needs batch size and length to be sizes of the graph's inputs, but {size} is not: compile without "
-        "dynamic=True, or pass inputs of these sizes"
+        f"a SparseCache needs batch size and length to be sizes of the graph's inputs, but one (here {hint_of(size)}) is "
+        "computed in the graph: compile without dynamic=True, or pass inputs of these sizes"
     )

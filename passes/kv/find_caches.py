@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +16,14 @@ from sparse_compile.passes.ir.kv_source import Cached, Dense
 from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.positions import Positions
 from sparse_compile.passes.ir.rewrite import Rewrite
+from sparse_compile.passes.kv.computed_keys import computed_from
 from sparse_compile.passes.ops.cache.cache_update import CacheUpdate, cache_update
 
 
 def find_caches(rewrite: Rewrite) -> int:
     """Give every call over a ``SparseCache`` a ``Cached`` source; returns the number of such calls."""
-    rewrite.keep([_with_cache(call) for call in rewrite.calls])
+    updates, nodes = updates_of(rewrite.gm), rewrite.call_nodes
+    rewrite.keep([_with_cache(call, updates, nodes) for call in rewrite.calls])
     return sum(isinstance(call.kv, Cached) for call in rewrite.calls)
 
 
@@ -40,12 +43,15 @@ def read_update(node: Node) -> CacheUpdate[Node]:
     return operands
 
 
-def _with_cache(call: Attention) -> Attention | Left:
+def _with_cache(call: Attention, every: Sequence[Node], calls: Collection[Node]) -> Attention | Left:
     """The call with the cache update that its keys come from, and with positions counted in columns of that cache."""
     assert isinstance(call.kv, Dense)
     sides = (call.kv.k, call.kv.v)
     sliced = [_first_tokens(x, call) for x in sides]
     updates = [_update_of(first or x) for first, x in zip(sliced, sides, strict=True)]
+    is_computed = None in updates
+    if is_computed:
+        updates = [_source_of(call, every, calls)] * 2
     if updates == [None, None]:
         return call
     update = updates[0]
@@ -54,14 +60,21 @@ def _with_cache(call: Attention) -> Attention | Left:
     start, at = read_update(update).columns, call.positions
     if all(sliced) and call.mask.implies(causal) and at == Positions():
         # Transformers slices the keys of the new tokens like this for an empty cache, and only then.
-        return _over(call, Cached(*sides, update, is_prompt=True), at)
+        return _over(call, Cached(*sides, update, is_prompt=True, is_computed=is_computed), at)
     reads_index = any(isinstance(node, Explicit) for node in call.mask.walk())
     counted = at.q_shift is not None and memory_of(at.q_shift) is start and at.q_start == 0 == at.kv_start
     if not counted and not (reads_index and at.q_shift is None):
         return Left(call.node, f"its mask {call.mask} needs positions that the SparseCache counts, and has {at}")
     if not reads_index and not call.mask.implies(causal):
         return Left(call.node, f"a SparseCache needs causal self-attention, and the mask of this call is {call.mask}")
-    return _over(call, Cached(*sides, update, is_prompt=False), Positions(q_shift=start))
+    return _over(call, Cached(*sides, update, is_prompt=False, is_computed=is_computed), Positions(q_shift=start))
+
+
+def _source_of(call: Attention, every: Sequence[Node], calls: Collection[Node]) -> Node | None:
+    """The update from whose outputs the model computes both keys and values of a call; None if there is none."""
+    assert isinstance(call.kv, Dense)
+    sides = {call.kv.k, call.kv.v}
+    return next((update for update in every if sides <= set(computed_from(update, call.node, calls))), None)
 
 
 def _over(call: Attention, kv: Cached, positions: Positions) -> Attention:

@@ -62,6 +62,23 @@ def split_by_storage(
     return tuple(_group(cached, number, storage, is_prompt) for number, storage in enumerate(update.plan.storages))
 
 
+def over_computed_keys(
+    call: Attention, update: CacheUpdate[Node], positions: TokenPositions, *, is_prompt: bool
+) -> tuple[StorageGroup, ...]:
+    """Return the one group of a call whose keys the model computes from pages. They are ordinary tensors of the graph."""
+    cached, names = _CachedCall(call, update, positions), _Names(dict(call.sources))
+    heads = tuple(range(call.heads))
+    policy = _policy(call, heads)
+    if is_prompt:
+        mask = call.mask & policy if cached.is_strict else call.mask
+    else:
+        new = positions.of(call.node, update, None)
+        mask = _mask_over_pages(cached, policy, new, names, in_place=False)
+    assert isinstance(call.kv, Dense)
+    group = replace(call, kv=Dense(call.kv.k, call.kv.v), mask=mask, policy=full, sources=names.sources)
+    return (StorageGroup(group, heads),)
+
+
 @dataclass(frozen=True)
 class _CachedCall:
     """One call over the cache of its layer."""

@@ -64,8 +64,9 @@ def build_call(node: Node, q: Node, k: Node, v: Node, *, scale: float | None, or
     shapes = [shape_of(x) for x in (q, k, v)]
     (batch, heads, _, dim), (k_batch, k_heads, k_len, _), (v_batch, v_heads, v_len, _) = (s or () for s in shapes)
     # Compare the sizes of the traced example: equal sizes may have different symbols, and attention itself requires equality.
-    if not hint_of(batch) == hint_of(k_batch) == hint_of(v_batch):
-        return Left(node, f"query, key and value need one batch size, not {batch}, {k_batch} and {v_batch}")
+    batches, lengths = [hint_of(size) for size in (batch, k_batch, v_batch)], [hint_of(size) for size in (k_len, v_len)]
+    if len(set(batches)) > 1:
+        return Left(node, "query, key and value need one batch size, not {}, {} and {}".format(*batches))
     # Kernels need the numbers of heads and channels while compiling. If they are symbols, the graph gets a guard on them.
     counts = [count for size in (heads, k_heads, v_heads, dim) if (count := fixed(size)) is not None]
     if len(counts) < 4:
@@ -73,8 +74,8 @@ def build_call(node: Node, q: Node, k: Node, v: Node, *, scale: float | None, or
     q_heads, kv_heads, value_heads, channels = counts
     if kv_heads != value_heads or q_heads % kv_heads:
         return Left(node, f"the numbers of heads do not fit: {heads} of queries, {k_heads} of keys and {v_heads} of values")
-    if hint_of(k_len) != hint_of(v_len):
-        return Left(node, f"keys and values need one length, not {k_len} and {v_len}")
+    if len(set(lengths)) > 1:
+        return Left(node, "keys and values need one length, not {} and {}".format(*lengths))
     scale = float(scale) if scale is not None else 1 / math.sqrt(channels)
     return WrittenCall(node, q, k, v, scale, **read)
 

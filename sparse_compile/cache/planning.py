@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +33,7 @@ class Geometry:
     key_dim: int
     value_dim: int
     masks: tuple[Mask, ...]
+    is_latent: bool = False  # keys and values of all heads are computed from one vector for each token, which is cached
 
     @staticmethod
     def of(config: Any) -> Geometry:
@@ -44,7 +46,23 @@ class Geometry:
                 f"{type(config).__name__}: pass model.config"
             )
         layers -= getattr(config, "num_kv_shared_layers", 0) or 0
+        if _caches_latents(config):
+            return Geometry(heads, 1, config.kv_lora_rank, config.qk_rope_head_dim, _masks(config, layers), is_latent=True)
         return Geometry(heads, _kv_heads(config, heads), *_dims(config, heads), _masks(config, layers))
+
+
+def _caches_latents(config: Any) -> bool:
+    """Whether a model of this config caches latent vectors (DeepSeek), as its code in transformers says by ``expand_kv``.
+
+    Older code for the same configs caches the keys and values of all heads.
+    """
+    if not all(isinstance(getattr(config, name, None), int) for name in ("kv_lora_rank", "qk_rope_head_dim")):
+        return False
+    try:
+        code = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
+    except ImportError:
+        return False
+    return any(isinstance(member, type) and hasattr(member, "expand_kv") for member in vars(code).values())
 
 
 def _kv_heads(config: Any, heads: int) -> int:
@@ -148,8 +166,10 @@ def _storages(
         slots = most if past is None else -(-(past.sink + max(past.recent, 1) + rollback) // page_size) * page_size
         in_prefill, whole = _selector(union(prefill), max_length, prefill=True), union(decode)
         selector = _selector(whole, max_length, prefill=False)
-        if in_prefill is not None or selector is not None:
-            past = None  # a head that selects pages stores pages
+        if geometry.is_latent:
+            _check_latent(in_prefill if selector is None else selector, forms[head])
+        if in_prefill is not None or selector is not None or geometry.is_latent:
+            past = None  # a head that selects pages stores pages, and latent vectors are kept for all heads
         if past is None or (slots >= most and not moving):
             pages.setdefault((selector, forms[head]), {})[head] = whole
         else:
@@ -166,6 +186,16 @@ def _storages(
         numbers, recent = zip(*members, strict=True)
         storages.append(RingStorage(tuple(numbers), slots, sink, max(recent)))
     return tuple(storages)
+
+
+def _check_latent(selector: PageTopK | None, forms: Forms | None) -> None:
+    """Raise ``ValueError`` for what latent vectors cannot do, because they are no keys."""
+    if selector is not None:
+        raise ValueError(
+            f"{selector} scores the keys in a cache, but this model caches latent vectors: use a policy without page_topk"
+        )
+    if forms is not None:
+        raise ValueError("kv quantizes keys and values, but this model caches latent vectors: leave kv out")
 
 
 def _union(pasts: list[Past | None]) -> Past | None:

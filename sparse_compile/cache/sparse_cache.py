@@ -40,6 +40,9 @@ class SparseCache(Cache):
     and ``rollback`` more tokens, rounded up to whole pages of ``page_size`` tokens. ``crop`` can therefore remove ``rollback``
     tokens even from a full ring.
 
+    A model with latent attention (DeepSeek) caches one narrow vector for each token, from which it computes the keys and values
+    of all heads. Such a cache keeps the vectors of all tokens, whatever the policy shows of them, and cannot be quantized.
+
     ``kv`` quantizes pages to ``"int8"``, ``"fp8"``, ``"int4"`` or a ``KVFormat``. It is one format for all layers, or a
     sequence with one entry per layer, where an entry may be a sequence with one format per KV head. Decode steps read
     quantized pages directly. On CPU, and under masks and score mods that only FlexAttention supports, each call dequantizes
@@ -108,6 +111,10 @@ class SparseCache(Cache):
                 self.geometry, self.policy, **sizes, mode=mode, formats=formats, debug=debug, moving=cache_positions
             )
         frequencies: list[Tensor | None] = [None] * len(plans)
+        if cache_positions and self.geometry.is_latent:
+            raise ValueError(
+                "cache_positions=True moves keys in a ring, but this model caches latent vectors of every token: leave it out"
+            )
         if cache_positions:
             plans, frequencies = in_cache_positions(plans, config, self.geometry.key_dim, device)
         has_pages = any(storage.holds_every_key for plan in plans for storage in plan.storages)

@@ -73,6 +73,12 @@ def test_more_rows_than_max_batch_are_refused() -> None:
     assert_goes_on(model, cache, DUO)
 
 
+def test_an_error_names_a_number_where_the_batch_is_a_symbol() -> None:
+    model, cache = sc.compile(llama(), DUO, inner="eager", dynamic=True), new_cache(max_batch=2)
+    with pytest.raises(ValueError, match="max_batch=2, got 3 sequences: build it with a larger max_batch"):
+        call(model, cache, random_tokens(8, batch=3))
+
+
 def test_a_model_serves_a_cache_that_fits_after_one_of_another_dtype_was_refused() -> None:
     model, cache = sc.compile(llama(), DUO, inner="eager"), new_cache()
     with pytest.raises(ValueError, match="dtype"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 import sparse_compile as sc
-from sparse_compile.masks import causal, per_head
+from sparse_compile.masks import causal, per_head, sliding_window
 from support.models import SMALL
 from support.oracles.cache import llama, random_tokens
 from support.sessions.held import (
@@ -138,6 +138,16 @@ def test_the_room_that_the_error_of_a_crop_asks_for_is_enough() -> None:
         cache.crop(-5)
     asked = int(str(refused.value).split("rollback=")[1].split(" ")[0])
     assert asked > 8, f"the cache has rollback=8, and the error asks for {asked}"
+
+
+def test_a_crop_of_more_than_rings_hold_names_a_rollback_that_is_enough() -> None:
+    short = causal & sliding_window(2)
+    _, cache = holding(short)
+    with pytest.raises(sc.SparseCacheError, match=r"5 tokens cannot be removed from rings of 2 slots: .* rollback=5 or more"):
+        cache.crop(-5)
+    _, roomy = holding(short, rollback=5)
+    roomy.crop(-5)
+    assert roomy.get_seq_length() == HELD - 5
 
 
 @pytest.mark.parametrize(
