@@ -16,6 +16,9 @@ from sparse_compile.masks.selection.page_topk import PageTopK, has_selector
 
 VERSION = 1
 Layer = int | range | str
+# What DistributedDataParallel, torch.compile, FSDP and checkpointing put before the path of a module. Dynamo traces what is inside
+# of some of them, and its paths begin there.
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @dataclass(frozen=True, init=False)
@@ -95,7 +98,7 @@ class Policy:
         """The patterns for module paths, each once, that match none of ``modules``."""
         phases = (phase for phase in (self.prefill, self.decode) if phase is not None)
         patterns = [key for key, _ in self.layers if isinstance(key, str)]
-        missing = [key for key in patterns if not any(fnmatch.fnmatchcase(module, key) for module in modules)]
+        missing = [key for key in patterns if not any(_is_path(key, module) for module in modules)]
         return list(dict.fromkeys([*missing, *(key for phase in phases for key in phase.unmatched(modules))]))
 
     def selects(self) -> bool:
@@ -188,8 +191,17 @@ def _check_entry(layer: Layer, mask: Mask) -> None:
 
 def _matches(key: Layer, module: str, layer: int | None) -> bool:
     if isinstance(key, str):
-        return fnmatch.fnmatchcase(module, key)
+        return _is_path(key, module)
     return layer is not None and (layer in key if isinstance(key, range) else layer == key)
+
+
+def _is_path(pattern: str, module: str) -> bool:
+    """Whether a pattern matches the path of a module, also if only one of them names the wrappers around a model."""
+    return fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(_unwrapped(module), _unwrapped(pattern))
+
+
+def _unwrapped(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
 
 
 def _encode(policy: Policy) -> dict[str, Any]:

@@ -67,6 +67,17 @@ def test_a_pattern_matches_the_whole_path_and_its_case() -> None:
     assert policy.mask_for("Model.layers.0.self_attn", 0, "prefill") is None
 
 
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_pattern_matches_with_and_without_the_wrappers_around_a_model(wrapper: str) -> None:
+    """Dynamo traces the model inside of DistributedDataParallel, and its paths begin there."""
+    inside, outside = Policy(layers={"model.layers.[01].*": NEAR}), Policy(layers={wrapper + "model.layers.[01].*": NEAR})
+    for policy in (inside, outside):
+        for path in (FIRST, wrapper + FIRST):
+            assert policy.mask_for(path, 0, "prefill") == NEAR
+            assert policy.unmatched([path]) == []
+        assert policy.mask_for("model.layers.2.self_attn", 2, "prefill") is None
+
+
 def test_a_phase_replaces_the_whole_choice() -> None:
     policy = Policy(NEAR, layers={0: FAR}, decode=Policy(STREAMING, layers={1: causal}))
     assert policy.mask_for(FIRST, 0, "prefill") == FAR
