@@ -191,6 +191,17 @@ def current_trace() -> Any:
     return torch._guards.TracingContext.try_get()
 
 
+def traced_module() -> nn.Module | None:
+    """Return the module whose method Dynamo is compiling, the rest of it behind a graph break included; None for functions."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        owner = InstructionTranslator.current_tx().output.root_tx.f_locals.get("self")
+    except AttributeError:  # Dynamo does not run
+        return None
+    return owner if isinstance(owner, nn.Module) else None
+
+
 def recompile_limit() -> int:
     """Return how often Dynamo compiles the same code before it runs that code uncompiled."""
     return int(torch._dynamo.config.recompile_limit)

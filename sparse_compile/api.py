@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from sparse_compile.attention_modules import has_decoder
 from sparse_compile.compiled_call import CompiledCall
 from sparse_compile.dynamo import Backend, Hooks, SparseCompileWarning
 from sparse_compile.generation import REPLACED, Generation, generating
@@ -67,7 +68,7 @@ def compile(
     hooks = Hooks(
         isolated=bool(options),
         limit=options.get("recompile_limit"),
-        has_decoder=_has_decoder(model),
+        has_decoder=has_decoder(model),
         model_heads=sizes[1:] if sizes else None,
     )
     chosen = Backend(policy, hooks=hooks, **backend_options)
@@ -105,14 +106,6 @@ def _state_of_copy(model: nn.Module) -> dict[str, Any]:
     warnings.warn(message, SparseCompileWarning, stacklevel=2)
     state: Any = type(model).__getstate__(model)
     return {name: value for name, value in state.items() if name not in ("sparse_compile_report", "__getstate__", *REPLACED)}
-
-
-def _has_decoder(model: nn.Module) -> bool:
-    """Whether a transformers model consists of a text decoder and other parts, such as a vision tower."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "get_text_config"):
-        return False
-    return bool(config.is_encoder_decoder) or config.get_text_config(decoder=True) is not config
 
 
 def check_policy(policy: Policy, model: nn.Module) -> None:
@@ -161,7 +154,7 @@ def planner(policy: Policy | Mask | None, model: nn.Module, device: str | None =
         dry=True,
         device=device,
         isolated=torch_private.isolates_recompiles(),
-        has_decoder=_has_decoder(model),
+        has_decoder=has_decoder(model),
         model_heads=sizes[1:] if sizes else None,
     )
     chosen = Backend(policy, hooks=hooks)

@@ -1,6 +1,8 @@
-"""Find the attention modules of a model by the names of their classes, and those that no row of a report covers."""
+"""Find out about a model: its attention modules, those that no row of a report covers, and whether it has a text decoder."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
@@ -35,3 +37,11 @@ def without_rows(model: nn.Module, report: Report) -> list[str]:
     behind_a_break = not seen <= set(dict(model.named_modules())) or ("" in seen and "" not in expected)
     missing = [path for path in expected if not any(f"{site}.".startswith(f"{path}.") for site in seen)]
     return [] if behind_a_break else missing
+
+
+def has_decoder(model: nn.Module) -> bool:
+    """Whether a transformers model consists of a text decoder and other parts, such as a vision tower."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return False
+    return bool(config.is_encoder_decoder) or config.get_text_config(decoder=True) is not config

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from sparse_compile.attention_modules import has_decoder
 from sparse_compile.masks import Mask, full
 from sparse_compile.passes import torch_private
 from sparse_compile.policy import Policy, as_policy
@@ -248,7 +249,9 @@ class Backend:
         gradients = gradients and not reads_cache(gm)
         target = Target(self.inner, self.kernel, gradients, self.hooks.device, capability())
         hooks = self.hooks
-        rewrite = Rewrite(gm, self._mask_for, target, hooks.dry, has_decoder=hooks.has_decoder, model_heads=hooks.model_heads)
+        traced = torch_private.traced_module()
+        decoder = hooks.has_decoder or (traced is not None and has_decoder(traced))
+        rewrite = Rewrite(gm, self._mask_for, target, hooks.dry, has_decoder=decoder, model_heads=hooks.model_heads)
         run_passes(rewrite, self.hooks.passes)
         if not getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False):
             self._check_layers({call.layer for call in rewrite.calls if call.phase != "other"})

@@ -16,8 +16,8 @@ from sparse_compile.masks.selection.page_topk import PageTopK, has_selector
 
 VERSION = 1
 Layer = int | range | str
-# What DistributedDataParallel, torch.compile, FSDP and checkpointing put before the path of a module. Dynamo traces what is inside
-# of some of them, and its paths begin there.
+# What DistributedDataParallel, torch.compile, FSDP and checkpointing put before the path of a module. Dynamo traces what is
+# inside of some of them, and its paths begin there.
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -109,3 +110,38 @@ def test_the_report_says_why_an_encoder_stays_exact() -> None:
         model(input_ids=ids(), decoder_input_ids=ids(9))
     reasons = {site.module.split(".")[0]: site.reason for site in model.sparse_compile_report.sites if site.phase == "other"}
     assert "an encoder beside a text decoder" in reasons["encoder"]
+
+
+class Stack(nn.Module):
+    """One attention over the hidden states."""
+
+    def __init__(self, *, is_causal: bool) -> None:
+        super().__init__()
+        self.qkv, self.is_causal = nn.Linear(8, 24), is_causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y[:, None] for y in self.qkv(x).chunk(3, dim=-1))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)[:, 0]
+
+
+class TowerAndDecoder(nn.Module):
+    """A tower and a decoder with a graph break between them, and the config of a model that has both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = gemma().config
+        self.tower, self.decoder = Stack(is_causal=False), Stack(is_causal=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tower(x)
+        torch._dynamo.graph_break()
+        hidden: Tensor = self.decoder(x)
+        return hidden
+
+
+def test_a_bare_backend_leaves_a_tower_alone_that_is_a_graph_of_its_own() -> None:
+    backend = sc.Backend(STREAMING, inner="eager")
+    run: Any = torch.compile(TowerAndDecoder(), backend=backend)
+    with torch.no_grad():
+        run(torch.randn(1, 9, 8))
+    assert {site.module: site.policy_mask for site in backend.report.sites} == {"tower": "", "decoder": str(STREAMING)}
