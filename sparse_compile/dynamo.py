@@ -191,7 +191,7 @@ class Backend:
                     result = compiled(*args)
             except BaseException as error:
                 for host_state, *_ in updates:
-                    host_state.failed = type(error).__name__
+                    host_state.fail(error)
                 raise
             for host_state, batch, tokens, use in updates:
                 host_state.note(batch, tokens, use.layers, last=use.last)

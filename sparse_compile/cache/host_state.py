@@ -9,11 +9,16 @@ from sparse_compile.passes.ops.cache.cache_update import SparseCacheError
 
 @dataclass
 class HostState:
-    """The number of tokens (columns) and sequences in a cache. The backend checks and updates it around each graph run."""
+    """The number of tokens (columns) and sequences in a cache. The backend checks and updates it around each graph run.
+
+    ``overwrites`` says that new tokens may replace what a repeated run would need, as in a ring or a summary of keys. A run
+    that fails then leaves a broken cache. Otherwise the next run writes the same places again.
+    """
 
     max_length: int
     max_batch: int
     layers: int
+    overwrites: bool = True
     columns: int = 0
     batch: int | None = None
     done: set[int] = field(default_factory=set)  # layers that already have the tokens of this forward pass
@@ -26,6 +31,12 @@ class HostState:
                 f"a run over the cache failed ({self.failed}), so some of its layers may hold tokens that others lack: reset "
                 "the cache"
             )
+
+    def fail(self, error: BaseException) -> None:
+        """Record that a graph has failed while it ran."""
+        if self.overwrites:
+            self.failed = type(error).__name__
+        self.done.clear()
 
     def admit(self, batch: int, tokens: int, layers: tuple[int, ...], *, empty: bool) -> None:
         """Raise ``SparseCacheError`` if a graph that appends ``tokens`` to ``layers`` cannot run. The cache is then unchanged.

@@ -124,7 +124,7 @@ class SparseCache(Cache):
         self.positions = DevicePositions(
             max_batch, *sizes_of_pages, plans[0].rings, device, moving=cache_positions, selects=selects
         )
-        self.host_state = HostState(max_length, max_batch, len(plans))
+        self.host_state = HostState(max_length, max_batch, len(plans), overwrites=selects or bool(plans[0].rings))
         # The same objects as ``layers``, with their own type.
         self.cached_layers = self._build_layers(plans, frequencies, dtype, device)
         layers: list[Any] = list(self.cached_layers)
