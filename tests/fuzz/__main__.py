@@ -3,47 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from multiprocessing import get_context
 
-from hypothesis import HealthCheck, Phase, given, seed, settings
-
+from fuzz.batches import BATCH, play_batch
 from fuzz.case import Case, Generate
-from fuzz.draw import cases
-from fuzz.play import Verdict, play
+from fuzz.play import Verdict
 from fuzz.reduce import reduced
 
-BATCH = 10  # cases of one seed
 MOST_REDUCED = 3  # faults of one kind that are reduced to a small case
-
-
-def drawn(number: int, count: int = BATCH) -> list[Case]:
-    """The cases of batch ``number``."""
-    found: list[Case] = []
-
-    @seed(number)
-    @settings(
-        max_examples=count + 1, database=None, deadline=None, derandomize=False, phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(cases())
-    def collect(case: Case) -> None:
-        found.append(case)
-
-    collect()
-    return found[1 : count + 1]  # the first example is the simplest one, for every seed
-
-
-def batch(task: tuple[int, int]) -> list[tuple[Case, Verdict]]:
-    """Play the cases of one batch."""
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    return [(case, play(case)) for case in drawn(*task)]
 
 
 def played(count: int, first: int, processes: int) -> Iterator[tuple[Case, Verdict]]:
@@ -51,10 +22,10 @@ def played(count: int, first: int, processes: int) -> Iterator[tuple[Case, Verdi
     tasks = [(first + number, min(BATCH, count - number * BATCH)) for number in range(-(-count // BATCH))]
     if processes == 1:
         for task in tasks:
-            yield from batch(task)
+            yield from play_batch(task)
         return
     with get_context("spawn").Pool(processes, maxtasksperchild=10) as pool:
-        for results in pool.imap_unordered(batch, tasks):
+        for results in pool.imap_unordered(play_batch, tasks):
             yield from results
 
 

@@ -50,7 +50,9 @@ def _has_table(facts: Facts) -> bool:
 def _has_short_table(facts: Facts) -> bool:
     """Whether a table ends before the text, or before the end of a cache whose size is fixed."""
     cache = facts.case.cache
-    needed = {"sparse": cache.max_length, "static": cache.max_length, "lent": 128}.get(cache.kind, facts.asked)
+    reloaded = max((call.max_length for call in facts.case.calls if isinstance(call, Reload)), default=0)
+    sizes = {"sparse": max(cache.max_length, reloaded), "static": cache.max_length, "lent": 128}
+    needed = sizes.get(cache.kind, facts.asked)
     tables: list[str] = re.findall(r"(?:document|padding)\(\[(.*?)\]\)", facts.case.policy)
     rows = [row for table in tables for row in table.split(", ")]
     return any(sum(map(int, re.findall(r"\] \* (\d+)", row))) + row.count("[False]") < needed for row in rows)
