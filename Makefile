@@ -32,7 +32,7 @@ format: $(INSTALLED)
 pytest: $(INSTALLED)
 	$(PYTEST) -m 'not slow' --durations 10
 
-# Benchmarks at small sizes, a million tokens, and what else takes long: half as much as all other tests together.
+# Benchmarks at small sizes, a million tokens, and what else takes long.
 slow: $(INSTALLED)
 	$(PYTEST) -m slow --durations 10
 
