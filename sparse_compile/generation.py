@@ -141,8 +141,8 @@ class Generation:
     def create_masks_for_generate(self, *, attention_mask: Tensor | None, **rest: Any) -> Any:
         """Return the mask of the tokenizer, of fixed length, from which the graph computes the mask over a static cache.
 
-        A mask of queries times keys from outside of the graph would not say where in the text its queries are, and a policy
-        needs to know.
+        A policy needs the text positions of queries. A mask of queries times keys from outside of the graph does not contain
+        them.
         """
         used = _in_use.get()
         if used is None or self.model.config.is_encoder_decoder:

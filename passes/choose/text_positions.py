@@ -1,7 +1,7 @@
 """Let policies count the tokens of a text, and not its padding.
 
-A ``SparseCache`` knows the text position of every token. Without one, the text positions follow from the padding in the model's
-mask: the first token after the padding has position 0.
+A ``SparseCache`` records the text position of every token. Without one, the text positions follow from the padding in the
+model's mask: the first token after the padding has position 0.
 """
 
 from __future__ import annotations

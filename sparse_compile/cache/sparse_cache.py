@@ -342,7 +342,7 @@ class SparseCache(Cache):
         """Write the contents of the cache to a safetensors file, to continue from the same prompt later.
 
         If a model of ``sparse_compile.compile`` uses the cache, the file gets a fingerprint of its weights: a hash of some
-        values of each. A cache that only a model of ``torch.compile`` has used does not know its model, and its file has none.
+        values of each. The file of a cache that only models of ``torch.compile`` have used has none.
         """
         serialization.save(self, path)
 

@@ -1,4 +1,4 @@
-"""A benchmark that is told to end ends at once, with its workers, and keeps what it has measured."""
+"""Check that SIGTERM ends a benchmark and its workers at once, and that the rows measured so far are kept."""
 
 from __future__ import annotations
 
