@@ -125,7 +125,9 @@ def test_results_of_steps_stay_valid() -> None:
 def test_steps_over_a_longer_cache_are_recorded_too() -> None:
     """The second prompt needs a longer cache, so the sizes of its buffers become inputs of the graph of the step."""
     fast, stock = sc.compile(model(layers=6)), model(layers=6)
+    compiles = []
     for length in (100, 700, 1500, 700):
         inputs = {"input_ids": padded(length)["input_ids"][:1]}
         assert torch.equal(new_tokens(fast, inputs), new_tokens(stock, inputs))
-    assert fast.sparse_compile_report.compiles <= 4
+        compiles.append(fast.sparse_compile_report.compiles)
+    assert compiles[-1] == compiles[-2]
