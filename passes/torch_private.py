@@ -247,6 +247,12 @@ def mark_static(tensor: Tensor) -> None:
     torch._dynamo.mark_static(tensor)
 
 
+def keep_sizes(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` with sizes that are constants of every graph that reads it."""
+    torch._dynamo.mark_static(tensor)
+    return tensor
+
+
 def compiled_call(model: nn.Module) -> Callable[..., Any]:
     """Return the function that the model calls since ``model.compile()``."""
     run = model._compiled_call_impl

@@ -9,6 +9,7 @@ from sparse_compile.dynamo import Backend, SparseCompileError, SparseCompileWarn
 from sparse_compile.head_profile import Profile
 from sparse_compile.policy import Policy
 from sparse_compile.report import Report, Site
+from sparse_compile.speculative.lossless import lossless
 
 if TYPE_CHECKING:
     from sparse_compile.cache.sparse_cache import SparseCache
@@ -28,6 +29,7 @@ __all__ = [
     "backend",
     "compile",
     "explain",
+    "lossless",
     "masks",
     "policies",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from sparse_compile.cache.padding import Padding
 from sparse_compile.dynamo import Backend, GraphRun, SparseCompileWarning
 from sparse_compile.generation import generating
 from sparse_compile.repeated_steps import Steps, current_steps, read_step
+from sparse_compile.speculative.speculation import current_speculation
 
 # Arguments of a model that have one entry for each new token, and the axis of the tokens.
 BY_TOKEN = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0}
@@ -54,6 +56,9 @@ class CompiledCall:
             )
         cache.origin.use(self.owner, cache.host_state.columns)
         rows, tokens = _size(kwargs)
+        speculation = current_speculation()
+        if speculation is not None and speculation.takes(cache, tokens):
+            return speculation.step(partial(self._over_cache, cache, padding), kwargs)
         whole = kwargs.get("attention_mask")
         start, result = 0, None
         for stop in self._ends(cache, kwargs, rows, tokens):
@@ -63,7 +68,8 @@ class CompiledCall:
             if isinstance(whole, Tensor):
                 mask = whole[:, : held + stop - start] if stop < tokens else whole
                 part["attention_mask"] = padding.mask_for(mask, stop - start, held)
-            steps = current_steps() if stop - start == 1 else None
+            is_step = stop - start == 1 or cache.is_verifying
+            steps = current_steps((stop - start, cache.is_verifying)) if is_step else None
             result = self._watched(**part) if steps is None else self._step(steps, part)
             start = stop
         return result
@@ -100,7 +106,7 @@ class CompiledCall:
         if not (isinstance(kept, int) and 0 < kept <= BLOCK and known and by_column):
             return [tokens]
         ends = list(range(step, tokens, step))
-        if tokens - ends[-1] < kept:  # the last chunk has all logits that are kept
+        if tokens - ends[-1] < max(kept, 2):  # the last chunk has all logits that are kept, and a chunk of one is a decode step
             ends.pop()
         return [*ends, tokens]
 

@@ -206,19 +206,25 @@ class Backend:
     def _config(self, rewrite: Rewrite, mode: str | None) -> dict[str, Any]:
         """The Inductor options for the kernel choice and the kind of graph. Options of the user override them.
 
-        On CUDA, decode steps over a SparseCache run as CUDA graphs unless ``mode`` says otherwise, because their shapes and
-        addresses never change. Prompts over a cache never do, because their work depends on how much the cache holds. Nor does
-        a graph that returns keys or values: in the next run of a CUDA graph they would be overwritten.
+        On CUDA, decode steps and verifications over a SparseCache run as CUDA graphs unless ``mode`` says otherwise, because
+        their shapes and addresses never change. Prompts over a cache never do, because their work depends on how much the
+        cache holds. Nor does a graph that returns keys or values: in the next run of a CUDA graph they would be overwritten.
         """
         from sparse_compile.passes.inner_compiler import CUDA_GRAPHS, for_single_queries, for_steps, returns_keys
         from sparse_compile.passes.ir.kv_source import Cached
 
         # autotune tunes attention only, so matrix products stay with ATen.
         tune = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"} if self.kernel == "autotune" else {}
-        steps = [call for call in rewrite.calls if isinstance(call.kv, Cached) and call.phase == "decode"]
+        steps = [
+            call
+            for call in rewrite.calls
+            if isinstance(call.kv, Cached)
+            and (call.phase == "decode" or call.verifies)
+            and all(group.choice.kernel.is_recordable for group in rewrite.head_groups[call.node])
+        ]
         if self.inner != "inductor" or all(call.device.type != "cuda" for call in rewrite.calls):
             return tune | self.inductor
-        if any(call.is_step for call in rewrite.calls):
+        if any(call.is_step or call.verifies for call in rewrite.calls):
             tune |= for_single_queries()
         if rewrite.cache_uses and len(steps) == len(rewrite.calls):
             tune |= for_steps() | ({CUDA_GRAPHS: True} if mode is None else {})

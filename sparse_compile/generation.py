@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -20,6 +21,7 @@ from sparse_compile.cache.padding import Padding
 from sparse_compile.dynamo import Backend
 from sparse_compile.masks.optional_packages import needed
 from sparse_compile.repeated_steps import repeating_steps
+from sparse_compile.speculative.lossless import Lossless
 
 HOOKS = (
     "generate", "_prepare_cache_for_generation", "_update_model_kwargs_for_generation", "create_masks_for_generate",
@@ -35,12 +37,13 @@ _lock = Lock()
 class _Kept:
     """A cache and the options that it was built with. The cache is None before there is one, and while it is in use.
 
-    ``length`` is that of the longest text of a call of ``generate``.
+    ``length`` is that of the longest text of a call of ``generate``. ``method`` is its decoding method, if that is ours.
     """
 
     cache: Any = None
     length: int = 0
     options: tuple[str, ...] = ()
+    method: Any = None
 
 
 _in_use: ContextVar[_Kept | None] = ContextVar("sparse_compile_generate", default=None)  # by this call of ``generate``
@@ -75,8 +78,8 @@ class Generation:
         """
         with needed("SparseCache", "transformers"):
             from sparse_compile.cache.sparse_cache import SparseCache
-        settings = {"dtype": self.model.dtype, "device": self.model.device, **self.options, **options}
-        cache = SparseCache(self.model.config, self.backend.policy, max_length=max_length, max_batch=max_batch, **settings)
+        settings = {"policy": self.backend.policy, "dtype": self.model.dtype, "device": self.model.device, **self.options}
+        cache = SparseCache(self.model.config, max_length=max_length, max_batch=max_batch, **settings | options)
         cache.origin.use(self.model, tokens=0)
         return cache
 
@@ -86,13 +89,16 @@ class Generation:
         """Run ``generate`` of transformers, and keep its cache for the next call unless the caller gets it."""
         from sparse_compile.passes.ops.cache.cache_update import SparseCacheError
 
-        used = _Kept()
+        used, method = _Kept(), kwargs.get("custom_generate")
+        if isinstance(method, Lossless):  # transformers does not pass the streamer to a method of the caller
+            used.method = method
+            kwargs["custom_generate"] = partial(method, streamer=kwargs.get("streamer"))
         token = _in_use.set(used)
         try:
             with repeating_steps():
                 result = type(self.model).generate(self.model, *args, **kwargs)
         except SparseCacheError as error:
-            if used.cache is None or kwargs.get("streamer") is not None:
+            if used.cache is None or kwargs.get("streamer") is not None or used.method is not None:
                 raise
             used.cache = None
             self._refuse(str(error))
@@ -114,11 +120,15 @@ class Generation:
         if given is not None:
             self._check_text(given, model_kwargs)
             if getattr(given, "made_by_generate", False):
-                given.reserve(rounded(length))
+                given.reserve(rounded(length + (used.method.room if used is not None and used.method is not None else 0)))
         elif self._supplies(generation_config):
             rows = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) * batch
             assisted = getattr(mode, "value", "") == "assisted_generation"
-            cache = self._supply(rows, length, assisted, generation_config.cache_config or {})
+            options, method = dict(generation_config.cache_config or {}), used.method if used is not None else None
+            if method is not None:
+                options |= method.cache_options
+                length += method.room
+            cache = self._supply(rows, length, assisted, options)
             if cache is not None:
                 model_kwargs["past_key_values"] = cache
                 return None

@@ -7,7 +7,7 @@ change, so the first two steps go through Dynamo, and those after them call the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class Step:
 
 
 class Steps:
-    """The decode steps of one call of ``generate``. ``owner`` is the compiled call of the model that made the last step."""
+    """The decode steps of one kind in one call of ``generate``. ``owner`` is the compiled call that made the last step."""
 
     def __init__(self) -> None:
         self.owner: Any = None
@@ -78,22 +78,23 @@ class Steps:
         self.owner, self.latest, self.known = owner, step, step if same else None
 
 
-_current: ContextVar[Steps | None] = ContextVar("sparse_compile_steps", default=None)
+_current: ContextVar[dict[Hashable, Steps] | None] = ContextVar("sparse_compile_steps", default=None)
 
 
 @contextmanager
 def repeating_steps() -> Iterator[None]:
     """A context, which is one call of ``generate``, in which decode steps are repeated."""
-    token = _current.set(Steps())
+    token = _current.set({})
     try:
         yield
     finally:
         _current.reset(token)
 
 
-def current_steps() -> Steps | None:
-    """The steps of the call of ``generate`` that runs in this thread."""
-    return _current.get()
+def current_steps(kind: Hashable) -> Steps | None:
+    """The steps of one kind in the call of ``generate`` that runs in this thread; None outside of one."""
+    steps = _current.get()
+    return None if steps is None else steps.setdefault(kind, Steps())
 
 
 def read_step(kwargs: Mapping[str, Any], ran: GraphRun, output: Any) -> Step | None:

@@ -64,7 +64,7 @@ def prefill_layout(
 
 
 def step_layout(call: Attention, seen: NamedMask, target: Target) -> Layout:
-    """The layout of a decode step whose query heads are folded into the rows of their KV head.
+    """The layout of a decode step, or of a verification, whose query heads are folded into the rows of their KV head.
 
     Full blocks get no tables of their own, because with any full block the kernel spreads the whole length over its splits.
     """
@@ -115,10 +115,10 @@ def selection_options(call: Attention, pages: Selected, target: Target) -> dict[
 
 
 def folds(call: Attention, seen: NamedMask, target: Target) -> bool:
-    """Whether the query heads of a KV head can be rows of one decode kernel, which needs fewer than 128 and a static batch."""
+    """Whether the queries of a KV head can be rows of one decode kernel, which needs fewer than 128 and a static batch."""
     tells_heads = seen.tells_heads_apart and any(isinstance(node, Explicit) for node in seen.mask.walk())
-    fits = isinstance(call.batch, int) and call.group < BLOCK
-    return call.is_step and fits and not target.gradients and not tells_heads
+    fits = isinstance(call.batch, int) and isinstance(call.q_len, int) and call.group * call.q_len < BLOCK
+    return (call.is_step or call.verifies) and fits and not target.gradients and not tells_heads
 
 
 def tiles_of(call: Attention, phase: TiledPhase, target: Target) -> Tiles | None:

@@ -15,7 +15,7 @@ from sparse_compile.masks.patterns.tensor import Explicit
 from sparse_compile.masks.selection.page_topk import has_selector
 from sparse_compile.passes.ir.captured_source import Source
 from sparse_compile.passes.ir.fx_nodes import expr_of, hint_of, is_one, layer_index, module_path, sizes_of, value_of
-from sparse_compile.passes.ir.kv_source import Cached, KVSource, Selected
+from sparse_compile.passes.ir.kv_source import Cached, Dense, KVSource, Prompt, Selected
 from sparse_compile.passes.ir.positions import Positions
 
 Phase = Literal["prefill", "decode", "other"]
@@ -147,8 +147,14 @@ class Attention:
 
     @property
     def is_step(self) -> bool:
-        """Whether the call has exactly one query each time the graph runs."""
-        return is_one(self.q_len)
+        """Whether the call has exactly one query each time the graph runs, and is no verification."""
+        return is_one(self.q_len) and not self.verifies
+
+    @property
+    def verifies(self) -> bool:
+        """Whether the queries are the few tokens that speculative decoding verifies over a cache."""
+        kv = self.kv
+        return kv.verifies if isinstance(kv, Cached) else not isinstance(kv, Dense | Prompt) and kv.new.verifies
 
     # -- where it comes from ----------------------------------------------------------------------------------------
 
@@ -178,7 +184,7 @@ def phase_of(q_len: Any, kv: KVSource, mask: Mask, *, is_self_attention: bool) -
     if not is_self_attention:
         return "other"
     if isinstance(kv, Cached):
-        return "decode" if is_one(q_len) else "prefill"
+        return "decode" if is_one(q_len) and not kv.verifies else "prefill"
     if is_one(q_len) and expr_of(kv.length) != 1:
         return "decode"
     is_unknown = any(isinstance(node, Explicit) for node in mask.walk())

@@ -46,13 +46,14 @@ class Cached(Dense):
 
     ``k`` and ``v`` are placeholders with the shape of all keys; no such tensors exist when the graph runs. With
     ``is_prompt``, attention sees the new tokens only. With ``is_computed``, the model computes ``k`` and ``v`` from the outputs
-    of the update. The cache pass replaces this source by the sources below, one for
-    each storage of the layer.
+    of the update. ``verifies`` says that the new tokens are a few that speculative
+    decoding verifies. The cache pass replaces this source by the sources below, one for each storage of the layer.
     """
 
     update: Node
     is_prompt: bool
     is_computed: bool = False
+    verifies: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class NewTokens:
     ``start`` ``[]`` is the column of the first new token, and ``columns`` ``[B, Q]`` are the columns of all. ``is_step`` says
     that there is one new token for each sequence. ``texts`` ``[B, columns]`` is the text position of every column of the
     cache, or None if no token is padding. ``anchor`` is the column from which the steps that score pages are counted, or
-    None in a cache without page selection.
+    None in a cache without page selection. ``verifies`` says that these are a few tokens, or one, that read every key.
     """
 
     k: Node
@@ -73,6 +74,7 @@ class NewTokens:
     is_step: bool
     texts: Node | None
     anchor: Node | None
+    verifies: bool = False
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ def _with_cache(call: Attention, every: Sequence[Node], calls: Collection[Node])
     update = updates[0]
     if update is None or updates[1] is not update:
         return Left(call.node, "its keys and values need to come from one update of a SparseCache, and they do not")
-    start, at = read_update(update).columns, call.positions
+    read = read_update(update)
+    start, at, verifies = read.columns, call.positions, read.plan.verifies
     if all(sliced) and call.mask.implies(causal) and at == Positions():
         # Transformers slices the keys of the new tokens like this for an empty cache, and only then.
         return _over(call, Cached(*sides, update, is_prompt=True, is_computed=is_computed), at)
@@ -67,7 +68,8 @@ def _with_cache(call: Attention, every: Sequence[Node], calls: Collection[Node])
         return Left(call.node, f"its mask {call.mask} needs positions that the SparseCache counts, and has {at}")
     if not reads_index and not call.mask.implies(causal):
         return Left(call.node, f"a SparseCache needs causal self-attention, and the mask of this call is {call.mask}")
-    return _over(call, Cached(*sides, update, is_prompt=False, is_computed=is_computed), Positions(q_shift=start))
+    kv = Cached(*sides, update, is_prompt=False, is_computed=is_computed, verifies=verifies)
+    return _over(call, kv, Positions(q_shift=start))
 
 
 def _source_of(call: Attention, every: Sequence[Node], calls: Collection[Node]) -> Node | None:

@@ -51,7 +51,8 @@ class TokenPositions:
     def of(self, point: Node, update: CacheUpdate[Node], heads: tuple[int, ...] | None) -> NewTokens:
         """The new tokens of the KV heads ``heads`` of a layer (None: all of them)."""
         texts = self.page_texts(point) if self.has_padding and update.page_texts is not None else None
-        return NewTokens(update.k, update.v, heads, update.columns, self.columns, self.is_step, texts, update.anchor)
+        new = (update.k, update.v, heads, update.columns, self.columns, self.is_step, texts, update.anchor)
+        return NewTokens(*new, verifies=update.plan.verifies)
 
     def page_texts(self, point: Node) -> Node:
         """The text position of every column of the cache, new columns included."""

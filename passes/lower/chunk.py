@@ -30,10 +30,15 @@ class ChunkedSDPA(Kernel):
     name, title = "chunk", "SDPA over a cache"
     aliases = ("sdpa",)
     reads_mask = False
+    is_recordable = False
 
     def rank(self, call: Attention, target: Target) -> int | None:
-        is_chunk = isinstance(call.kv, Paged | Quantized | Selected) and not call.kv.new.is_step
-        return 5 if is_chunk else None
+        if not isinstance(call.kv, Paged | Quantized | Selected) or call.kv.new.is_step:
+            return None
+        # FlexAttention's decode kernel reads the keys once for all query heads of a KV head, and can be recorded. It reads
+        # quantized keys only after all of them are dequantized.
+        is_folded = call.verifies and target.device_of(call) == "cuda" and not _is_quantized(call.kv)
+        return 50 if is_folded else 5
 
     def why_not(self, call: Attention, target: Target) -> str:
         if reason := needs_device(self, call, target):
@@ -68,6 +73,10 @@ class ChunkedSDPA(Kernel):
     def _heads(self, emitter: Emitter, stored: QuantizedTensor[Node]) -> QuantizedTensor[Node]:
         picked = [None if part is None else pick_heads(emitter.node, part, emitter.kv_heads) for part in stored]
         return QuantizedTensor(*picked)  # type: ignore[arg-type]  # the first part is never None
+
+
+def _is_quantized(kv: Paged | Quantized | Selected) -> bool:
+    return isinstance(kv.pages if isinstance(kv, Selected) else kv, Quantized)
 
 
 def _not_on_cpu(call: Attention) -> str:

@@ -26,7 +26,8 @@ class Kernel(ABC):
     only device type that the kernel runs on; None means any. ``takes_any_mask`` marks the general kernel of a device: if it
     cannot run a call, the report gives its reason for the dense reference. ``reads_mask`` is False for a kernel that needs
     neither tables nor a dense mask if the mask is causal or full. ``realizes_captures`` says that generated code captures the
-    tensors that masks read, so that each of them must be materialized as a buffer of its own.
+    tensors that masks read, so that each of them must be materialized as a buffer of its own. ``is_recordable`` is False for a
+    kernel whose work depends on how much a cache holds, which a CUDA graph cannot record.
     """
 
     name: ClassVar[str]
@@ -36,6 +37,7 @@ class Kernel(ABC):
     takes_any_mask: ClassVar[bool] = False
     reads_mask: ClassVar[bool] = True
     realizes_captures: ClassVar[bool] = False
+    is_recordable: ClassVar[bool] = True
 
     @abstractmethod
     def rank(self, call: Attention, target: Target) -> int | None:

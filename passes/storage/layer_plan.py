@@ -190,6 +190,8 @@ class LayerPlan:
     - ``rotation``: how rotary dimensions pair (``halves`` or ``neighbors``) if tokens are rotated by their position in the
       cache, else empty.
     - ``debug``: raise an error if new keys or values that will be quantized are not finite.
+    - ``verifies``: whether the new tokens are a few that speculative decoding verifies. They see what a prompt would see, also
+      if there is only one of them, and kernels of decode steps run them.
     """
 
     layer: int
@@ -203,6 +205,7 @@ class LayerPlan:
     mode: str = "strict"
     rotation: str = ""
     debug: bool = False
+    verifies: bool = False
 
     def policy(self, phase: str) -> Mask | None:
         """The policy's mask for a phase."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ class SparseCacheLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]  # transformers'
         self.plan, self.buffers, self.positions, self.host_state = plan, buffers, positions, host_state
         self.quantized = quantized
-        self.text = to_text(plan)
+        self._texts = to_text(plan), to_text(replace(plan, verifies=True))
+        self.text = self._texts[0]  # Dynamo compiles a graph for each
         self.own, self.selection = own, selection  # page-selection state of this layer, and what its decode steps use
         self.stream = [] if frequencies is None else [*positions.stream, frequencies]
         self.dtype, self.device = buffers[0].dtype, buffers[0].device
@@ -78,6 +80,15 @@ class SparseCacheLayer(CacheLayerMixin):
             self.text,
         )
         return k, v
+
+    @property
+    def is_verifying(self) -> bool:
+        """Whether the next new tokens are a few that speculative decoding verifies."""
+        return self.text is self._texts[True]
+
+    def set_verifying(self, verifies: bool) -> None:
+        """Say whether the next new tokens are a few that speculative decoding verifies."""
+        self.text = self._texts[verifies]
 
     def get_seq_length(self) -> Any:
         """The number of tokens seen so far, padding included: a tensor while a graph is traced, an int otherwise.

@@ -84,6 +84,12 @@ class Padding:
         mask.sparse_cache_padding = self  # type: ignore[attr-defined]  # read by ``_is_extended``
         return mask
 
+    def for_more(self, mask: Tensor | None, tokens: int) -> Tensor | None:
+        """Return the mask for ``tokens`` tokens that follow those of ``mask``, the mask of a step."""
+        if mask is None or self._is_extended(mask):
+            return mask if mask is None else self.valid
+        return torch.nn.functional.pad(mask, (0, tokens), value=1) if tokens else mask
+
     def select(self, rows: Tensor) -> None:
         """Let row ``i`` continue from the contents of row ``rows[i]``."""
         if self.valid is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,22 @@ class SparseCache(Cache):
             return
         self.host_state.check_whole()
         remove_last(self, remove)
+
+    @property
+    def is_verifying(self) -> bool:
+        """Whether the new tokens are a few that speculative decoding verifies."""
+        return self.cached_layers[0].is_verifying
+
+    @contextmanager
+    def verifying(self) -> Iterator[None]:
+        """A context in which the new tokens are a few that speculative decoding verifies: they see what a prompt would see."""
+        for layer in self.cached_layers:
+            layer.set_verifying(True)
+        try:
+            yield
+        finally:
+            for layer in self.cached_layers:
+                layer.set_verifying(False)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row ``i`` continue from the contents of row ``beam_idx[i]``, for beam search."""
