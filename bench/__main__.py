@@ -21,6 +21,7 @@ from bench.models.calibration import run_gates
 from bench.models.compiling import run_compile
 from bench.models.generate import run_generate
 from bench.models.generation import run_cache_generate, run_cache_prefill
+from bench.models.lossless import run_lossless
 from bench.models.model import run_model
 from bench.models.quantized import run_quantized_attention, run_quantized_cache, run_quantized_model
 from bench.models.selection import run_select_attention, run_select_model, run_select_prefill
@@ -50,7 +51,7 @@ ANY_MACHINE = ("masks", "compile", "quality", "report")  # all others have sizes
 def main() -> None:
     """Run one benchmark, or make the report."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("name", choices=["generate", *BENCHES, "quality", "report"])
+    parser.add_argument("name", choices=["generate", "lossless", *BENCHES, "quality", "report"])
     parser.add_argument("--smoke", action="store_true", help="run with tiny sizes, in seconds, on any machine")
     parser.add_argument(
         "--out", type=Path, help="folder of the CSVs (default: bench/results, or a temporary folder with --smoke)"
@@ -67,8 +68,8 @@ def main() -> None:
         smoke(out) if arguments.smoke else quality(out)
         print(f"written to {out}")
         return
-    if arguments.name == "generate":
-        run_generate(out, smoke=arguments.smoke)
+    if arguments.name in ("generate", "lossless"):
+        (run_generate if arguments.name == "generate" else run_lossless)(out, smoke=arguments.smoke)
         print(f"written to {out}")
         return
     timing.results.path = out / f"{arguments.name}.csv"

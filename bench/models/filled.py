@@ -80,7 +80,7 @@ MHA = Case("Llama-2-7B", LLAMA2_7B, 4, contexts(20_000), dense=200_000, stock=(2
 
 def fill(cache: Any, tokens: int) -> None:
     """Pretend that every row of ``cache`` holds ``tokens`` tokens. Their content is whatever the buffers hold."""
-    at, column = cache.positions, torch.arange(cache.max_length, device=DEVICE)
+    at, column = cache.positions, torch.arange(cache.cached_layers[0].plan.columns, device=DEVICE)
     cache.host_state.columns, cache.host_state.batch = tokens, cache.max_batch
     at.columns.fill_(tokens)
     at.texts.fill_(tokens)
