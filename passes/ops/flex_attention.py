@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from sparse_compile.masks import Mask, ScoreMod
 from sparse_compile.passes.ops.block_tables import bind, tensor_names, transpose_tables
-from sparse_compile.passes.ops.materialize import Lookups
+from sparse_compile.passes.ops.materialize import Lookups, materialize
 from sparse_compile.passes.ops.reference_attention import bind_scores, score_tensor_names, split_sink
 from sparse_compile.passes.storage.graph_text import rides_in_graphs
 from sparse_compile.passes.torch_private import flex_attention_op
@@ -183,6 +183,7 @@ def _as_buffer(q: Tensor, spec: Spec) -> tuple[Tensor, float]:
         return q * spec.scale, 1.0
     if dict(spec.options).get("BACKEND") == "TRITON_DECODE":
         # The decode template creates a new view of q and ignores its storage offset: for ``q[:, 2:4]`` it silently reads
-        # ``q[:, :2]`` (torch 2.11). A product makes a buffer. The factor 0.5 rounds nothing.
-        return q * 0.5, spec.scale * 2
+        # ``q[:, :2]`` (torch 2.11). A product makes a buffer. The factor 0.5 rounds nothing. With several queries, Inductor
+        # may still change the order of the strides of that buffer after the template has read them, so an op makes it.
+        return (q * 0.5, spec.scale * 2) if q.shape[2] == spec.group else (materialize(q), spec.scale)
     return q, spec.scale

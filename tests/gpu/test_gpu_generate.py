@@ -130,4 +130,4 @@ def test_steps_over_a_longer_cache_are_recorded_too() -> None:
         inputs = {"input_ids": padded(length)["input_ids"][:1]}
         assert torch.equal(new_tokens(fast, inputs), new_tokens(stock, inputs))
         compiles.append(fast.sparse_compile_report.compiles)
-    assert compiles[-1] == compiles[-2]
+    assert compiles[-1] - compiles[-2] <= 1  # at most a prompt is compiled again, and no step

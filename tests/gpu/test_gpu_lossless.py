@@ -71,6 +71,12 @@ def test_tokens_are_those_of_the_plain_model(draft: str, pad: int, monkeypatch: 
     assert verifications and all(site.kernel == "FlexAttention" for site in verifications)
 
 
+def test_drafts_that_see_everything_are_all_right() -> None:
+    method = sc.lossless(causal, ahead=4)
+    tokens(sc.compile(model()), prompt(), custom_generate=method, max_new_tokens=16)
+    assert method.statistics.accepted == 12 and method.statistics.verifications == 3
+
+
 @pytest.mark.parametrize("kv", [None, "int8"])
 def test_bfloat16_tokens_are_those_of_decoding_through_verifications(kv: str | None) -> None:
     """The kernels of a verification round otherwise than those of a step, so tokens are compared with rounds without drafts."""
