@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from sparse_compile.masks import Mask, ScoreMod
 from sparse_compile.passes.ops.block_tables import bind, tensor_names, transpose_tables
-from sparse_compile.passes.ops.materialize import Lookups
+from sparse_compile.passes.ops.materialize import Lookups, materialize
 from sparse_compile.passes.ops.reference_attention import bind_scores, score_tensor_names, split_sink
 from sparse_compile.passes.storage.graph_text import rides_in_graphs
 from sparse_compile.passes.torch_private import flex_attention_op
@@ -179,8 +179,9 @@ def _as_buffer(q: Tensor, spec: Spec) -> tuple[Tensor, float]:
     """Return the queries, in a buffer of their own where a template needs one, and the scale that is still to be applied."""
     if q.device.type == "cpu":
         # The C++ template unpacks the layout of a 4-D buffer and fails on view(linear(x)). A product makes a buffer, and
-        # Inductor fuses it into the kernel that computes q.
-        return q * spec.scale, 1.0
+        # Inductor fuses it into the kernel that computes q. The template also takes the channels of a query to be neighbors in
+        # memory, and silently reads other numbers if they are not (torch 2.13).
+        return (q if q.stride(-1) == 1 else materialize(q)) * spec.scale, 1.0
     if dict(spec.options).get("BACKEND") == "TRITON_DECODE":
         # The decode template creates a new view of q and ignores its storage offset: for ``q[:, 2:4]`` it silently reads
         # ``q[:, :2]`` (torch 2.11). A product makes a buffer. The factor 0.5 rounds nothing.
