@@ -12,10 +12,10 @@ import torch
 from torch.fx import GraphModule
 
 from sparse_compile import masks
-from sparse_compile.masks.optional_packages import needed
 from sparse_compile.passes.ir.fx_nodes import memory_of
 from sparse_compile.passes.ir.kv_source import Dense
 from sparse_compile.passes.ir.rewrite import Rewrite
+from sparse_compile.passes.tensorrt import import_tensorrt
 from sparse_compile.passes.torch_private import (
     cache_bypasses,
     has_inductor_option,
@@ -105,12 +105,6 @@ def source_digest(*packages: Path) -> str:
             digest.update(f"{file.relative_to(package).as_posix()}:{file.stat().st_size}:".encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def import_tensorrt() -> None:
-    """Import torch-tensorrt, which registers its backend. Raises ``ImportError`` with the remedy if it cannot be imported."""
-    with needed("inner='tensorrt'", "torch-tensorrt"):
-        import torch_tensorrt  # noqa: F401
 
 
 def _mode_options(mode: str | None) -> dict[str, Any]:

@@ -35,7 +35,7 @@ LAYERS = (
     {"ir"},
     {"read", "lift", "kv", "choose", "calibration"},
     {"lower"},
-    {"pieces"},
+    {"pieces", "tensorrt"},
     {"pipeline", "inner_compiler"},
     {"compile_graph"},
 )
