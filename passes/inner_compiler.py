@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule
@@ -15,7 +15,7 @@ from sparse_compile import masks
 from sparse_compile.passes.ir.fx_nodes import memory_of
 from sparse_compile.passes.ir.kv_source import Dense
 from sparse_compile.passes.ir.rewrite import Rewrite
-from sparse_compile.passes.tensorrt import import_tensorrt
+from sparse_compile.passes.tensorrt import Parts, compile_tensorrt
 from sparse_compile.passes.torch_private import (
     cache_bypasses,
     has_inductor_option,
@@ -27,28 +27,41 @@ from sparse_compile.passes.torch_private import (
 CUDA_GRAPHS = "triton.cudagraphs"  # an option of Inductor
 
 
-def check_mode(mode: str | None) -> None:
-    """Raise ``ValueError`` unless ``mode`` is None or a mode of ``torch.compile``."""
+class Compiled(NamedTuple):
+    """A compiled graph, a note if another process cannot reuse it from a cache, and what became of its parts in TensorRT."""
+
+    run: Callable[..., Any]
+    note: str = ""
+    parts: Parts | None = None
+
+
+def check_mode(mode: str | None, inner: str) -> None:
+    """Raise ``ValueError`` unless ``mode`` is None or a mode of ``torch.compile`` that ``inner`` has."""
     known = ("default", *inductor_modes())
     if mode is not None and mode not in known:
         raise ValueError(f"mode needs to be one of {', '.join(dict.fromkeys(known))}, got {mode!r}")
+    if inner == "tensorrt" and mode not in (None, "default"):
+        raise ValueError(
+            f"mode needs to be None with inner='tensorrt', because torch-tensorrt has no modes, got {mode!r}: leave it out, "
+            "and pass options of torch-tensorrt as inductor={...}"
+        )
 
 
 def compile_inner(
     gm: GraphModule, inputs: Sequence[Any], *, inner: str, mode: str | None, config: dict[str, Any] | None
-) -> tuple[Callable[..., Any], str]:
-    """Compile ``gm`` with ``inner``. Inductor gets ``mode`` and ``config``, as from ``torch.compile(mode=..., options=...)``.
-
-    Returns the compiled function, and a note if another process cannot reuse it from a cache, else "".
-    """
+) -> Compiled:
+    """Compile ``gm`` with ``inner``. Inductor gets ``mode`` and ``config`` as from ``torch.compile(mode=..., options=...)``."""
+    if inner == "tensorrt":
+        run, parts = compile_tensorrt(gm, inputs, config or {})
+        return Compiled(run, parts=parts)
     before = cache_bypasses()
     # Inductor's cache keys contain the names of our ops and modules but not their code, so add a hash of our sources.
     settings: Any = torch.compiler.config
     with settings.patch(cache_key_tag=f"{settings.cache_key_tag}sparse_compile-{_sources()}"):
         compiled = _compile(gm, inputs, inner, mode, config)
     if inner == "inductor" and cache_bypasses() > before:
-        return compiled, "a graph could not be cached by Inductor: a second process compiles it again"
-    return compiled, ""
+        return Compiled(compiled, "a graph could not be cached by Inductor: a second process compiles it again")
+    return Compiled(compiled)
 
 
 def records_cuda_graphs(inputs: Sequence[Any], mode: str | None, config: dict[str, Any] | None) -> bool:
@@ -119,11 +132,7 @@ def _on_cpu(inputs: Sequence[Any]) -> bool:
 def _compile(
     gm: GraphModule, inputs: Sequence[Any], inner: str, mode: str | None, config: dict[str, Any] | None
 ) -> Callable[..., Any]:
-    if inner == "tensorrt":
-        import_tensorrt()
-    compiler = inner_backend("torch_tensorrt" if inner == "tensorrt" else inner)
-    if inner == "tensorrt":
-        return compiler(gm, inputs, options=config or {})
+    compiler = inner_backend(inner)
     if inner != "inductor":
         return compiler(gm, inputs)
     patches = _mode_options(mode)

@@ -202,6 +202,13 @@ def traced_module() -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) else None
 
 
+def dynamo_error() -> type[Exception]:
+    """Return the class of Dynamo's own errors. Some make Dynamo trace a graph again, so a compiler must not catch them."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
 def recompile_limit() -> int:
     """Return how often Dynamo compiles the same code before it runs that code uncompiled."""
     return int(torch._dynamo.config.recompile_limit)
@@ -335,6 +342,18 @@ def inner_backend(name: str) -> Callable[..., Callable[..., Any]]:
 
     backend: Callable[..., Callable[..., Any]] = lookup_backend(name)
     return backend
+
+
+@contextmanager
+def on_module_registration(note: Callable[[nn.Module, str, nn.Module | None], None]) -> Iterator[None]:
+    """Call ``note(parent, name, module)`` whenever a module is added to another one. Torch has one list for all modules."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    handle = register_module_module_registration_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def cache_bypasses() -> int:

@@ -18,7 +18,7 @@ from sparse_compile.attention_modules import has_decoder
 from sparse_compile.masks import Mask, full
 from sparse_compile.passes import torch_private
 from sparse_compile.policy import Policy, as_policy
-from sparse_compile.report import Report
+from sparse_compile.report import Engines, Report
 
 if TYPE_CHECKING:  # the passes import sympy and Dynamo, which takes a second, so they load at the first compile
     from sparse_compile.passes.ir.attention import Attention
@@ -80,7 +80,10 @@ class Backend:
     | ``aot_eager``, ``cudagraphs``, ``tensorrt`` | is one op that compiles its own kernel, without gradients |
     | ``eager``                                   | runs the dense reference                                  |
 
-    ``tensorrt`` is torch-tensorrt. ``inductor`` holds the options of Inductor or, with ``tensorrt``, those of torch-tensorrt.
+    ``inductor`` holds the options of Inductor or, with ``tensorrt``, fields of ``torch_tensorrt.dynamo.CompilationSettings``.
+
+    ``tensorrt`` is torch-tensorrt or torch-tensorrt-rtx, for models on CUDA, without gradients and without ``mode``. The report
+    says how many engines each graph has, and which ops run in torch.
 
     ``kernel`` chooses the kernel of a call:
 
@@ -103,9 +106,10 @@ class Backend:
         >>> print(backend.report)  # doctest: +SKIP
 
     Raises ``ValueError`` or ``TypeError`` for unknown options; while compiling, ``ValueError`` for a forced kernel that cannot
-    run a call, ``ImportError`` for an inner compiler that is not installed, and ``SparseCompileError`` as above. A graph raises
-    ``ValueError`` when it runs if the policy has a ``per_head`` for other heads than those of a call, or for heads that several
-    devices share.
+    run a call, ``ImportError`` for an inner compiler that is not installed, ``RuntimeError`` for an engine that torch-tensorrt
+    cannot build, and ``SparseCompileError`` as above. A graph raises ``ValueError`` when it runs if the policy has a
+    ``per_head`` for other heads than those of a call, or for heads that several devices share, and with ``tensorrt`` if it
+    needs gradients.
     """
 
     def __init__(
@@ -154,22 +158,24 @@ class Backend:
         from sparse_compile.passes.ir.left import Refused
         from sparse_compile.passes.ops.cache.without_gradients import refuse_backward
 
-        check_mode(mode)
         if options:
             return self._with(options)(gm, inputs, mode=mode)
+        check_mode(mode, self.inner)
         try:
             rewrite = self._rewrite(gm, inputs)
         except Refused as refused:
             return _refusing(refused)
-        self._record(rewrite, _tokens_held(rewrite.cache_uses, inputs))
+        graph = self._record(rewrite, _tokens_held(rewrite.cache_uses, inputs))
         inner = "eager" if self.hooks.dry else self.inner
         config = self._config(rewrite, mode)
         with torch.no_grad() if rewrite.cache_uses else nullcontext():
-            compiled, note = compile_graph(rewrite, inputs, inner=inner, mode=mode, config=config)
+            compiled, note, parts = compile_graph(rewrite, inputs, inner=inner, mode=mode, config=config)
         # The next step overwrites the results of a CUDA graph, and users need not know that steps are recorded.
         copies = bool(rewrite.cache_uses) and inner == "inductor" and records_cuda_graphs(inputs, mode, config)
         if note:
             self.report_note(note)
+        if parts is not None:
+            self.report.engines.append(Engines(graph, parts.engines, tuple(parts.in_torch.items())))
 
         uses = rewrite.cache_uses
         would_train = bool(uses) and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
@@ -216,7 +222,9 @@ class Backend:
         # autotune tunes attention only, so matrix products stay with ATen.
         tune = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"} if self.kernel == "autotune" else {}
         steps = [call for call in rewrite.calls if isinstance(call.kv, Cached) and call.phase == "decode"]
-        if self.inner != "inductor" or all(call.device.type != "cuda" for call in rewrite.calls):
+        if self.inner != "inductor":
+            return self.inductor
+        if all(call.device.type != "cuda" for call in rewrite.calls):
             return tune | self.inductor
         if any(call.is_step for call in rewrite.calls):
             tune |= for_single_queries()
@@ -238,15 +246,19 @@ class Backend:
 
     def _rewrite(self, gm: GraphModule, inputs: Sequence[Any]) -> Rewrite:
         from sparse_compile.passes.choose.kernel_choice import capability
+        from sparse_compile.passes.ir.left import Refused
         from sparse_compile.passes.ir.rewrite import Rewrite
         from sparse_compile.passes.ir.target import Target
         from sparse_compile.passes.kv.find_caches import reads_cache
         from sparse_compile.passes.pipeline import run_passes
+        from sparse_compile.passes.tensorrt import NO_GRADIENTS
 
         gradients = torch.is_grad_enabled() and (
             self.hooks.trains or any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
         )
         gradients = gradients and not reads_cache(gm)
+        if self.inner == "tensorrt" and gradients and not self.hooks.dry:
+            raise Refused(ValueError(NO_GRADIENTS))
         target = Target(self.inner, self.kernel, gradients, self.hooks.device, capability())
         hooks = self.hooks
         traced = torch_private.traced_module()
@@ -281,7 +293,8 @@ class Backend:
             return None
         return self.policy.mask_for(call.module, None if by_path else call.layer, call.phase, by_path=by_path)
 
-    def _record(self, rewrite: Rewrite, held: int | None) -> None:
+    def _record(self, rewrite: Rewrite, held: int | None) -> int:
+        """Write the rows of a graph to the report, and return its number."""
         from sparse_compile.passes.ir.fx_nodes import module_path
         from sparse_compile.report_rows import site_rows
 
@@ -299,6 +312,7 @@ class Backend:
         trace = torch_private.current_trace()
         is_piece = graph in self._traces and trace is not None and self._traces[graph]() is trace
         report.sites = [site for site in report.sites if is_piece or site.graph != graph] + site_rows(rewrite, graph, held)
+        report.engines = [row for row in report.engines if is_piece or row.graph != graph]
         if trace is not None:
             self._traces[graph] = weakref.ref(trace)
         if self.hooks.isolated:
@@ -322,6 +336,7 @@ class Backend:
                 "Compile with dynamic=True, so that sizes may change, or raise the limit."
             )
             self.report_trouble(message)
+        return graph
 
     def check_reach(self) -> None:
         """Report a policy that restricts no attention call. ``compile`` calls this after the model has run."""
