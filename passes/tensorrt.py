@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from sparse_compile.masks.optional_packages import needed
-from sparse_compile.passes.torch_private import dynamo_error, inner_backend, is_higher_order, on_module_registration
+from sparse_compile.passes.torch_private import dynamo_error, inner_backend, is_higher_order, limit_size, on_module_registration
 
 # Without these settings, torch-tensorrt is silently wrong. Each has what would go wrong.
 REQUIRED: dict[str, tuple[bool, str]] = {
@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
 READ_ELSEWHERE = frozenset({"custom_engine_cache", "debug", "engine_cache_dir", "engine_cache_size"})
 # An engine with this op cannot be built over a StaticCache, whose tokens it writes (torch-tensorrt-rtx 2.11).
 IN_TORCH = frozenset({"torch.ops.aten.index_put.default"})
+GROWTH = 4  # how far a dynamic size may grow beyond its traced value before another graph is compiled
 ENGINE = "_run_on_acc"  # begins the names of the parts that become engines
 
 NO_GRADIENTS = (
@@ -71,6 +72,10 @@ def compile_tensorrt(gm: GraphModule, inputs: Sequence[Any], options: Mapping[st
     settings = settings_for(options)
     if not settings.get("dryrun") and not any(isinstance(x, Tensor) and x.is_cuda for x in inputs):
         raise ValueError("inner='tensorrt' needs a model on CUDA, got a graph without CUDA tensors: use inner='inductor'")
+    for size in (size for x in inputs for size in (x.shape if isinstance(x, Tensor) else (x,))):
+        # An engine is built for a range of sizes. Without a bound, torch-tensorrt takes 65,536 times the smallest size, for
+        # which engines have tensors that are too large.
+        limit_size(size, GROWTH)
     with _registered() as parts:
         try:
             compiled = inner_backend("torch_tensorrt")(gm, inputs, options=settings)

@@ -55,6 +55,19 @@ def example_size(size: Any) -> int:
     return int(size)
 
 
+def limit_size(size: Any, times: int) -> None:
+    """Let a SymInt without an upper bound be at most ``times`` its traced value, rounded up to a power of two.
+
+    This adds a guard: a larger size compiles another graph.
+    """
+    if not isinstance(size, torch.SymInt) or not size.node.expr.is_Symbol:
+        return
+    from torch.utils._sympy.numbers import int_oo
+
+    if size.node.shape_env.var_to_range[size.node.expr].upper >= int_oo:
+        assert size <= 1 << (times * example_size(size) - 1).bit_length()
+
+
 def storage_id(tensor: Tensor) -> int:
     """Return a number that only tensors over the same storage share. Tensors without memory have storages too."""
     return int(tensor.untyped_storage()._cdata)

@@ -83,7 +83,9 @@ class Backend:
     ``inductor`` holds the options of Inductor or, with ``tensorrt``, fields of ``torch_tensorrt.dynamo.CompilationSettings``.
 
     ``tensorrt`` is torch-tensorrt or torch-tensorrt-rtx, for models on CUDA, without gradients and without ``mode``. The report
-    says how many engines each graph has, and which ops run in torch.
+    says how many engines each graph has, and which ops run in torch. Engines take dynamic sizes up to four times the traced
+    one, and larger sizes compile another graph. ``torch._dynamo.mark_dynamic(tensor, dim, min=..., max=...)`` sets another
+    range.
 
     ``kernel`` chooses the kernel of a call:
 

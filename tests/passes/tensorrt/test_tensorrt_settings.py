@@ -184,6 +184,32 @@ class Scaled(nn.Module):
         return F.celu(x, self.factor)
 
 
+def test_a_dynamic_size_may_grow_to_four_times_before_another_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine is built for a range of sizes, and without a bound torch-tensorrt takes millions of tokens."""
+    stand_in(monkeypatch)
+    model, backend = Attention(), sc.Backend(inner="tensorrt", inductor=DRY)
+    fast: Any = torch.compile(model, backend=backend, dynamic=True)
+    compiles = []
+    with torch.no_grad():
+        for length in (250, 1000, 1024, 1025):
+            x = torch.randn(1, length, 32)
+            torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-4)
+            compiles.append(backend.report.compiles)
+    assert compiles == [1, 1, 1, 2]
+
+
+def test_a_range_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch)
+    model, backend = Attention(), sc.Backend(inner="tensorrt", inductor=DRY)
+    fast: Any = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        for length in (250, 2000):
+            x = torch.randn(1, length, 32)
+            torch._dynamo.mark_dynamic(x, 1, min=200, max=4000)
+            fast(x)
+    assert backend.report.compiles == 1
+
+
 # -- engines ----------------------------------------------------------------------------------------------------------
 
 
