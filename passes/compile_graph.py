@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
-from sparse_compile.passes.inner_compiler import CUDA_GRAPHS, compile_inner, needs_whole, records_cuda_graphs
+from sparse_compile.passes.inner_compiler import CUDA_GRAPHS, Compiled, compile_inner, needs_whole, records_cuda_graphs
 from sparse_compile.passes.ir.rewrite import Rewrite
 from sparse_compile.passes.pieces.cut import Whole, cut
 from sparse_compile.passes.pieces.record_steps import RecordedSteps, can_record, static_inputs
 from sparse_compile.passes.pieces.run_pieces import run_pieces
 
-Compiled = Callable[..., Any]
-
 
 def compile_graph(
     rewrite: Rewrite, inputs: Sequence[Any], *, inner: str, mode: str | None, config: dict[str, Any] | None
-) -> tuple[Compiled, str]:
+) -> Compiled:
     """Compile the graph of ``rewrite`` as ``compile_inner`` does, but each kind of layer once.
 
     Inductor takes seconds for every layer, and the layers of a model differ in their weights only. The graph is therefore cut
@@ -31,7 +29,7 @@ def compile_graph(
 
 def _in_pieces(
     rewrite: Rewrite, inputs: Sequence[Any], inner: str, mode: str | None, config: dict[str, Any] | None
-) -> tuple[Compiled, str]:
+) -> Compiled:
     if inner != "inductor":
         raise Whole("only Inductor takes long for every layer")
     if rewrite.target.gradients:
@@ -46,12 +44,12 @@ def _in_pieces(
             raise Whole("Inductor records it as a CUDA graph")
         config = {**(config or {}), CUDA_GRAPHS: False}
     pieces = cut(rewrite.gm, [call.module for call in rewrite.calls])
-    compiled: dict[Hashable, tuple[Compiled, str]] = {}
+    compiled: dict[Hashable, Compiled] = {}
     for piece in pieces:
         if piece.key not in compiled:
             compiled[piece.key] = compile_inner(piece.gm, piece.values, inner=inner, mode=mode, config=config)
-    notes = [note for _, note in compiled.values() if note]
-    run = run_pieces(rewrite.gm, pieces, [compiled[piece.key][0] for piece in pieces])
+    notes = [each.note for each in compiled.values() if each.note]
+    run = run_pieces(rewrite.gm, pieces, [compiled[piece.key].run for piece in pieces])
     if records:
         run = RecordedSteps(run, static_inputs(placeholders))
-    return run, notes[0] if notes else ""
+    return Compiled(run, notes[0] if notes else "")

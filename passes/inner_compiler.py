@@ -6,19 +6,15 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule
 
 from sparse_compile import masks
-from sparse_compile.masks.optional_packages import needed
-from sparse_compile.passes.ir.fx_nodes import memory_of
-from sparse_compile.passes.ir.kv_source import Dense
-from sparse_compile.passes.ir.rewrite import Rewrite
+from sparse_compile.passes.tensorrt import Parts, compile_tensorrt
 from sparse_compile.passes.torch_private import (
     cache_bypasses,
-    has_inductor_option,
     inductor_modes,
     inductor_setting,
     inner_backend,
@@ -27,28 +23,41 @@ from sparse_compile.passes.torch_private import (
 CUDA_GRAPHS = "triton.cudagraphs"  # an option of Inductor
 
 
-def check_mode(mode: str | None) -> None:
-    """Raise ``ValueError`` unless ``mode`` is None or a mode of ``torch.compile``."""
+class Compiled(NamedTuple):
+    """A compiled graph, a note if another process cannot reuse it from a cache, and what became of its parts in TensorRT."""
+
+    run: Callable[..., Any]
+    note: str = ""
+    parts: Parts | None = None
+
+
+def check_mode(mode: str | None, inner: str) -> None:
+    """Raise ``ValueError`` unless ``mode`` is None or a mode of ``torch.compile`` that ``inner`` has."""
     known = ("default", *inductor_modes())
     if mode is not None and mode not in known:
         raise ValueError(f"mode needs to be one of {', '.join(dict.fromkeys(known))}, got {mode!r}")
+    if inner == "tensorrt" and mode not in (None, "default"):
+        raise ValueError(
+            f"mode needs to be None with inner='tensorrt', because torch-tensorrt has no modes, got {mode!r}: leave it out, "
+            "and pass options of torch-tensorrt as inductor={...}"
+        )
 
 
 def compile_inner(
     gm: GraphModule, inputs: Sequence[Any], *, inner: str, mode: str | None, config: dict[str, Any] | None
-) -> tuple[Callable[..., Any], str]:
-    """Compile ``gm`` with ``inner``. Inductor gets ``mode`` and ``config``, as from ``torch.compile(mode=..., options=...)``.
-
-    Returns the compiled function, and a note if another process cannot reuse it from a cache, else "".
-    """
+) -> Compiled:
+    """Compile ``gm`` with ``inner``. Inductor gets ``mode`` and ``config`` as from ``torch.compile(mode=..., options=...)``."""
+    if inner == "tensorrt":
+        run, parts = compile_tensorrt(gm, inputs, config or {})
+        return Compiled(run, parts=parts)
     before = cache_bypasses()
     # Inductor's cache keys contain the names of our ops and modules but not their code, so add a hash of our sources.
     settings: Any = torch.compiler.config
     with settings.patch(cache_key_tag=f"{settings.cache_key_tag}sparse_compile-{_sources()}"):
         compiled = _compile(gm, inputs, inner, mode, config)
     if inner == "inductor" and cache_bypasses() > before:
-        return compiled, "a graph could not be cached by Inductor: a second process compiles it again"
-    return compiled, ""
+        return Compiled(compiled, "a graph could not be cached by Inductor: a second process compiles it again")
+    return Compiled(compiled)
 
 
 def records_cuda_graphs(inputs: Sequence[Any], mode: str | None, config: dict[str, Any] | None) -> bool:
@@ -61,34 +70,6 @@ def needs_whole(mode: str | None, config: dict[str, Any] | None) -> str:
     if inductor_setting("freezing", _mode_options(mode) | (config or {})):
         return "freezing needs the parameters of the model"
     return ""
-
-
-def for_steps() -> dict[str, Any]:
-    """Return Inductor options for decode steps over a cache. These run many short kernels, so the launches dominate the cost.
-
-    The options combine kernels that do not depend on each other. A step of Llama-3-8B with pages and rings has 105 fewer.
-    """
-    # ``coordinate_descent_tuning`` is not among them. With it, on an H200, a step of Llama-3-8B with 32,768 tokens takes 6.0 ms
-    # instead of 6.4 ms, a step with page selection takes no less, and the first call takes 22 s longer.
-    wanted = {"combo_kernels": True, "combo_kernel_per_subkernel_blocks": True}
-    return {name: value for name, value in wanted.items() if has_inductor_option(name)}
-
-
-def for_single_queries() -> dict[str, Any]:
-    """Return Inductor options for attention of one query, which keep the strides of tensors as they are.
-
-    FlexAttention's decode template reads the strides of queries before Inductor pads them (torch 2.11). With 14 heads of 80
-    channels, the second row of a batch is then read from another place.
-    """
-    return {"comprehensive_padding": False} if has_inductor_option("comprehensive_padding") else {}
-
-
-def returns_keys(rewrite: Rewrite) -> bool:
-    """Whether the graph returns keys or values of an attention call, as it does with a cache that grows (``DynamicCache``)."""
-    output = next(iter(reversed(rewrite.gm.graph.nodes)))
-    returned = {memory_of(node) for node in output.all_input_nodes}
-    sources = [call.kv for call in rewrite.calls if isinstance(call.kv, Dense)]
-    return any(memory_of(node) in returned for kv in sources for node in (kv.k, kv.v))
 
 
 @cache
@@ -107,12 +88,6 @@ def source_digest(*packages: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def import_tensorrt() -> None:
-    """Import torch-tensorrt, which registers its backend. Raises ``ImportError`` with the remedy if it cannot be imported."""
-    with needed("inner='tensorrt'", "torch-tensorrt"):
-        import torch_tensorrt  # noqa: F401
-
-
 def _mode_options(mode: str | None) -> dict[str, Any]:
     """Return the options of a mode: ``torch.compile`` passes a backend its name only, and CUDA graphs would stay off."""
     return dict(inductor_modes()[mode]) if mode is not None and mode != "default" else {}
@@ -125,11 +100,7 @@ def _on_cpu(inputs: Sequence[Any]) -> bool:
 def _compile(
     gm: GraphModule, inputs: Sequence[Any], inner: str, mode: str | None, config: dict[str, Any] | None
 ) -> Callable[..., Any]:
-    if inner == "tensorrt":
-        import_tensorrt()
-    compiler = inner_backend("torch_tensorrt" if inner == "tensorrt" else inner)
-    if inner == "tensorrt":
-        return compiler(gm, inputs, options=config or {})
+    compiler = inner_backend(inner)
     if inner != "inductor":
         return compiler(gm, inputs)
     patches = _mode_options(mode)

@@ -55,6 +55,19 @@ def example_size(size: Any) -> int:
     return int(size)
 
 
+def limit_size(size: Any, times: int) -> None:
+    """Let a SymInt without an upper bound be at most ``times`` its traced value, rounded up to a power of two.
+
+    This adds a guard: a larger size compiles another graph.
+    """
+    if not isinstance(size, torch.SymInt) or not size.node.expr.is_Symbol:
+        return
+    from torch.utils._sympy.numbers import int_oo
+
+    if size.node.shape_env.var_to_range[size.node.expr].upper >= int_oo:
+        assert size <= 1 << (times * example_size(size) - 1).bit_length()
+
+
 def storage_id(tensor: Tensor) -> int:
     """Return a number that only tensors over the same storage share. Tensors without memory have storages too."""
     return int(tensor.untyped_storage()._cdata)
@@ -202,6 +215,13 @@ def traced_module() -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) else None
 
 
+def dynamo_error() -> type[Exception]:
+    """Return the class of Dynamo's own errors. Some make Dynamo trace a graph again, so a compiler must not catch them."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
 def recompile_limit() -> int:
     """Return how often Dynamo compiles the same code before it runs that code uncompiled."""
     return int(torch._dynamo.config.recompile_limit)
@@ -341,6 +361,18 @@ def inner_backend(name: str) -> Callable[..., Callable[..., Any]]:
 
     backend: Callable[..., Callable[..., Any]] = lookup_backend(name)
     return backend
+
+
+@contextmanager
+def on_module_registration(note: Callable[[nn.Module, str, nn.Module | None], None]) -> Iterator[None]:
+    """Call ``note(parent, name, module)`` whenever a module is added to another one. Torch has one list for all modules."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    handle = register_module_module_registration_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def cache_bypasses() -> int:

@@ -18,7 +18,7 @@ from sparse_compile.attention_modules import has_decoder
 from sparse_compile.masks import Mask, full
 from sparse_compile.passes import torch_private
 from sparse_compile.policy import Policy, as_policy
-from sparse_compile.report import Report
+from sparse_compile.report import Engines, Report
 
 if TYPE_CHECKING:  # the passes import sympy and Dynamo, which takes a second, so they load at the first compile
     from sparse_compile.passes.ir.attention import Attention
@@ -80,7 +80,12 @@ class Backend:
     | ``aot_eager``, ``cudagraphs``, ``tensorrt`` | is one op that compiles its own kernel, without gradients |
     | ``eager``                                   | runs the dense reference                                  |
 
-    ``tensorrt`` is torch-tensorrt. ``inductor`` holds the options of Inductor or, with ``tensorrt``, those of torch-tensorrt.
+    ``inductor`` holds the options of Inductor or, with ``tensorrt``, fields of ``torch_tensorrt.dynamo.CompilationSettings``.
+
+    ``tensorrt`` is torch-tensorrt or torch-tensorrt-rtx, for models on CUDA, without gradients and without ``mode``. The report
+    says how many engines each graph has, and which ops run in torch. Engines take dynamic sizes up to four times the traced
+    one, and larger sizes compile another graph. ``torch._dynamo.mark_dynamic(tensor, dim, min=..., max=...)`` sets another
+    range.
 
     ``kernel`` chooses the kernel of a call:
 
@@ -103,9 +108,10 @@ class Backend:
         >>> print(backend.report)  # doctest: +SKIP
 
     Raises ``ValueError`` or ``TypeError`` for unknown options; while compiling, ``ValueError`` for a forced kernel that cannot
-    run a call, ``ImportError`` for an inner compiler that is not installed, and ``SparseCompileError`` as above. A graph raises
-    ``ValueError`` when it runs if the policy has a ``per_head`` for other heads than those of a call, or for heads that several
-    devices share.
+    run a call, ``ImportError`` for an inner compiler that is not installed, ``RuntimeError`` for an engine that torch-tensorrt
+    cannot build, and ``SparseCompileError`` as above. A graph raises ``ValueError`` when it runs if the policy has a
+    ``per_head`` for other heads than those of a call, or for heads that several devices share, and with ``tensorrt`` if it
+    needs gradients.
     """
 
     def __init__(
@@ -150,26 +156,29 @@ class Backend:
     ) -> Callable[..., Any]:
         """Compile one graph. ``torch.compile`` calls this."""
         from sparse_compile.passes.compile_graph import compile_graph
+        from sparse_compile.passes.graph_options import options_for
         from sparse_compile.passes.inner_compiler import check_mode, records_cuda_graphs
         from sparse_compile.passes.ir.left import Refused
         from sparse_compile.passes.ops.cache.without_gradients import refuse_backward
 
-        check_mode(mode)
         if options:
             return self._with(options)(gm, inputs, mode=mode)
+        check_mode(mode, self.inner)
         try:
             rewrite = self._rewrite(gm, inputs)
         except Refused as refused:
             return _refusing(refused)
-        self._record(rewrite, _tokens_held(rewrite.cache_uses, inputs))
+        graph = self._record(rewrite, _tokens_held(rewrite.cache_uses, inputs))
         inner = "eager" if self.hooks.dry else self.inner
-        config = self._config(rewrite, mode)
+        config = (options_for(rewrite, self.kernel, mode) if self.inner == "inductor" else {}) | self.inductor
         with torch.no_grad() if rewrite.cache_uses else nullcontext():
-            compiled, note = compile_graph(rewrite, inputs, inner=inner, mode=mode, config=config)
+            compiled, note, parts = compile_graph(rewrite, inputs, inner=inner, mode=mode, config=config)
         # The next step overwrites the results of a CUDA graph, and users need not know that steps are recorded.
         copies = bool(rewrite.cache_uses) and inner == "inductor" and records_cuda_graphs(inputs, mode, config)
         if note:
             self.report_note(note)
+        if parts is not None:
+            self.report.engines.append(Engines(graph, parts.engines, tuple(parts.in_torch.items())))
 
         uses = rewrite.cache_uses
         would_train = bool(uses) and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
@@ -203,35 +212,6 @@ class Backend:
 
         return run
 
-    def _config(self, rewrite: Rewrite, mode: str | None) -> dict[str, Any]:
-        """The Inductor options for the kernel choice and the kind of graph. Options of the user override them.
-
-        On CUDA, decode steps and verifications over a SparseCache run as CUDA graphs unless ``mode`` says otherwise, because
-        their shapes and addresses never change. Prompts over a cache never do, because their work depends on how much the
-        cache holds. Nor does a graph that returns keys or values: in the next run of a CUDA graph they would be overwritten.
-        """
-        from sparse_compile.passes.inner_compiler import CUDA_GRAPHS, for_single_queries, for_steps, returns_keys
-        from sparse_compile.passes.ir.kv_source import Cached
-
-        # autotune tunes attention only, so matrix products stay with ATen.
-        tune = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"} if self.kernel == "autotune" else {}
-        steps = [
-            call
-            for call in rewrite.calls
-            if isinstance(call.kv, Cached)
-            and (call.phase == "decode" or call.verifies)
-            and all(group.choice.kernel.is_recordable for group in rewrite.head_groups[call.node])
-        ]
-        if self.inner != "inductor" or all(call.device.type != "cuda" for call in rewrite.calls):
-            return tune | self.inductor
-        if any(call.is_step or call.verifies for call in rewrite.calls):
-            tune |= for_single_queries()
-        if rewrite.cache_uses and len(steps) == len(rewrite.calls):
-            tune |= for_steps() | ({CUDA_GRAPHS: True} if mode is None else {})
-        elif rewrite.cache_uses or returns_keys(rewrite):
-            tune[CUDA_GRAPHS] = False
-        return tune | self.inductor
-
     def _with(self, options: Mapping[str, Any]) -> Backend:
         """A backend with other options that writes to the same report."""
         unknown = sorted(set(options) - set(OPTIONS))
@@ -244,15 +224,19 @@ class Backend:
 
     def _rewrite(self, gm: GraphModule, inputs: Sequence[Any]) -> Rewrite:
         from sparse_compile.passes.choose.kernel_choice import capability
+        from sparse_compile.passes.ir.left import Refused
         from sparse_compile.passes.ir.rewrite import Rewrite
         from sparse_compile.passes.ir.target import Target
         from sparse_compile.passes.kv.find_caches import reads_cache
         from sparse_compile.passes.pipeline import run_passes
+        from sparse_compile.passes.tensorrt import NO_GRADIENTS
 
         gradients = torch.is_grad_enabled() and (
             self.hooks.trains or any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
         )
         gradients = gradients and not reads_cache(gm)
+        if self.inner == "tensorrt" and gradients and not self.hooks.dry:
+            raise Refused(ValueError(NO_GRADIENTS))
         target = Target(self.inner, self.kernel, gradients, self.hooks.device, capability())
         hooks = self.hooks
         traced = torch_private.traced_module()
@@ -287,7 +271,8 @@ class Backend:
             return None
         return self.policy.mask_for(call.module, None if by_path else call.layer, call.phase, by_path=by_path)
 
-    def _record(self, rewrite: Rewrite, held: int | None) -> None:
+    def _record(self, rewrite: Rewrite, held: int | None) -> int:
+        """Write the rows of a graph to the report, and return its number."""
         from sparse_compile.passes.ir.fx_nodes import module_path
         from sparse_compile.report_rows import site_rows
 
@@ -305,6 +290,7 @@ class Backend:
         trace = torch_private.current_trace()
         is_piece = graph in self._traces and trace is not None and self._traces[graph]() is trace
         report.sites = [site for site in report.sites if is_piece or site.graph != graph] + site_rows(rewrite, graph, held)
+        report.engines = [row for row in report.engines if is_piece or row.graph != graph]
         if trace is not None:
             self._traces[graph] = weakref.ref(trace)
         if self.hooks.isolated:
@@ -328,6 +314,7 @@ class Backend:
                 "Compile with dynamic=True, so that sizes may change, or raise the limit."
             )
             self.report_trouble(message)
+        return graph
 
     def check_reach(self) -> None:
         """Report a policy that restricts no attention call. ``compile`` calls this after the model has run."""

@@ -78,6 +78,25 @@ class Site:
         return {**content, "density": self.density, **lengths, "refused": refused}
 
 
+@dataclass(frozen=True)
+class Engines:
+    """What became of one compiled graph under ``inner="tensorrt"``.
+
+    ``count`` is the number of its TensorRT engines. ``in_torch`` has the name of each op that runs in torch beside them, and
+    how often it runs. It is empty for a graph without engines, which runs in torch as a whole.
+    """
+
+    graph: int
+    count: int
+    in_torch: tuple[tuple[str, int], ...] = ()
+
+    def __str__(self) -> str:
+        if not self.count:
+            return f"graph {self.graph}: no TensorRT engine, so the whole graph runs in torch"
+        ops = ", ".join(f"{times} {op}" for op, times in self.in_torch)
+        return f"graph {self.graph}: {self.count} TensorRT engine{'s' * (self.count != 1)}; in torch: {ops or 'nothing'}"
+
+
 @dataclass
 class Report:
     """Every attention call of every graph that a backend compiled, and how often it compiled.
@@ -85,13 +104,15 @@ class Report:
     ``compiles`` counts graphs, and ``recompiles`` counts those that compile the same code again, as a decode step after a
     prefill does, or a prompt of a new length.
     ``str(report)`` is a table in which equal rows of several layers share a line, also if their heads have the same masks in
-    another order. ``sites`` has one row for each call, and ``to_json`` has the mask of each head.
+    another order. ``sites`` has one row for each call, and ``to_json`` has the mask of each head. ``engines`` has one row for
+    each graph under ``inner="tensorrt"``.
     """
 
     sites: list[Site] = field(default_factory=list)
     compiles: int = 0
     recompiles: int = 0
     notes: list[str] = field(default_factory=list)
+    engines: list[Engines] = field(default_factory=list)
 
     @property
     def rewritten(self) -> list[Site]:
@@ -118,6 +139,7 @@ class Report:
             "recompiles": self.recompiles,
             "notes": self.notes,
             "sites": [site.as_dict() for site in self.sites],
+            "engines": [{"graph": row.graph, "count": row.count, "in_torch": dict(row.in_torch)} for row in self.engines],
         }
         return json.dumps(content, indent=1)
 
@@ -135,6 +157,7 @@ class Report:
             tokens = max(site.kv_tokens for site in cached.values())
             each = f"{held / tokens:,.0f} bytes for each of {tokens:,} tokens, {held / dense:.2f} of dense"
             lines.append(f"  SparseCache: {held / 2**20:.1f} MiB of keys and values, dense {dense / 2**20:.1f} MiB; {each}")
+        lines += [f"  {row}" for row in self.engines]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from sparse_compile.masks.selection.page_topk import offered
@@ -113,7 +114,8 @@ def lower_flex(call: Attention, emitter: Emitter, layout: Layout) -> Node | Left
     )
     operands: tuple[Any, ...] = (emitter.query(), k, v, prepared, captures)
     if emitter.scene.target.inner != "inductor":
-        return emitter.call_function(emitter.node, overload(attention_op), *operands, tuple(scores), to_text(spec))
+        out = emitter.call_function(emitter.node, overload(attention_op), *operands, tuple(scores), to_text(spec))
+        return emitter.call_function(emitter.node, torch.transpose, out, 1, 2)  # from [B, Q, Hq, Dv] to [B, Hq, Q, Dv]
     return emitter.call_module(emitter.node, "attention", FlexAttention(spec), *operands, *scores)
 
 

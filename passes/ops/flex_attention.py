@@ -179,8 +179,9 @@ def _as_buffer(q: Tensor, spec: Spec) -> tuple[Tensor, float]:
     """Return the queries, in a buffer of their own where a template needs one, and the scale that is still to be applied."""
     if q.device.type == "cpu":
         # The C++ template unpacks the layout of a 4-D buffer and fails on view(linear(x)). A product makes a buffer, and
-        # Inductor fuses it into the kernel that computes q.
-        return q * spec.scale, 1.0
+        # Inductor fuses it into the kernel that computes q. The template also takes the channels of a query to be neighbors in
+        # memory, and silently reads other numbers if they are not (torch 2.13).
+        return (q if q.stride(-1) == 1 else materialize(q)) * spec.scale, 1.0
     if dict(spec.options).get("BACKEND") == "TRITON_DECODE":
         # The decode template creates a new view of q and ignores its storage offset: for ``q[:, 2:4]`` it silently reads
         # ``q[:, :2]`` (torch 2.11). A product makes a buffer. The factor 0.5 rounds nothing. With several queries, Inductor

@@ -21,13 +21,13 @@ KERNELS = 256  # the most that stay compiled: one for each mask, table shape and
 def attention_op(
     q: Tensor, k: Tensor, v: Tensor, prepared: list[Tensor], captures: list[Tensor], scores: list[Tensor], spec: str
 ) -> Tensor:
-    """Run ``FlexAttention(spec)``: ``[B, Hq, Q, Dv]`` in the memory order ``[B, Q, Hq, Dv]``, without gradients.
+    """Run ``FlexAttention(spec)``: ``[B, Q, Hq, Dv]``, contiguous, without gradients.
 
-    Inductor compiles the kernel at the first call with a shape. Before a CUDA graph records the op, its warm-up run makes that
-    call.
+    Another compiler can take a contiguous result without a copy. Inductor compiles the kernel at the first call with a shape.
+    Before a CUDA graph records the op, its warm-up run makes that call.
     """
-    out = kernel_of(spec)(q, k, v, list(prepared), tuple(captures), *scores)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    out = kernel_of(spec)(q, k, v, list(prepared), tuple(captures), *scores).transpose(1, 2)
+    return out.reshape(-1).view(out.shape)  # ``contiguous`` keeps odd strides of axes with one element
 
 
 @attention_op.register_fake
@@ -35,7 +35,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, prepared: list[Tensor], captures: list[Tensor], scores: list[Tensor], spec: str
 ) -> Tensor:
     batch, heads, q_len, _ = q.shape
-    return q.new_empty(batch, q_len, heads, v.shape[3]).transpose(1, 2)
+    return q.new_empty(batch, q_len, heads, v.shape[3])
 
 
 @lru_cache(maxsize=KERNELS)

@@ -18,7 +18,7 @@ from sparse_compile.demo import build_model
 from sparse_compile.explain_config import explain_config
 from sparse_compile.masks import causal, sink, sliding_window
 from sparse_compile.masks.optional_packages import OPTIONAL, check_installed, needed
-from sparse_compile.passes.inner_compiler import import_tensorrt
+from sparse_compile.passes.tensorrt import import_tensorrt
 from support.installed import pretend
 from support.models import tokens
 from support.oracles.cache import llama
@@ -41,7 +41,7 @@ USES: list[tuple[str, str, Callable[[], Any]]] = [
 ]
 SAID = {
     "matplotlib": "matplotlib 3.6 or newer",
-    "torch-tensorrt": "torch-tensorrt 2.11 or newer",
+    "torch-tensorrt": "torch-tensorrt or torch-tensorrt-rtx 2.11 or newer",
     "torchao": "torchao 0.13 or newer",
     "transformers": "transformers 5.17 to 5.23",
 }
@@ -102,9 +102,34 @@ def test_a_package_that_cannot_be_imported_says_why(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     pretend(monkeypatch, "torch-tensorrt", "2.13.0")
     with pytest.raises(
-        ImportError, match=r"needs torch-tensorrt 2.11 or newer, found 2.13.0, which cannot be imported \(.*halted"
+        ImportError, match=r"needs torch-tensorrt or .* 2.11 or newer, found 2.13.0, which cannot be imported \(.*halted"
     ):
         import_tensorrt()
+
+
+@pytest.mark.parametrize("error", ["Exception", "OSError", "AssertionError", "AttributeError", "ImportError"])
+def test_whatever_torch_tensorrt_raises_names_both_packages(
+    error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It raises a bare Exception without its libraries, and other errors without CUDA or with another torch."""
+    (tmp_path / "torch_tensorrt.py").write_text(f"raise {error}('no library')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch_tensorrt", raising=False)
+    pretend(monkeypatch, "torch-tensorrt", "2.13.0")
+    remedy = "pip install 'sparse-compile[tensorrt]' or pip install torch-tensorrt-rtx, in the version of torch"
+    wanted = f"found 2.13.0, which cannot be imported ({error}: no library): {remedy}"
+    with pytest.raises(ImportError, match=re.escape(wanted)):
+        import_tensorrt()
+
+
+@pytest.mark.parametrize(("found", "message"), [("0.0.1", "found torch-tensorrt-rtx 0.0.1: pip"), ("2.13.0", "")])
+def test_torch_tensorrt_rtx_will_do_as_well(found: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "torch-tensorrt-rtx", found)
+    if not message:
+        check_installed("inner='tensorrt'", "torch-tensorrt")
+        return
+    with pytest.raises(ImportError, match=message):
+        check_installed("inner='tensorrt'", "torch-tensorrt")
 
 
 def test_other_errors_pass_through() -> None:

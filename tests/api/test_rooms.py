@@ -35,8 +35,9 @@ LAYERS = (
     {"ir"},
     {"read", "lift", "kv", "choose", "calibration"},
     {"lower"},
-    {"pieces"},
-    {"pipeline", "inner_compiler"},
+    {"pieces", "tensorrt"},
+    {"inner_compiler"},
+    {"pipeline", "graph_options"},
     {"compile_graph"},
 )
 PRIVATE = re.compile(r"torch(\.\w+)*\._[a-z]")  # torch._dynamo, torch.cpu._is_avx2_supported; not torch.__version__

@@ -20,6 +20,7 @@ from sparse_compile.masks import Mask, causal, chunked, document, full, per_head
 from sparse_compile.passes import inner_compiler
 from sparse_compile.passes.choose import block_layout, head_groups, kernel_choice, tuning
 from sparse_compile.passes.choose.tuning import Tiles
+from sparse_compile.passes.graph_options import options_for
 from sparse_compile.passes.ir.rewrite import Rewrite
 from sparse_compile.passes.lower.nodes import tables
 from sparse_compile.passes.ops import block_tables
@@ -341,6 +342,6 @@ def test_splits_follow_the_gpu_and_the_live_blocks(
 
 def test_autotune_leaves_the_tiles_to_inductor() -> None:
     graph = Rewrite(GraphModule({}, Graph()), lambda call, by_path: None)
-    assert sc.Backend(kernel="autotune")._config(graph, None) == {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
-    assert sc.Backend(kernel="autotune", inductor={"max_autotune": False})._config(graph, None)["max_autotune"] is False
-    assert sc.Backend()._config(graph, None) == {}
+    tune = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
+    assert options_for(graph, "autotune", None) == tune
+    assert options_for(graph, "auto", None) == {}

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 import sparse_compile as sc
 from sparse_compile.masks import alibi, causal, sink, sliding_window
+from sparse_compile.passes.ops.block_tables import BLOCK, BlockTables, Cut, block_tables_op
 from sparse_compile.passes.ops.flex_attention import Spec
-from sparse_compile.passes.ops.opaque_attention import module_of
+from sparse_compile.passes.ops.opaque_attention import attention_op, module_of
 from sparse_compile.passes.storage.graph_text import to_text
 
 STREAMING = causal & (sink(4) | sliding_window(20))
@@ -50,6 +51,56 @@ def test_it_runs_under_aot_eager_for_one_length_and_another() -> None:
             x = torch.randn(2, length, 32)
             torch.testing.assert_close(fast(x), slow(x), atol=1e-5, rtol=1e-4)
     assert {site.kernel for site in backend.report.sites} == {"FlexAttention"}
+
+
+def other_rows(x: Tensor) -> Tensor:
+    """The same values as every second row of a larger tensor."""
+    return torch.stack([x, x], dim=3)[:, :, :, 0]
+
+
+def operands_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """The operands of the op for the last queries of a text under ``STREAMING``."""
+    q_len, kv_len = q.shape[2], k.shape[2]
+    first, columns = kv_len - q_len, -(-kv_len // BLOCK)
+    cut = Cut(1, q_len, kv_len, first, 0, BLOCK, BLOCK, columns, True)
+    prepared = block_tables_op(BlockTables(STREAMING, cut, None, [], q.device))
+    spec = Spec(STREAMING, 1, q.shape[3] ** -0.5, None, (BLOCK, BLOCK), starts=(first, 0))
+    return q, k, v, prepared, [], [], to_text(spec)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": Tensor.contiguous,
+    "tokens before heads": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "channels first": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "other rows": other_rows,
+    "offset": lambda x: torch.cat([x, x], dim=-1)[..., x.shape[-1] :],
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [*((torch.float32, layout) for layout in LAYOUTS), (torch.float16, "tokens before heads"), (torch.bfloat16, "contiguous")],
+    ids=str,
+)
+def test_its_result_is_what_its_fake_form_declares(dtype: torch.dtype, layout: str) -> None:
+    """Other compilers lay out their own tensors by the fake form, and read wrong numbers if dtype or strides differ."""
+    x = torch.randn(1, 2, 150, 16).to(dtype)
+    q, k, v = (LAYOUTS[layout](x * factor) for factor in (1, 2, 3))
+    operands = operands_of(q, k, v)
+    torch.library.opcheck(attention_op, operands, test_utils=["test_schema", "test_faketensor"])
+    got = attention_op(*operands)
+    assert got.is_contiguous() and got.dtype == dtype
+    visible = STREAMING.dense(150, 150)
+    wanted = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), visible).transpose(1, 2)
+    torch.testing.assert_close(got.float(), wanted, atol=2e-2, rtol=2e-2)
+
+
+def test_a_single_query_has_the_strides_of_the_fake_form() -> None:
+    """An axis with one element has any stride in a contiguous tensor, and the fake form declares one."""
+    q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 150, 16)
+    operands = operands_of(q, k, k)
+    torch.library.opcheck(attention_op, operands, test_utils=["test_faketensor"])
+    assert attention_op(*operands).stride() == torch.empty(1, 1, 2, 16).stride()
 
 
 def test_with_gradients_it_is_the_dense_reference() -> None:

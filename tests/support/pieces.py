@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 from torch.fx import GraphModule
 
 from sparse_compile.passes import compile_graph
+from sparse_compile.passes.inner_compiler import Compiled
 from sparse_compile.passes.pieces.cut import Whole
 
 
@@ -20,9 +21,9 @@ class Recorder:
         self.compiled: list[GraphModule] = []
         self.whole: list[str] = []
 
-    def compile(self, gm: GraphModule, inputs: Sequence[Any], **options: Any) -> tuple[Callable[..., Any], str]:
+    def compile(self, gm: GraphModule, inputs: Sequence[Any], **options: Any) -> Compiled:
         self.compiled.append(gm)
-        return gm.forward, ""
+        return Compiled(gm.forward)
 
     @property
     def calls(self) -> int:
