@@ -14,7 +14,7 @@ from sparse_compile.masks.patterns.per_head import per_head
 from sparse_compile.masks.patterns.positional import causal, chunked, dilated, sink, sliding_window, strided
 from sparse_compile.masks.patterns.repeating import periodic, repeated, within
 from sparse_compile.masks.patterns.tensor import explicit, padding, prefix
-from sparse_compile.masks.score_mods import ScoreMod, alibi, bias, log_weight, sink_logits, softcap
+from sparse_compile.masks.score_mods import ScoreMod, alibi, bias, clamped, log_weight, scaled, sink_logits, softcap
 from sparse_compile.masks.selection import reference as _reference  # noqa: F401
 from sparse_compile.masks.selection.page_topk import page_topk
 
@@ -26,6 +26,7 @@ __all__ = [
     "bias",
     "causal",
     "chunked",
+    "clamped",
     "coarse",
     "dilated",
     "document",
@@ -41,6 +42,7 @@ __all__ = [
     "periodic",
     "prefix",
     "repeated",
+    "scaled",
     "shifted",
     "sink",
     "sink_logits",
