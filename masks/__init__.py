@@ -7,11 +7,14 @@ from sparse_compile.masks import json_format as _json_format  # noqa: F401
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.mask import Mask
 from sparse_compile.masks.operators import full
+from sparse_compile.masks.patterns.documents import document, documents
+from sparse_compile.masks.patterns.moved import coarse, of_queries, shifted
 from sparse_compile.masks.patterns.neighborhood import neighborhood
 from sparse_compile.masks.patterns.per_head import per_head
 from sparse_compile.masks.patterns.positional import causal, chunked, dilated, sink, sliding_window, strided
-from sparse_compile.masks.patterns.tensor import document, explicit, padding, prefix
-from sparse_compile.masks.score_mods import ScoreMod, alibi, bias, log_weight, sink_logits, softcap
+from sparse_compile.masks.patterns.repeating import periodic, repeated, within
+from sparse_compile.masks.patterns.tensor import explicit, padding, prefix
+from sparse_compile.masks.score_mods import ScoreMod, alibi, bias, clamped, log_weight, scaled, sink_logits, softcap
 from sparse_compile.masks.selection import reference as _reference  # noqa: F401
 from sparse_compile.masks.selection.page_topk import page_topk
 
@@ -23,19 +26,28 @@ __all__ = [
     "bias",
     "causal",
     "chunked",
+    "clamped",
+    "coarse",
     "dilated",
     "document",
+    "documents",
     "explicit",
     "full",
     "log_weight",
     "neighborhood",
+    "of_queries",
     "padding",
     "page_topk",
     "per_head",
+    "periodic",
     "prefix",
+    "repeated",
+    "scaled",
+    "shifted",
     "sink",
     "sink_logits",
     "sliding_window",
     "softcap",
     "strided",
+    "within",
 ]

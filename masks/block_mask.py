@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from sparse_compile.masks.bounds import Bounds
 from sparse_compile.masks.intervals import Intervals
 from sparse_compile.masks.mask import Mask, check_sizes, view
 
 # Every kernel accepts tables as wide as the keys. Above this size, such tables cost more than they are worth.
 WIDE_TABLE_BYTES = 16 << 20
+BLOCKS_AT_ONCE = 1 << 23
 
 
 class Tables(NamedTuple):
@@ -37,22 +39,48 @@ def block_tables(
     ``width`` is the number of table columns; None means all key blocks. Nothing here reads data on the host, so the function
     runs under CUDA graphs. A last key block that ``kv_len`` cuts off never counts as full.
     """
-    bounds = mask.bounds(lo, hi)
+    blocks = -(-kv_len // kv_block)
+
+    def tables(lo: Tensor, hi: Tensor) -> Tables:
+        bounds = mask.bounds(lo, hi)
+        index, count = listed_blocks(bounds, kv_len, kv_block, kv_start, blocks if width is None else width)
+        start = index.long() * kv_block + kv_start
+        cut_off = (index + 1) * kv_block > kv_len
+        return split_tables(index, count, bounds.every(start, start + kv_block) & ~cut_off)
+
+    parts = [tables(*run) for run in _runs_at_once(lo, hi, blocks)]
+    return parts[0] if len(parts) == 1 else Tables(*(torch.cat(part, dim=2) for part in zip(*parts, strict=True)))
+
+
+def listed_blocks(
+    bounds: Bounds, kv_len: int, kv_block: int, kv_start: Tensor | int = 0, width: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """List the key blocks in which a run of queries may see a key: int32 indices ``[B, H, rows, width]`` and counts.
+
+    Without a ``width``, the tables are as wide as the longest row, which waits for the device.
+    """
     runs = Runs.of((bounds.maybe - kv_start).clamp(0, kv_len), kv_block)
-    surely = (bounds.surely - kv_start).clamp(0, kv_len)
-    return split_tables(*runs.listed(-(-kv_len // kv_block) if width is None else width), surely, kv_block)
+    if bounds.sieve is None:
+        return runs.listed(runs.widest() if width is None else width)
+    index, count = runs.listed(-(-kv_len // kv_block))  # only a part of these blocks passes the sieve
+    column = torch.arange(index.shape[-1], device=index.device)
+    start = index.long() * kv_block
+    stop = (start + kv_block).clamp(max=kv_len)
+    found = bounds.some(start + kv_start, stop + kv_start) & (column < count.unsqueeze(-1))
+    count, index = _compact(index.expand(found.shape), found)
+    return index[..., : max(int(count.max()), 1) if width is None else width], count
 
 
-def split_tables(index: Tensor, count: Tensor, surely: Intervals, kv_block: int) -> Tables:
-    """Split listed blocks into partial and full ones; ``surely`` covers the full ones.
+def split_tables(index: Tensor, count: Tensor, full: Tensor) -> Tables:
+    """Split listed blocks into partial and full ones.
 
-    ``index`` is ``[B, H, rows, width]``, of which the first ``count`` ``[B, H, rows]`` entries are valid.
+    ``index`` is ``[B, H, rows, width]``, of which the first ``count`` ``[B, H, rows]`` entries are valid. ``full`` is True
+    for blocks that are wholly visible, in the shape of ``index``.
     """
     width = index.shape[-1]
     column = torch.arange(width, device=index.device, dtype=torch.int32)
-    start = index * kv_block
-    full = (surely.overlap(start, start + kv_block) == kv_block) & (column < count.unsqueeze(-1))
-    # ``surely`` may differ between batch rows and heads even if the listed blocks do not.
+    full = full & (column < count.unsqueeze(-1))
+    # What is wholly visible may differ between batch rows and heads even if the listed blocks do not.
     index, count = index.expand(full.shape), count.expand(full.shape[:-1])
     # One scatter moves full blocks to the right half of a table and all others to the left half, in order.
     ahead = full.cumsum(dim=-1, dtype=torch.int32)
@@ -63,18 +91,35 @@ def split_tables(index: Tensor, count: Tensor, surely: Intervals, kv_block: int)
     return Tables(count - whole, table[..., :width].contiguous(), whole.contiguous(), table[..., width:].contiguous())
 
 
+def _runs_at_once(lo: Tensor, hi: Tensor, blocks: int) -> list[tuple[Tensor, Tensor]]:
+    """Split runs of queries into parts whose grid of ``blocks`` key blocks stays small."""
+    step = max(1, BLOCKS_AT_ONCE // blocks)
+    if lo.shape[-1] <= step:
+        return [(lo, hi)]
+    parts = lo.split(step, dim=-1)
+    return list(zip(parts, parts if hi is lo else hi.split(step, dim=-1), strict=True))
+
+
 def visited_blocks(
     mask: Mask, lo: Tensor, hi: Tensor, kv_len: int, *, kv_block: int, kv_start: Tensor | int = 0, width: int
 ) -> tuple[Tensor, Tensor]:
     """List all blocks of ``block_tables``, full or not: counts ``[B, H, rows]`` and indices ``[B, H, rows, width]``."""
-    keys = (mask.bounds(lo, hi).maybe - kv_start).clamp(0, kv_len)
-    index, count = Runs.of(keys, kv_block).listed(width)
+    parts = [
+        listed_blocks(mask.bounds(*run), kv_len, kv_block, kv_start, width)
+        for run in _runs_at_once(lo, hi, -(-kv_len // kv_block))
+    ]
+    index, count = (torch.cat(part, dim=2) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True))
     return count, index
 
 
 def live_width(mask: Mask, lo: Tensor, hi: Tensor, kv_len: int, kv_block: int) -> int:
     """Return the largest number of key blocks that any query block visits. Waits for the device."""
-    return Runs.of(mask.bounds(lo, hi).maybe.clamp(0, kv_len), kv_block).widest()
+    widths = []
+    for run in _runs_at_once(lo, hi, -(-kv_len // kv_block)):
+        bounds = mask.bounds(*run)
+        runs = Runs.of(bounds.maybe.clamp(0, kv_len), kv_block)
+        widths.append(runs.widest() if bounds.sieve is None else listed_blocks(bounds, kv_len, kv_block)[0].shape[-1])
+    return max(widths)
 
 
 def query_blocks(q_len: int, q_block: int, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
@@ -111,10 +156,8 @@ def block_mask(
         lo, hi = shifted, shifted if hi is lo else hi + q_offset
     rows, blocks = lo.numel(), -(-kv_len // kv_block)
     narrow = 4 * batch * heads * rows * blocks > WIDE_TABLE_BYTES
-    bounds = mask.bounds(lo, hi)
-    runs = Runs.of(bounds.maybe.clamp(0, kv_len), kv_block)
-    listed = runs.listed(runs.widest() if narrow else blocks)
-    tables = split_tables(*listed, bounds.surely.clamp(0, kv_len), kv_block)
+    width = live_width(mask, lo, hi, kv_len, kv_block) if narrow else blocks
+    tables = block_tables(mask, lo, hi, kv_len, kv_block=kv_block, width=width)
     tables = Tables(*(t.expand(batch, heads, *t.shape[2:]).contiguous() for t in tables))
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

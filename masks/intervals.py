@@ -104,7 +104,7 @@ class Intervals:
         """Count the keys of ``[start, stop)`` (each ``[..., rows, w]``) that belong to the set: ``[..., rows, w]``."""
         total = torch.zeros((), dtype=start.dtype, device=start.device)
         for low, high in self.columns:
-            total = total + torch.sub(smaller(_column(high), stop), larger(_column(low), start)).clamp(min=0)
+            total = total + torch.sub(smaller(column_of(high), stop), larger(column_of(low), start)).clamp(min=0)
         return total
 
     def clamp(self, low: int, high: int) -> Intervals:
@@ -148,7 +148,8 @@ def _within(edge: Edge, low: int, high: int) -> Edge:
     return edge.clamp(low, high) if isinstance(edge, Tensor) else min(max(edge, low), high)
 
 
-def _column(edge: Edge) -> Edge:
+def column_of(edge: Edge) -> Edge:
+    """Return an edge with an axis for the blocks that it is compared with."""
     return edge if isinstance(edge, int) else edge.unsqueeze(-1)
 
 
@@ -180,33 +181,3 @@ def beside(sets: Sequence[Intervals]) -> Intervals:
     fitted = {id(s): (fit(s.start), fit(s.stop)) for s in sets}
     starts, stops = zip(*(fitted[id(s)] for s in sets), strict=True)
     return Intervals.stacked(torch.cat(starts, dim=1), torch.cat(stops, dim=1))
-
-
-@dataclass(frozen=True, eq=False)
-class Bounds:
-    """Outer and inner bounds on the keys that a run of queries sees.
-
-    ``maybe`` contains every key that some query of the run sees, and may contain more. ``surely`` contains only keys that
-    all queries of the run see, and may miss some of them. For single queries (``lo is hi``), both are usually the same
-    object, which is computed once. ``&``, ``|`` and ``~`` follow Kleene's three-valued logic.
-    """
-
-    maybe: Intervals
-    surely: Intervals
-
-    @property
-    def certain(self) -> bool:
-        """Whether both bounds are the same object, so that the keys are known exactly."""
-        return self.maybe is self.surely
-
-    def __and__(self, other: Bounds) -> Bounds:
-        maybe = self.maybe & other.maybe
-        return Bounds(maybe, maybe if self.certain and other.certain else self.surely & other.surely)
-
-    def __or__(self, other: Bounds) -> Bounds:
-        maybe = self.maybe | other.maybe
-        return Bounds(maybe, maybe if self.certain and other.certain else self.surely | other.surely)
-
-    def __invert__(self) -> Bounds:
-        hidden = ~self.maybe
-        return Bounds(hidden if self.certain else ~self.surely, hidden)

@@ -11,11 +11,14 @@ import torch
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.mask import Mask, view
 from sparse_compile.masks.operators import And, Full, Not, Or, both, either
+from sparse_compile.masks.patterns.documents import Document, Documents
+from sparse_compile.masks.patterns.moved import Coarse, OfQueries, Shifted
 from sparse_compile.masks.patterns.neighborhood import Neighborhood
 from sparse_compile.masks.patterns.per_head import PerHead
 from sparse_compile.masks.patterns.positional import Causal, Chunked, Dilated, Sink, SlidingWindow, Strided
 from sparse_compile.masks.patterns.remapped import Relaxed, Remapped
-from sparse_compile.masks.patterns.tensor import Document, Explicit, Padding, Prefix
+from sparse_compile.masks.patterns.repeating import Periodic, Repeated, Within
+from sparse_compile.masks.patterns.tensor import Explicit, Padding, Prefix
 from sparse_compile.masks.selection.page_topk import PageTopK
 
 VERSION = 1
@@ -28,7 +31,8 @@ PATTERNS: dict[str, type[Mask]] = {
     pattern.name: pattern
     for pattern in (
         *(Full, Causal, Sink, SlidingWindow, Chunked, Strided, Dilated),
-        *(Prefix, Document, Padding, Explicit, Neighborhood, PerHead, Remapped, Relaxed, PageTopK),
+        *(Prefix, Document, Documents, Padding, Explicit, Neighborhood, PerHead, Remapped, Relaxed, PageTopK),
+        *(Coarse, Shifted, OfQueries, Periodic, Repeated, Within),
     )
 }
 

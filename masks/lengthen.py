@@ -9,7 +9,10 @@ from torch.nn.functional import pad
 
 from sparse_compile.masks.captured import Captured
 from sparse_compile.masks.mask import Mask
-from sparse_compile.masks.patterns.tensor import Document, Explicit, Padding
+from sparse_compile.masks.patterns.documents import Document, Documents
+from sparse_compile.masks.patterns.moved import Shifted
+from sparse_compile.masks.patterns.repeating import Within
+from sparse_compile.masks.patterns.tensor import Explicit, Padding
 
 
 def lengthened(mask: Mask, length: int) -> Mask:
@@ -22,10 +25,18 @@ def lengthened(mask: Mask, length: int) -> Mask:
     """
     if isinstance(mask, Document):
         return replace(mask, ids=_repeat_last(Captured.of(mask.ids), length))
+    if isinstance(mask, Documents):
+        return replace(
+            mask, **{field: _repeat_last(Captured.of(getattr(mask, field)), length) for field in ("q_ids", "kv_ids")}
+        )
     if isinstance(mask, Padding):
         return replace(mask, valid=_repeat_last(Captured.of(mask.valid), length))
     if isinstance(mask, Explicit):
         return _lengthened_pairs(mask, length)
+    if isinstance(mask, Within) and isinstance(mask.parts, Captured):
+        mask = replace(mask, parts=_repeat_last(mask.parts, length))
+    if isinstance(mask, Shifted):
+        length -= min(mask.q, mask.kv, 0)
     children = mask.children()
     return mask.rebuild([lengthened(child, length) for child in children]) if children else mask
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from sparse_compile.masks.bounds import Bounds
 from sparse_compile.masks.captured import Captured
-from sparse_compile.masks.intervals import Bounds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,8 +89,8 @@ class Mask(ABC):
     def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
         """Return the keys that the queries ``lo..hi`` may see, and the keys that all of them surely see.
 
-        ``lo`` and ``hi`` are int64 ``[rows]`` and inclusive. Each row is one run of query positions. The runs ascend and do
-        not overlap.
+        ``lo`` and ``hi`` are int64 ``[rows]`` and inclusive. Each row is one run of query positions. The runs ascend, and none
+        starts before the one before it ends.
         """
 
     # -- the tree ---------------------------------------------------------------------------------------------------
@@ -213,6 +213,8 @@ class Mask(ABC):
                 written = tensor(value)
             elif isinstance(value, tuple) and value and isinstance(value[0], Mask):
                 written = "[" + ", ".join(mask.text(tensor) for mask in value) + "]"
+            elif isinstance(value, Mask):
+                written = value.text(tensor)
             else:
                 written = repr(value)
             arguments.append(written if field.default is MISSING else f"{field.name}={written}")

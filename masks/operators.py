@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from sparse_compile.masks.bounds import Bounds
 from sparse_compile.masks.captured import Captured
-from sparse_compile.masks.intervals import Bounds, Intervals
+from sparse_compile.masks.intervals import Intervals
 from sparse_compile.masks.mask import Index, Mask, view
 
 

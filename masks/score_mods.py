@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -59,10 +60,16 @@ class ScoreMod(ABC):
         return in_order(tuple(bound))
 
     def __repr__(self) -> str:
-        return f"{self.name}({', '.join(repr(getattr(self, field.name)) for field in fields(self))})"
+        return self._written(lambda x: f"float('{x}')" if isinstance(x, float) and math.isinf(x) else repr(x))
 
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(str(getattr(self, field.name)) for field in fields(self))})"
+        return self._written(str)
+
+    def _written(self, text: Callable[[Any], str]) -> str:
+        """Return the code that builds this value, without arguments at the end that are not set."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        count = max(at for at, (x, field) in enumerate(zip(values, fields(self), strict=True)) if x != field.default) + 1
+        return f"{self.name}({', '.join(text(x) for x in values[:count])})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -169,16 +176,70 @@ class Bias(ScoreMod):
     name: ClassVar[str] = "bias"
 
     def __post_init__(self) -> None:
-        _capture(self, "bias", 4, "[batch, heads, queries, keys]")
-        for field in ("q_start", "kv_start"):
-            if not isinstance(getattr(self, field), int):
-                _capture(self, field, 1, "[1]")
+        _capture_at_positions(self, "bias")
 
     def __call__(self, score: Any, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
-        bias = Captured.of(self.bias).tensor
-        q_start = self.q_start if isinstance(self.q_start, int) else Captured.of(self.q_start).tensor[0]
-        kv_start = self.kv_start if isinstance(self.kv_start, int) else Captured.of(self.kv_start).tensor[0]
-        return score + look_up(bias, b, h, q_idx - q_start, kv_idx - kv_start)
+        return score + _at_positions(self, self.bias, b, h, q_idx, kv_idx)
+
+
+@dataclass(frozen=True, repr=False)
+class Scaled(ScoreMod):
+    """Multiply scores: ``score * factor``, or ``score * factor[b, h, i - q_start, j - kv_start]`` for a tensor.
+
+    ``factor`` is a number or a float tensor ``[B, H, Q, KV]``; an axis of size 1 is broadcast, so that ``[1, H, 1, 1]`` is a
+    temperature per head (Swin v2, https://arxiv.org/abs/2111.09883). ``q_start`` and ``kv_start`` are as for ``bias``.
+
+        >>> scaled([[[[2.0]], [[0.5]]]]) >> softcap(30.0)
+        scaled([[[[2.0]], [[0.5]]]]) >> softcap(30.0)
+    """
+
+    factor: float | TensorLike
+    q_start: int | TensorLike = 0
+    kv_start: int | TensorLike = 0
+    name: ClassVar[str] = "scaled"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.factor, int | float):
+            _capture_at_positions(self, "factor")
+        elif not math.isfinite(self.factor):
+            raise ValueError(f"scaled needs a finite factor, got {self.factor}: hide keys with a mask")
+
+    def __call__(self, score: Any, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        factor = self.factor
+        return score * (factor if isinstance(factor, int | float) else _at_positions(self, factor, b, h, q_idx, kv_idx))
+
+
+@dataclass(frozen=True, repr=False)
+class Clamped(ScoreMod):
+    """Cut scores off at both ends, one of which may be infinite. Raises ``ValueError`` unless ``low < high``.
+
+    >>> clamped(-50.0, 50.0) >> alibi([0.5])
+    clamped(-50.0, 50.0) >> alibi([0.5])
+    """
+
+    low: float
+    high: float
+    name: ClassVar[str] = "clamped"
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"clamped needs a low end below the high end, got {self.low} and {self.high}: swap the two")
+
+    def __call__(self, score: Any, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+        return score.clamp(min=self.low, max=self.high)
+
+
+def _capture_at_positions(mod: Bias | Scaled, field: str) -> None:
+    _capture(mod, field, 4, "[batch, heads, queries, keys]")
+    for start in ("q_start", "kv_start"):
+        if not isinstance(getattr(mod, start), int):
+            _capture(mod, start, 1, "[1]")
+
+
+def _at_positions(mod: Bias | Scaled, table: TensorLike, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
+    q_start = mod.q_start if isinstance(mod.q_start, int) else Captured.of(mod.q_start).tensor[0]
+    kv_start = mod.kv_start if isinstance(mod.kv_start, int) else Captured.of(mod.kv_start).tensor[0]
+    return look_up(Captured.of(table).tensor, b, h, q_idx - q_start, kv_idx - kv_start)
 
 
 @dataclass(frozen=True, repr=False)
@@ -227,11 +288,13 @@ class SinkScores(ScoreMod):
         return torch.where((position >= 0) & (position < count), replaced.to(score.dtype), score)
 
 
-SCORE_MODS: tuple[type[ScoreMod], ...] = (Alibi, Softcap, LogWeight, Bias, SinkLogits, SinkScores, Sequence)
+SCORE_MODS: tuple[type[ScoreMod], ...] = (Alibi, Softcap, LogWeight, Bias, Scaled, Clamped, SinkLogits, SinkScores, Sequence)
 
 alibi = Alibi
 softcap = Softcap
 log_weight = LogWeight
 bias = Bias
+scaled = Scaled
+clamped = Clamped
 sink_logits = SinkLogits
 sink_scores = SinkScores

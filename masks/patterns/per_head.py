@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from sparse_compile.masks.bounds import Bounds, ByHead
 from sparse_compile.masks.captured import Captured
-from sparse_compile.masks.intervals import Bounds, beside
+from sparse_compile.masks.intervals import beside
 from sparse_compile.masks.mask import Index, Mask
 from sparse_compile.masks.operators import union
 
@@ -81,7 +82,8 @@ class PerHead(Mask):
         bounds = [by_head[head] for head in range(len(self.masks))]
         maybe = beside([x.maybe for x in bounds])
         certain = all(x.certain for x in bounds)
-        return Bounds(maybe, maybe if certain else beside([x.surely for x in bounds]))
+        sieve = ByHead(bounds) if any(x.sieve is not None for x in bounds) else None
+        return Bounds(maybe, maybe if certain else beside([x.surely for x in bounds]), sieve)
 
     def children(self) -> tuple[Mask, ...]:
         return tuple(self.masks)

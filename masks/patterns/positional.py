@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparse_compile.masks.intervals import INF, Bounds, Edge, Intervals
+from sparse_compile.masks.bounds import Bounds, Counted
+from sparse_compile.masks.intervals import INF, Edge, Intervals
 from sparse_compile.masks.mask import Index, Mask
 
 
@@ -141,8 +142,6 @@ class Strided(Mask):
     """Every query sees every ``step``-th key, counted from ``offset``: ``(j - offset) % step == 0``.
 
     Positions are absolute, so a cache needs only ``1/step`` of the keys (S2-Attention, https://arxiv.org/abs/2407.17678).
-    Block tables list every block. This is exact for steps up to the block size; with larger steps, some listed blocks have
-    no visible key.
 
         >>> print((causal & strided(2)).draw(4, 4))
         █···
@@ -164,7 +163,11 @@ class Strided(Mask):
 
     def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
         everything = Intervals.everything(lo)
-        return Bounds(maybe=everything, surely=everything if self.step == 1 else Intervals.nothing(lo))
+        if self.step == 1:
+            return Bounds(everything, everything)
+        # The first visible key is at ``offset % step``.
+        sieve = Counted(lambda end: (end - self.offset % self.step + self.step - 1) // self.step)
+        return Bounds(everything, Intervals.nothing(lo), sieve)
 
 
 @dataclass(frozen=True, repr=False)
@@ -200,7 +203,9 @@ class Dilated(Mask):
         maybe = Intervals.of(lo - reach, hi + reach + 1)
         if self.step == 1:
             return Bounds(maybe=maybe, surely=Intervals.of(hi - reach, lo + reach + 1))
-        return Bounds(maybe=maybe, surely=Intervals.nothing(lo))
+        # Distances are multiples of ``step``, of which 1 - size is the first.
+        multiples = Counted(lambda end: ((end + self.step - 1) // self.step).clamp(1 - self.size, self.size), run=(lo, hi))
+        return Bounds(maybe, Intervals.nothing(lo), multiples)
 
 
 causal = Causal()

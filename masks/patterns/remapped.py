@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from sparse_compile.masks.bounds import Bounds
 from sparse_compile.masks.captured import Captured
-from sparse_compile.masks.intervals import INF, Bounds, Edge, Intervals
-from sparse_compile.masks.mask import Index, Mask
+from sparse_compile.masks.intervals import INF, Edge, Intervals
+from sparse_compile.masks.mask import Index
 from sparse_compile.masks.patterns.tensor import INTEGERS, TensorLike, capture, look_up
-from sparse_compile.masks.unknown_tensors import without_tensors
+from sparse_compile.masks.patterns.wrapped import Wrapped, bounds_anywhere
 
 
 @dataclass(frozen=True, repr=False)
-class Remapped(Mask):
+class Remapped(Wrapped):
     """Apply ``mask`` at remapped positions: pair ``(i, j)`` is visible if ``mask`` shows ``(queries[b, i], keys[b, j])``.
 
     ``queries`` ``[B, Q]`` and ``keys`` ``[B, KV]`` are integer tensors of text positions. Queries and keys with a negative
@@ -29,7 +29,6 @@ class Remapped(Mask):
         █·█
     """
 
-    mask: Mask
     queries: TensorLike
     keys: TensorLike
     ordered: bool = False
@@ -49,16 +48,9 @@ class Remapped(Mask):
             return Bounds(Intervals.everything(lo), Intervals.nothing(lo))
         queries, keys = _Ascending(Captured.of(self.queries).tensor), _Ascending(Captured.of(self.keys).tensor)
         first, last, whole = queries.over(lo, hi)  # [B, 1, rows]
-        inner = without_tensors(self.mask).bounds(first, last).maybe
-        sure = without_tensors(self.mask, visible=False).bounds(first, last).surely
-        maybe = keys.places(inner, some=first <= last)
-        return Bounds(maybe, keys.places(sure, some=whole, all_of_them=True))
-
-    def children(self) -> tuple[Mask, ...]:
-        return (self.mask,)
-
-    def rebuild(self, children: Sequence[Mask]) -> Mask:
-        return replace(self, mask=children[0])
+        inner = bounds_anywhere(self.mask, first, last)
+        maybe = keys.places(inner.maybe, some=first <= last)
+        return Bounds(maybe, keys.places(inner.surely, some=whole, all_of_them=True))
 
     def sizes(self) -> tuple[int, int]:
         return Captured.of(self.queries).tensor.shape[0], self.mask.sizes()[1]
@@ -112,7 +104,7 @@ class _Ascending:
 
 
 @dataclass(frozen=True, repr=False)
-class Relaxed(Mask):
+class Relaxed(Wrapped):
     """Every query sees all keys from ``start[b]`` on, and the keys that ``mask`` shows to position ``start[b] - 1``.
 
     DuoAttention prefills its streaming heads this way: each chunk of queries sees the sink, the window before the chunk, and
@@ -126,7 +118,6 @@ class Relaxed(Mask):
         ·███
     """
 
-    mask: Mask
     start: TensorLike
     name: ClassVar[str] = "relaxed"
 
@@ -139,14 +130,8 @@ class Relaxed(Mask):
 
     def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
         start = Captured.of(self.start).tensor.long().view(-1, 1, 1) + lo * 0
-        chunk = Intervals.of(start, INF)
-        return Bounds(chunk, chunk) | without_tensors(self.mask).bounds(start - 1, start - 1)
-
-    def children(self) -> tuple[Mask, ...]:
-        return (self.mask,)
-
-    def rebuild(self, children: Sequence[Mask]) -> Mask:
-        return replace(self, mask=children[0])
+        chunk, before = Intervals.of(start, INF), start - 1
+        return Bounds(chunk, chunk) | bounds_anywhere(self.mask, before, before)
 
     def sizes(self) -> tuple[int, int]:
         return Captured.of(self.start).tensor.shape[0], self.mask.sizes()[1]

@@ -1,17 +1,20 @@
-"""Mask patterns that read tensors: prefix lengths, document ids, padding, or a whole mask."""
+"""Mask patterns that read tensors: prefix lengths, padding, or a whole mask."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from sparse_compile.masks.bounds import Bounds, Sieve
 from sparse_compile.masks.captured import Captured
-from sparse_compile.masks.intervals import Bounds, Intervals
+from sparse_compile.masks.intervals import INF, Intervals
 from sparse_compile.masks.mask import Index, Mask
 from sparse_compile.masks.patterns.positional import at_least, before
+from sparse_compile.masks.patterns.runs import over_runs
 
 TensorLike = Captured | Tensor | list[Any]
 BOOL = (torch.bool,)
@@ -46,7 +49,7 @@ def _not_negative(x: Index) -> Index:
     return x.clamp(min=0) if isinstance(x, Tensor) else max(x, 0)
 
 
-def _check_batch(what: str, tensor: Tensor, batch: int) -> None:
+def check_batch(what: str, tensor: Tensor, batch: int) -> None:
     if tensor.shape[0] not in (1, batch):
         raise ValueError(
             f"{what} was built for batch size {tensor.shape[0]}, but the attention has batch size {batch}: give one row for "
@@ -54,7 +57,7 @@ def _check_batch(what: str, tensor: Tensor, batch: int) -> None:
         )
 
 
-def _check_length(what: str, tensor: Tensor, needed: int) -> None:
+def check_length(what: str, tensor: Tensor, needed: int) -> None:
     if tensor.shape[1] < needed:
         raise ValueError(
             f"{what} covers {tensor.shape[1]} positions, but the attention reaches position {needed - 1}: "
@@ -102,76 +105,12 @@ class Prefix(Mask):
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int, q_offset: int = 0) -> None:
         if not isinstance(self.lengths, int):
-            _check_batch("prefix", Captured.of(self.lengths).tensor, batch)
+            check_batch("prefix", Captured.of(self.lengths).tensor, batch)
 
     def implies(self, other: Mask) -> bool:
         if isinstance(other, Prefix) and isinstance(self.lengths, int) and isinstance(other.lengths, int):
             return self.lengths <= other.lengths
         return super().implies(other)
-
-
-@dataclass(frozen=True, repr=False)
-class Document(Mask):
-    """Each query sees the keys of its own document: ``ids[b, i] == ids[b, j]`` (packed sequences).
-
-    ``ids`` is an integer tensor ``[B, N]`` over text positions; a ``B`` of 1 fits every batch size. The positions of a
-    document may be scattered, but block tables are tight only if each document is one run of positions.
-
-        >>> print((causal & document([[0, 0, 1]])).draw(3, 3))
-        █··
-        ██·
-        ··█
-    """
-
-    ids: TensorLike
-    name: ClassVar[str] = "document"
-
-    def __post_init__(self) -> None:
-        capture(self, "ids", 2, "[batch, positions]", INTEGERS)
-
-    def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
-        ids = Captured.of(self.ids).tensor
-        return look_up(ids, b, q_idx) == look_up(ids, b, kv_idx)
-
-    def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
-        ids = Captured.of(self.ids).tensor
-        first, last, size = _extent(ids)
-        earliest = _over_runs(first, lo, hi, "amin")
-        latest = _over_runs(last, lo, hi, "amax")
-        one = (_over_runs(ids, lo, hi, "amin") == _over_runs(ids, lo, hi, "amax")) & (latest - earliest + 1 == size[:, lo])
-        stop = latest + 1
-        maybe = Intervals.of(earliest.unsqueeze(1), stop.unsqueeze(1))
-        return Bounds(maybe, Intervals.of(earliest.unsqueeze(1), torch.where(one, stop, earliest).unsqueeze(1)))
-
-    def sizes(self) -> tuple[int, int]:
-        return Captured.of(self.ids).tensor.shape[0], 1
-
-    def check(self, batch: int, heads: int, q_len: int, kv_len: int, q_offset: int = 0) -> None:
-        ids = Captured.of(self.ids).tensor
-        _check_batch("document", ids, batch)
-        _check_length("document", ids, max(q_len + q_offset, kv_len))
-
-
-def _extent(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, for each position of ``ids`` ``[B, N]``, the first, the last and the number of positions with the same id."""
-    n = ids.shape[1]
-    value, order = ids.sort(dim=1, stable=True)
-    left = torch.searchsorted(value, value, side="left")
-    right = torch.searchsorted(value, value, side="right")
-    # The sort is stable, so positions ascend within one id, and the ends of its run are its first and last position.
-    ends = torch.stack([order.gather(1, left), order.gather(1, (right - 1).clamp(max=n - 1)), right - left])
-    first, last, size = torch.empty_like(ends).scatter(2, order.expand(3, -1, -1), ends)
-    return first, last, size
-
-
-def _over_runs(values: Tensor, lo: Tensor, hi: Tensor, reduce: Literal["amin", "amax"]) -> Tensor:
-    """Return the minimum or maximum of ``values`` ``[B, N]`` over each run of positions ``lo..hi``: ``[B, rows]``."""
-    position = torch.arange(values.shape[1], device=values.device)
-    row = (torch.searchsorted(lo.contiguous(), position, right=True) - 1).clamp(min=0)
-    inside = (position >= lo[row]) & (position <= hi[row])
-    worst = torch.iinfo(values.dtype).max if reduce == "amin" else torch.iinfo(values.dtype).min
-    start = torch.full((values.shape[0], lo.numel()), worst, dtype=values.dtype, device=values.device)
-    return start.scatter_reduce(1, row.expand_as(values), torch.where(inside, values, worst), reduce)
 
 
 @dataclass(frozen=True, repr=False)
@@ -206,15 +145,19 @@ class Padding(Mask):
         start = first.view(-1, 1, 1).expand(-1, 1, lo.shape[-1])
         stop = torch.where(count > 0, last, first).view(-1, 1, 1).expand_as(start)
         holes = (count < last - first).view(-1, 1, 1)
-        return Bounds(maybe=Intervals.of(start, stop), surely=Intervals.of(start, torch.where(holes, start, stop)))
+        maybe, surely = Intervals.of(start, stop), Intervals.of(start, torch.where(holes, start, stop))
+        if hi is lo:  # a decode step need not pay for holes, which are rare
+            return Bounds(maybe, surely)
+        shown = valid.to(torch.uint8).view(valid.shape[0], 1, 1, -1)
+        return Bounds(maybe, surely, _Table(shown, shown, torch.zeros((), dtype=torch.int64, device=lo.device)))
 
     def sizes(self) -> tuple[int, int]:
         return Captured.of(self.valid).tensor.shape[0], 1
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int, q_offset: int = 0) -> None:
         valid = Captured.of(self.valid).tensor
-        _check_batch("padding", valid, batch)
-        _check_length("padding", valid, kv_len)
+        check_batch("padding", valid, batch)
+        check_length("padding", valid, kv_len)
 
 
 @dataclass(frozen=True, repr=False)
@@ -222,11 +165,14 @@ class Explicit(Mask):
     """Show exactly the pairs of a bool tensor: ``visible[b, h, i - q_start, j - kv_start]``.
 
     Use it for masks that no formula describes. ``visible`` is ``[B, H, Q, KV]``; an axis of size 1 is broadcast. ``q_start``
-    and ``kv_start`` are the text positions of its first query and key: integers, or one-element integer tensors.
+    and ``kv_start`` are the text positions of its first query and key: integers, or one-element integer tensors. Earlier keys
+    are hidden, so that a mask for the last keys can be joined to another one, as for a tree of drafted tokens
+    (SpecInfer, https://arxiv.org/abs/2305.09781).
 
-        >>> print(explicit([[[[True, False], [True, True]]]]).draw(2, 2))
-        █·
-        ██
+        >>> tree = [[[[True, False], [True, True]]]]
+        >>> print((prefix(2) | explicit(tree, q_start=2, kv_start=2)).draw(2, 4, q_offset=2))
+        ███·
+        ████
     """
 
     visible: TensorLike
@@ -248,24 +194,33 @@ class Explicit(Mask):
     def __call__(self, b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Any:
         visible = Captured.of(self.visible).tensor
         i, j = self._local(q_idx, kv_idx)
-        return look_up(visible, b, h, i, j)
+        seen = look_up(visible, b, h, i, j)
+        return (j >= 0) & seen if self._starts_late and visible.shape[3] != 1 else seen
+
+    @property
+    def _starts_late(self) -> bool:
+        """Whether keys before the first one of the tensor are hidden. A start that is a tensor is that of the attention."""
+        return isinstance(self.kv_start, int) and self.kv_start > 0
 
     def bounds(self, lo: Tensor, hi: Tensor) -> Bounds:
         visible = Captured.of(self.visible).tensor
-        if visible.shape[3] == 1:
-            return Bounds(maybe=Intervals.everything(lo), surely=Intervals.nothing(lo))
-        batch, heads, q_len, kv_len = visible.shape
+        q_len, kv_len = visible.shape[2:]
         i, shift = self._local(lo, torch.zeros((), dtype=torch.int64, device=lo.device))
         k, _ = self._local(hi, shift)
-        seen = visible.any(-1)
-        first = torch.where(seen, visible.int().argmax(dim=-1), kv_len).flatten(0, 1)
-        last = torch.where(seen, kv_len - visible.flip(-1).int().argmax(dim=-1), 0).flatten(0, 1)
-        if q_len > 1:
-            first, last = _over_runs(first, i, k, "amin"), _over_runs(last, i, k, "amax")
-        start = (first - shift).unflatten(0, (batch, heads)).expand(-1, -1, lo.numel())
-        stop = (last - shift).unflatten(0, (batch, heads)).expand(-1, -1, lo.numel())
-        maybe = Intervals.of(start, stop)
-        return Bounds(maybe=maybe, surely=Intervals.nothing(start))
+        shown = visible.flatten(0, 1).to(torch.uint8)  # [B * H, Q, KV]
+        if q_len == 1:
+            some, every = (shown.expand(-1, lo.numel(), -1) for _ in range(2))
+        else:
+            some, every = over_runs(shown, i, k, "amax"), over_runs(shown, i, k, "amin")
+        some, every = (x.view(*visible.shape[:2], -1, kv_len) for x in (some, every))  # [B, H, rows, KV]
+        if kv_len == 1:
+            start = torch.where(some[..., 0] > 0, -INF, INF)
+            sure = torch.where(every[..., 0] > 0, -INF, INF)
+            return Bounds(Intervals.of(start, INF), Intervals.of(sure, INF))
+        seen = some.amax(dim=-1) > 0
+        first = torch.where(seen, some.argmax(dim=-1), kv_len) - shift
+        last = torch.where(seen, kv_len - some.flip(-1).argmax(dim=-1), 0) - shift
+        return Bounds(Intervals.of(first, last), Intervals.nothing(first), _Table(some, every, shift))
 
     def sizes(self) -> tuple[int, int]:
         shape = Captured.of(self.visible).tensor.shape
@@ -279,7 +234,9 @@ class Explicit(Mask):
         axes = (("queries", shape[2], self.q_start, q_offset, q_len), ("keys", shape[3], self.kv_start, 0, kv_len))
         for what, size, start, first, length in axes:
             # A start that is a tensor is not checked: reading it would wait for the device.
-            if size != 1 and isinstance(start, int) and not start <= first <= first + length <= start + size:
+            late = what == "keys" and isinstance(start, int) and start > 0
+            begins = late or (isinstance(start, int) and start <= first)
+            if size != 1 and isinstance(start, int) and not (begins and first + length <= start + size):
                 raise ValueError(
                     f"explicit covers {what} {start} to {start + size - 1}, "
                     f"but the attention has {what} {first} to {first + length - 1}"
@@ -294,7 +251,31 @@ class Explicit(Mask):
         return replace(self, visible=Captured(visible.tensor[:, head : head + 1]))
 
 
+@dataclass(frozen=True, eq=False)
+class _Table(Sieve):
+    """The keys that some query of each run sees, and those that every query does: uint8 ``[B, H, rows, KV]``.
+
+    The first key of the tables is at position ``-shift``.
+    """
+
+    seen: Tensor
+    by_all: Tensor
+    shift: Tensor
+
+    def some(self, start: Tensor, stop: Tensor) -> Tensor:
+        return self._count(self.seen, start, stop) > 0
+
+    def every(self, start: Tensor, stop: Tensor) -> Tensor:
+        return self._count(self.by_all, start, stop) == stop - start
+
+    def _count(self, shown: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+        before = pad(shown.cumsum(dim=-1, dtype=torch.int32), (1, 0))  # [B, H, rows, KV + 1]
+        lead = torch.broadcast_shapes(before.shape[:-1], start.shape[:-1])
+        at = ((x + self.shift).clamp(0, shown.shape[-1]).expand(*lead, -1) for x in (stop, start))
+        end, begin = (before.expand(*lead, -1).gather(-1, x) for x in at)
+        return end - begin
+
+
 prefix = Prefix
-document = Document
 padding = Padding
 explicit = Explicit

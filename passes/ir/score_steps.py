@@ -16,6 +16,21 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class ScaleBy:
+    """Scores times a tensor of the graph."""
+
+    node: Node
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """Scores cut off below ``low`` and above ``high``."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Tanh:
     """The hyperbolic tangent of the scores."""
 
@@ -36,4 +51,4 @@ class Hide:
     fill: float = -inf
 
 
-Step = Scale | Tanh | Add | Hide
+Step = Scale | ScaleBy | Clamp | Tanh | Add | Hide

@@ -13,14 +13,14 @@ import sympy
 import torch
 from torch.fx import Node
 
-from sparse_compile.masks import Mask, ScoreMod, bias, causal, full, sink_logits, softcap
+from sparse_compile.masks import Mask, ScoreMod, bias, causal, clamped, full, scaled, sink_logits, softcap
 from sparse_compile.masks.score_mods import in_order
 from sparse_compile.passes.ir.attention import Attention, phase_of
 from sparse_compile.passes.ir.fx_nodes import Order, expr_of, shape_of, sizes_of, value_of, writers
 from sparse_compile.passes.ir.kv_source import Dense
 from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.positions import Positions
-from sparse_compile.passes.ir.score_steps import Add, Hide, Scale, Tanh
+from sparse_compile.passes.ir.score_steps import Add, Clamp, Hide, Scale, ScaleBy, Tanh
 from sparse_compile.passes.ir.written_call import WrittenCall
 from sparse_compile.passes.lift.pullback import Pullback
 from sparse_compile.passes.lift.symbolic_element import (
@@ -63,19 +63,19 @@ class _Lift:
     def __init__(self, call: WrittenCall, order: Order) -> None:
         self.call, self.order, self.pull = call, order, Pullback()
         self.q_len, self.kv_len = call.q_len, call.kv_len
-        self.scale, self.mods, terms, conditions = self._steps()
-        self.terms = [*terms, *([call.attn_mask] if call.attn_mask is not None else [])]
-        self.conditions = conditions
-        self.values = [self._at_scores(node) for node in self.terms]
-        self.hidden = [self._at_scores(node) for node in self.conditions]
+        self.scale, self.steps = self._steps()
+        if call.attn_mask is not None:
+            self.steps.append(call.attn_mask)
+        conditions = [step for step in self.steps if isinstance(step, Hide)]
+        self.values = [self._at_scores(step) for step in self.steps if isinstance(step, Node)]
+        self.hidden = [self._at_scores(step) for step in conditions]
         self.positions = self._positions([*self.values, *self.hidden])
         self.words = Words(self.pull, self.positions, self.kv_len)
         self.fills = {step.fill for step in conditions}  # the numbers with which the model hides keys
 
     def run(self) -> Attention:
         call = self.call
-        mask, biases = self._mask()
-        mods = self.mods + biases
+        mask, mods = self._mask()
         if call.sink is not None:
             at_head = tuple(HEAD if s != 1 else sympy.Integer(0) for s in shape_of(call.sink) or ())
             mods.append(sink_logits(self.words.capture(Element(call.sink, at_head), (HEAD,))))
@@ -111,42 +111,49 @@ class _Lift:
         return "; ".join(caveats)
 
     def _mask(self) -> tuple[Mask, list[ScoreMod]]:
-        """What the terms and conditions show, and what the terms add to the scores."""
-        mask: Mask = causal if self.call.is_causal else full
-        biases: list[ScoreMod] = []
-        for node, value in zip(self.terms, self.values, strict=True):
-            seen, added = self._term(node, value)
-            mask = mask & seen
-            biases += added
-        for step, value in zip(self.conditions, self.hidden, strict=True):
-            mask = mask & self._mask_or_explicit(step, value)
-        return mask, biases
+        """What the terms and conditions show, and what is done to the scores, in order."""
+        own: Mask = causal if self.call.is_causal else full
+        mask, mods = own, list[ScoreMod]()
+        values, hidden = iter(self.values), iter(self.hidden)
+        for step in self.steps:
+            if isinstance(step, Node):
+                seen, added = self._term(step, next(values))
+                mask, mods = mask & seen, mods + added
+            elif isinstance(step, Hide):
+                mask = mask & self._mask_or_explicit(step, next(hidden))
+            elif mask != own:
+                raise NotLiftable("scores are scaled, capped or clamped after keys were hidden: hide keys in the last step")
+            else:
+                mods.append(self._factor(step) if isinstance(step, ScaleBy) else step)
+        return mask, mods
 
-    def _steps(self) -> tuple[float, list[ScoreMod], list[Node], list[Hide]]:
-        """Sort the steps of the scores into the scale, score mods, added tensors and hiding conditions."""
+    def _factor(self, step: ScaleBy) -> ScoreMod:
+        return scaled(self.words.capture(self._itself(step.node)), Q_START, KV_START)
+
+    def _steps(self) -> tuple[float, list[ScoreMod | ScaleBy | Node | Hide]]:
+        """The scale of the products, and all further steps: score mods, factors, added tensors and hiding conditions."""
         scale = 1.0
-        mods: list[ScoreMod] = []
-        terms: list[Node] = []
-        conditions: list[Hide] = []
+        done: list[ScoreMod | ScaleBy | Node | Hide] = []
         steps = list(self.call.score_steps)
         while steps:
-            step = steps.pop(0)
-            if isinstance(step, Scale | Tanh) and (terms or conditions):
-                raise NotLiftable("scores are scaled or capped after a mask or bias was added: scale the queries instead")
-            if isinstance(step, Scale):
-                if mods:
-                    raise NotLiftable("scores are scaled after a soft cap, which no score mod can express")
-                scale *= step.factor
-            elif isinstance(step, Tanh):
-                following = steps.pop(0) if steps and isinstance(steps[0], Scale) else None
-                cap = following.factor if isinstance(following, Scale) else 1.0
-                scale *= cap
-                mods.append(softcap(cap))
-            elif isinstance(step, Add):
-                terms.append(step.node)
-            elif isinstance(step, Hide):
-                conditions.append(step)
-        return scale, mods, terms, conditions
+            match steps.pop(0):
+                case Scale(factor):
+                    scale, done = (scale, [*done, scaled(factor)]) if done else (scale * factor, done)
+                case Tanh():
+                    following = steps[0] if steps else None
+                    cap = following.factor if isinstance(following, Scale) and following.factor > 0 else 1.0
+                    steps = steps[cap != 1 :]
+                    if done and cap != 1:
+                        done.append(scaled(cap))
+                    scale = scale if done else scale * cap
+                    done.append(softcap(cap))
+                case Clamp(low, high):
+                    done.append(clamped(low, high))
+                case Add(node):
+                    done.append(node)
+                case ScaleBy() | Hide() as step:
+                    done.append(step)
+        return scale, done
 
     def _at_scores(self, node: Node | Hide) -> Value:
         """The element of a mask or bias at ``(b, h, i, j)``, broadcast to the scores. True means visible in a condition."""

@@ -136,6 +136,16 @@ def _absolute(pull: Elements, node: Node, index: Index) -> Value | None:
     return Number(sympy.Abs(inner.expr)) if isinstance(inner, Number) else None
 
 
+def _clamp(pull: Elements, node: Node, index: Index) -> Value | None:
+    inner = pull.element(node.args[0], index)
+    ends = [argument(node, 1, "min"), argument(node, 2, "max")]
+    low, high = (pull.integer(end) for end in ends)
+    if not isinstance(inner, Number) or [low is None, high is None] != [end is None for end in ends]:
+        return None
+    raised = inner.expr if low is None else sympy.Max(inner.expr, low)
+    return Number(raised if high is None else sympy.Min(raised, high))
+
+
 def _where(pull: Elements, node: Node, index: Index) -> Value | None:
     if len(node.args) != 3:
         return None
@@ -237,6 +247,7 @@ COMPUTES: dict[str, Rule] = {
     **dict.fromkeys(("add", "sub", "rsub", "mul", "floordiv", "floor_divide", "mod", "remainder"), _arithmetic),
     "neg": _negative,
     "abs": _absolute,
+    "clamp": _clamp,
     "where": _where,
     "masked_fill": _masked_fill,
     **dict.fromkeys((*CONSTANTS, "full", "full_like", "new_full", "tensor", "scalar_tensor"), _fill),

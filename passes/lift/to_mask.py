@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -13,14 +13,21 @@ from sparse_compile.masks import (
     Mask,
     causal,
     chunked,
+    coarse,
     dilated,
     document,
+    documents,
     explicit,
     full,
+    of_queries,
     padding,
+    periodic,
     prefix,
+    repeated,
+    shifted,
     sink,
     sliding_window,
+    strided,
 )
 from sparse_compile.passes.ir.captured_source import Source
 from sparse_compile.passes.ir.fx_nodes import expr_of, value_of
@@ -81,8 +88,14 @@ class Words:
         raise NotLiftable("a mask is a number where a bool is needed")
 
     def _relation(self, relation: Relation) -> Mask:
-        gap = self._to_positions(relation.gap)
-        if relation.equal:
+        return self._compared(self._to_positions(relation.gap), relation.equal)
+
+    def _compared(self, gap: sympy.Expr, equal: bool) -> Mask:
+        """``gap >= 0``, or ``gap == 0`` if ``equal``, over positions or over the numbers of tiles."""
+        around = self._around(gap, equal)
+        if around is not None:
+            return around
+        if equal:
             return self._equality(gap)
         if not gap.has(QUERY, KEY, BATCH):
             raise NotLiftable(f"a mask depends on {gap} alone, and on no position of a query or key")
@@ -101,7 +114,69 @@ class Words:
         first = sympy.expand(KEY - gap)
         if first.is_Integer:  # j >= first
             return ~sink(int(first)) if first > 0 else full
+        last, first = sympy.expand(gap + QUERY), sympy.expand(QUERY - gap)
+        if last.is_Integer:  # i <= last
+            return of_queries(sink(int(last) + 1)) if last >= 0 else ~full
+        if first.is_Integer:  # i >= first
+            return ~of_queries(sink(int(first))) if first > 0 else full
+        return self._by_cases(gap)
+
+    def _by_cases(self, gap: sympy.Expr) -> Mask:
+        """``gap >= 0`` with a minimum, a maximum or a distance among its terms: all, or one, of two comparisons without it."""
+        for term in sorted(gap.atoms(sympy.Max, sympy.Min, sympy.Abs), key=sympy.default_sort_key):
+            rest = sympy.expand(gap - term), sympy.expand(gap + term)
+            added = not rest[0].has(term)
+            if not added and rest[1].has(term):
+                continue  # it has another factor
+            sides = (term.args[0], -term.args[0]) if isinstance(term, sympy.Abs) else term.args
+            cases = [self._relation_of(rest[0] + side if added else rest[1] - side) for side in sides]
+            one = added != isinstance(term, sympy.Min)  # a + max(x, y) >= 0 needs one of the two, and a - max(x, y) >= 0 both
+            return reduce(lambda a, b: a | b if one else a & b, cases)
         raise NotLiftable(f"a mask compares {gap} with 0, which no pattern expresses")
+
+    def _relation_of(self, gap: sympy.Expr) -> Mask:
+        gap = sympy.expand(gap)
+        return (full if gap >= 0 else ~full) if gap.is_number else self._compared(gap, equal=False)
+
+    def _around(self, gap: sympy.Expr, equal: bool) -> Mask | None:
+        """The mask of ``gap`` if it reads queries and keys only as ``i // n`` and ``j // m``, or both modulo n; else None."""
+        parts = [term for term in gap.atoms(sympy.floor, sympy.Mod) if term.has(QUERY, KEY)]
+        if len(parts) == 1 and parts[0].has(QUERY) and parts[0].has(KEY):
+            return self._of_distance(gap, parts[0], equal)
+        known = [_part_of(term) for term in parts]
+        if equal and len(known) == 1 and known[0] is not None and not known[0].is_tile:
+            return _every(known[0], gap)
+        number, free = sympy.Dummy("i"), sympy.Dummy("j")
+        inner = gap.subs({part.term: number if part.axis == QUERY else free for part in known if part is not None})
+        if not known or None in known or len({part.axis for part in known if part}) != len(known):
+            return None
+        sizes = {part.axis: part for part in known if part is not None}
+        kinds = {part.is_tile for part in sizes.values()}
+        if len(kinds) > 1 or any(inner.has(axis) and axis in sizes for axis in (QUERY, KEY)):
+            return None
+        if kinds == {False} and (any(inner.has(axis) for axis in (QUERY, KEY)) or len({x.size for x in sizes.values()}) > 1):
+            return None
+        query, key = sizes.get(QUERY), sizes.get(KEY)
+        mask = self._compared(sympy.expand(inner.subs({number: QUERY, free: KEY})), equal)
+        if kinds == {True} and mask == chunked(1) and query and key and query.size == key.size:
+            return chunked(key.size)
+        if kinds == {True}:
+            return coarse(mask, q=query.size if query else 1, kv=key.size if key else 1)
+        offsets = {"q": -query.offset if query else 0, "kv": -key.offset if key else 0}
+        once = repeated(mask, next(iter(sizes.values())).size)
+        return shifted(once, **offsets) if any(offsets.values()) else once
+
+    def _of_distance(self, gap: sympy.Expr, term: sympy.Expr, equal: bool) -> Mask | None:
+        """The mask of ``(i - j) % n == 0`` or ``(i - j) % n <= last``; None for another one."""
+        if not isinstance(term, sympy.Mod) or term.args[0] not in (QUERY - KEY, KEY - QUERY) or not term.args[1].is_Integer:
+            return None
+        distance, size = term.args
+        if equal and gap in (term, -term):
+            return periodic(chunked(1), int(size))
+        last = sympy.expand(gap + term)
+        if equal or not last.is_Integer or last < 0:
+            return None
+        return periodic(causal & sliding_window(int(last) + 1), int(size)) if distance == QUERY - KEY else None
 
     def _up_to(self, last: sympy.Expr) -> Mask:
         beyond = sympy.expand(last - self.positions.kv_start - expr_of(self.kv_len) + 1)
@@ -117,6 +192,13 @@ class Words:
 
     def _equality(self, gap: sympy.Expr) -> Mask:
         """``i // n == j // n``, ``ids[b, i] == ids[b, j]``, or ``valid[b, j] == 0``."""
+        if gap in (QUERY - KEY, KEY - QUERY):
+            return chunked(1)
+        for axis in (QUERY, KEY):
+            at = sympy.expand(gap + axis) if sympy.expand(gap + axis).is_Integer else sympy.expand(axis - gap)
+            if at.is_Integer:
+                here = ~full if at < 0 else sink(int(at) + 1) & ~sink(int(at)) if at > 0 else sink(1)
+                return here if axis == KEY else of_queries(here)
         terms = sympy.Add.make_args(gap)
         alone = self.pull.atoms.node(abs(gap) if gap.is_number else -gap if gap.could_extract_minus_sign() else gap)
         if alone is not None and KEY in gap.atoms() and gap.atoms(sympy.Symbol) <= {BATCH, KEY}:
@@ -129,12 +211,18 @@ class Words:
             for n in {sympy.fraction(side)[1] for side in sides}:
                 if sides == {QUERY / n, KEY / n} and n.is_Integer:
                     return chunked(int(n))
-            nodes = {self.pull.atoms.node(t) for t in floors}
-            if len(nodes) == 1 and None not in nodes and {t.args for t in floors} == {(BATCH, QUERY), (BATCH, KEY)}:
-                (node,) = nodes
-                assert node is not None
-                return document(self.capture(Element(node, (BATCH, QUERY)), (BATCH, QUERY)))
+            return self._same_id(floors)
         raise NotLiftable(f"a mask compares {gap} with 0, which no pattern expresses")
+
+    def _same_id(self, terms: list[sympy.Expr]) -> Mask:
+        """``ids[b, i] == ids[b, j]``, of one tensor or of two. Raises ``NotLiftable`` for other terms."""
+        read = {term.args[-1]: (self.pull.atoms.node(term), term.args) for term in terms if term.args}
+        (query, q_at), (key, k_at) = (read.get(axis, (None, ())) for axis in (QUERY, KEY))
+        leads = {at[:-1] for at in (q_at, k_at)}
+        if query is None or key is None or not leads <= {(BATCH,), (sympy.Integer(0),), ()}:
+            raise NotLiftable(f"a mask compares {terms[0]} with {terms[1]}, which no pattern expresses")
+        q_ids = self.capture(Element(query, q_at), (BATCH, QUERY))
+        return document(q_ids) if query is key else documents(q_ids, self.capture(Element(key, k_at), (BATCH, KEY)))
 
     def _lookup(self, element: Element) -> Mask:
         at = tuple(self._to_positions(x) for x in element.index)
@@ -168,6 +256,37 @@ class Words:
         at = self.positions
         shift = self.pull.atoms.term(Element(at.q_shift, ())) if at.q_shift is not None else 0
         return sympy.expand(expr.subs({QUERY: QUERY - at.q_start - shift, KEY: KEY - at.kv_start}, simultaneous=True))
+
+
+class _Part(NamedTuple):
+    """A term that reads one axis: the number of its tile, or ``(axis + offset) % size``."""
+
+    term: sympy.Expr
+    axis: sympy.Symbol
+    size: int
+    is_tile: bool
+    offset: int = 0
+
+
+def _part_of(term: sympy.Expr) -> _Part | None:
+    """The part of ``i // n`` or ``(i + c) % n``, and of the same for ``j``; None for other terms."""
+    axis = QUERY if term.has(QUERY) else KEY
+    if isinstance(term, sympy.floor):
+        size = sympy.simplify(axis / term.args[0])
+        return _Part(term, axis, int(size), True) if size.is_Integer and size > 0 else None
+    inner, size = term.args
+    offset = sympy.expand(inner - axis)
+    known = size.is_Integer and size > 0 and offset.is_Integer
+    return _Part(term, axis, int(size), False, int(offset) % int(size)) if known else None
+
+
+def _every(part: _Part, gap: sympy.Expr) -> Mask | None:
+    """The mask of ``(j + c) % n == rest``, or of the same for ``i``; None if ``gap`` has other terms."""
+    rest = sympy.expand(part.term - gap) if sympy.expand(part.term - gap).is_Integer else sympy.expand(part.term + gap)
+    if not rest.is_Integer:
+        return None
+    seen = strided(part.size, offset=(int(rest) - part.offset) % part.size) if 0 <= rest < part.size else ~full
+    return seen if part.axis == KEY else of_queries(seen)
 
 
 def _look_ahead(distance: int) -> Mask:

@@ -112,7 +112,9 @@ def _choose(
             scores = _scores(means[:, :, :, rows], described, valid, selector)
         budget = pages if selector is None else -(-selector.tokens // BLOCK)
         count, index = choose(scores, classes, budget, width)
-        runs.append(split_tables(index, count, surely, BLOCK) if split else (count, index))
+        begin = index * BLOCK
+        full = surely.overlap(begin, begin + BLOCK) == BLOCK
+        runs.append(split_tables(index, count, full) if split else (count, index))
     return tuple(torch.cat(parts, dim=2) for parts in zip(*runs, strict=True))
 
 

@@ -21,33 +21,47 @@ from sparse_compile.passes.read.softmax_sites import PRODUCTS, leads_to_product
 HIDDEN = -1e4
 
 
+Kind = Literal["scale", "tanh", "clamp", "add", "hide"]
+# After these, the same number added to all scores of a query makes a difference.
+BENDS = ("tanh", "clamp")
+
+
 @dataclass(frozen=True)
 class Change:
     """One change to scores with ``rank`` axes, at the node ``at``.
 
     ``scale`` multiplies by ``factor``, or by the tensor ``node`` (with ``unless``, it divides). ``add`` adds ``factor * node``.
-    ``hide`` replaces scores by ``factor`` where ``node`` is true (with ``unless``, where it is false).
+    ``hide`` replaces scores by ``factor`` where ``node`` is true (with ``unless``, where it is false). ``clamp`` cuts scores
+    off below ``factor`` and above ``high``.
     """
 
-    kind: Literal["scale", "tanh", "add", "hide"]
+    kind: Kind
     at: Node
     rank: int
     factor: float = 1.0
     node: Node | None = None
     unless: bool = False
+    high: float = torch.inf
 
 
 @dataclass
 class Chain:
     """The changes between a product and its softmax, from the softmax backwards, and every tensor of scores on the way.
 
-    ``has_least`` says that no score is -inf, because smaller ones were raised to the smallest float.
+    ``has_least`` says that no score is -inf, because smaller ones were raised to the smallest float. ``is_bent`` says that the
+    scores are bent behind the last node of the chain, in another chain.
     """
 
     order: Order
     changes: list[Change] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     has_least: bool = False
+    is_bent: bool = False
+
+    @property
+    def bends(self) -> bool:
+        """Whether the scores are bent on the way from here to the softmax."""
+        return self.is_bent or any(change.kind in BENDS for change in self.changes)
 
     def walk(self, node: Any, at: Node) -> Scores:
         """Return the product that ``node``, as it is when ``at`` runs, comes from. Raises ``Unread``."""
@@ -79,7 +93,7 @@ class Chain:
             raise unknown(node)
         return self.walk(node.args[0], node)
 
-    def _note(self, kind: Literal["scale", "tanh", "add", "hide"], at: Node, **values: Any) -> None:
+    def _note(self, kind: Kind, at: Node, **values: Any) -> None:
         self.changes.append(Change(kind, at, len(sizes_of(at)), **values))
 
     def _same_shape(self, node: Node, scores: Any) -> Any:
@@ -140,13 +154,13 @@ def _add(chain: Chain, node: Node) -> Scores:
             continue
         if not isinstance(term, Node) or not isinstance(value_of(term), Tensor):
             return _shift(chain, node, scores, term)
-        attempt = Chain(chain.order)
+        attempt = Chain(chain.order, is_bent=chain.bends)
         try:
             product = attempt.walk(chain._same_shape(node, scores), node)
         except Unread as reason:
             failed = failed or reason
             continue
-        if sign > 0 or not is_maximum(term, scores):
+        if sign > 0 or chain.bends or not is_maximum(term, scores):
             chain._note("add", node, factor=sign, node=term)
         chain.changes += attempt.changes
         chain.nodes += attempt.nodes
@@ -156,8 +170,8 @@ def _add(chain: Chain, node: Node) -> Scores:
 
 
 def _shift(chain: Chain, node: Node, scores: Node, term: Any) -> Scores:
-    """A number added to every score, which changes no softmax. Below a soft cap, it would."""
-    if number(term) is None or (number(term) != 0 and any(change.kind == "tanh" for change in chain.changes)):
+    """A number added to every score, which changes no softmax. Below a soft cap or a clamp, it would."""
+    if number(term) is None or (number(term) != 0 and chain.bends):
         raise unknown(node)
     return chain.walk(scores, node)
 
@@ -194,15 +208,22 @@ def _tanh(chain: Chain, node: Node) -> Scores:
     return chain.walk(node.args[0], node)
 
 
-def _at_least(chain: Chain, node: Node) -> Scores:
-    """``max(scores, smallest)`` changes -inf only, which hides a key either way."""
-    scores = node.args[0]
-    least = argument(node, 1, "min" if "clamp" in operation(node) else "other")
-    known = number(least)
+def _clamp(chain: Chain, node: Node) -> Scores:
+    """``max(scores, smallest)`` changes -inf only, which hides a key either way. Other ends change scores."""
+    scores, name = node.args[0], operation(node)
+    if name in ("clamp", "clip"):
+        ends = argument(node, 1, "min"), argument(node, 2, "max")
+    else:
+        end = argument(node, 1, {"clamp_min": "min", "clamp_max": "max"}.get(name, "other"))
+        ends = (end, None) if name in ("max", "maximum", "clamp_min") else (None, end)
+    low, high = (side if end is None else _known(end, node) for end, side in zip(ends, (-torch.inf, torch.inf), strict=True))
     dtype = value_of(node).dtype if isinstance(value_of(node), Tensor) else torch.float64
-    if known is None or known > torch.finfo(dtype).min or argument(node, 2, "max") is not None:
+    if not low < high:
         raise unknown(node)
-    chain.has_least = True
+    if high != torch.inf or low > torch.finfo(dtype).min:
+        chain._note("clamp", node, factor=low, high=high)
+    elif low != -torch.inf:
+        chain.has_least = True
     return chain.walk(scores, node)
 
 
@@ -211,14 +232,15 @@ RULES: dict[str, Callable[[Chain, Node], Scores]] = {
     **dict.fromkeys(("add", "sub"), _add),
     **dict.fromkeys(("masked_fill", "where"), _hide),
     "tanh": _tanh,
-    **dict.fromkeys(("max", "maximum", "clamp", "clamp_min", "clip"), _at_least),
+    **dict.fromkeys(("max", "maximum", "min", "minimum", "clamp", "clamp_min", "clamp_max", "clip"), _clamp),
 }
 
 
 def in_front(changes: list[Change]) -> list[Change]:
     """The changes from the product on, with scales before masks and biases: ``(s + b) * c`` becomes ``s * c + b * c``.
 
-    Neighboring scales become one. Raises ``Unread`` for a scale that cannot move.
+    Neighboring scales become one. A scale that cannot move stays: a tensor or a negative number after any other change, and a
+    scale after a soft cap or a clamp of masked or biased scores.
     """
     done: list[Change] = []
     for change in changes:
@@ -226,14 +248,19 @@ def in_front(changes: list[Change]) -> list[Change]:
             done.append(change)
             continue
         first = next((n for n, earlier in enumerate(done) if earlier.kind in ("add", "hide")), len(done))
-        moves = first < len(done) or any(earlier.kind == "tanh" for earlier in done)
-        if moves and (change.node is not None or change.factor <= 0):
-            raise Unread(
-                "scores are scaled by a tensor or a negative number after a mask, bias or soft cap: scale queries instead"
-            )
+        bent = [earlier.kind in BENDS or _stays(earlier) for earlier in done]
+        moves = first < len(done) or any(bent)
+        if any(bent[first:]) or (moves and _stays(change)):
+            done.append(change)
+            continue
         behind = [replace(b, factor=b.factor * change.factor) if b.kind == "add" else b for b in done[first:]]
         before = done[:first]
         if before and before[-1].kind == "scale" and before[-1].node is None is change.node:
             change = replace(change, factor=change.factor * before.pop().factor)
         done = [*before, change, *behind]
     return done
+
+
+def _stays(change: Change) -> bool:
+    """Whether a change is a scale that keeps its place among other changes."""
+    return change.kind == "scale" and (change.node is not None or change.factor <= 0)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import operator
+from itertools import takewhile
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from sparse_compile.passes.ir.fx_emit import inline
 from sparse_compile.passes.ir.fx_nodes import Order, argument, op_name, shape_of, value_of
 from sparse_compile.passes.ir.left import Left
 from sparse_compile.passes.ir.scalars import fixed
-from sparse_compile.passes.ir.score_steps import Add, Hide, Scale, Step, Tanh
+from sparse_compile.passes.ir.score_steps import Add, Clamp, Hide, Scale, ScaleBy, Step, Tanh
 from sparse_compile.passes.ir.written_call import Unseeing, WrittenCall
 from sparse_compile.passes.read.contents import Unread
 from sparse_compile.passes.read.four_axes import Axes, axes_of
@@ -71,11 +73,12 @@ def _build(output: Output, scores: Scores, chain: Chain, sink: Node | None, unse
     terms = {change: _term(change, axes, heads, scores.node, consumer) for change in steps if change.node is not None}
     values = axes.of_rank(len(output.v.order), heads)
     tensor = axes.tensor(consumer, scores.q)
-    for change in steps:
-        if change.kind == "scale" and change in terms:
+    leading = list(takewhile(lambda change: change.kind == "scale", steps))
+    for change in leading:
+        if change in terms:
             tensor = _scaled(consumer, tensor, terms[change], inverse=change.unless)
     k, v = axes.tensor(consumer, scores.k), values.tensor(consumer, output.v)
-    done = [_step(change, terms.get(change), consumer) for change in steps if change.kind != "scale" or change not in terms]
+    done = [_step(change, terms.get(change), consumer) for change in steps if change not in leading or change not in terms]
     node = values.result(consumer, output.order)
     read = {"score_steps": tuple(done), "sink": sink, "unseeing": unseeing, "in_parts": axes.lead == "batches"}
     return build_call(node, tensor, k, v, scale=1.0, order=Order(node.graph), **read)
@@ -121,7 +124,11 @@ def _term(change: Change, axes: Axes, heads: int | None, like: Node, point: Node
 
 def _step(change: Change, term: Node | None, point: Node) -> Step:
     if change.kind == "scale":
-        return Scale(change.factor)
+        if term is None:
+            return Scale(change.factor)
+        return ScaleBy(inline(point, torch.reciprocal, term) if change.unless else term)
+    if change.kind == "clamp":
+        return Clamp(change.factor, change.high)
     if term is None:
         return Tanh()
     if change.kind == "hide":

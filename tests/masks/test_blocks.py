@@ -14,6 +14,7 @@ from sparse_compile.masks import (
     Mask,
     causal,
     chunked,
+    coarse,
     dilated,
     document,
     explicit,
@@ -21,14 +22,19 @@ from sparse_compile.masks import (
     neighborhood,
     padding,
     per_head,
+    periodic,
     prefix,
+    repeated,
+    shifted,
     sink,
     sliding_window,
     strided,
+    within,
 )
 from sparse_compile.masks.block_mask import block_tables, live_width, query_blocks
 from support.masks.catalog import ROWS as SHORT
-from support.masks.catalog import RUNS, STREAMING, TIGHT, Row
+from support.masks.catalog import RUNS, STREAMING, TIGHT
+from support.masks.row import Row
 from support.oracles.masks import Block, as_a_kernel_sees, blocks_where, full_blocks, pairs, partial_blocks
 
 BLOCK_SIZES = [(1, 1), (4, 4), (3, 5), (5, 3), (4, 1), (64, 128)]
@@ -54,11 +60,19 @@ LONG: dict[str, tuple[Mask, bool]] = {  # a mask for 500 queries and keys, and w
     "neighborhood, causal": (neighborhood(500, 100, causal=True), True),
     "per_head": (per_head([causal, causal & sliding_window(64), causal, full]), True),
     "strided": (causal & strided(7), True),
-    "dilated": (dilated(9, 30), False),
-    "neighborhood, 2-D": (neighborhood((25, 20), (5, 7)), False),
-    "neighborhood, 2-D, dilated and causal": (neighborhood((25, 20), (5, 3), (3, 4), (True, False)), False),
-    "neighborhood, 3-D": (neighborhood((6, 9, 9), (3, 5, 3), (2, 1, 3), (False, True, False)), False),
-    "explicit": (explicit(torch.rand(1, 2, 500, 500, generator=torch.Generator().manual_seed(0)) < 0.001), False),
+    "dilated": (dilated(9, 30), True),
+    "neighborhood, 2-D": (neighborhood((25, 20), (5, 7)), True),
+    "neighborhood, 2-D, dilated and causal": (neighborhood((25, 20), (5, 3), (3, 4), (True, False)), True),
+    "neighborhood, 3-D": (neighborhood((6, 9, 9), (3, 5, 3), (2, 1, 3), (False, True, False)), True),
+    "explicit": (explicit(torch.rand(1, 2, 500, 500, generator=torch.Generator().manual_seed(0)) < 0.001), True),
+    "strided far apart": (causal & strided(300, offset=40), True),
+    "explicit rows": (explicit(torch.arange(500).view(1, 1, -1, 1) % 200 == 7), True),
+    "padding with holes": (padding(torch.arange(500).view(1, -1) % 300 == 299), True),
+    "coarse": (coarse(dilated(2, 2), q=70, kv=90), True),
+    "periodic": (periodic(dilated(20, 1), 180), True),
+    "repeated": (repeated(dilated(20, 1), 180), True),
+    "within": (within(causal & sliding_window(30), 200), True),
+    "shifted neighborhood": (shifted(neighborhood((19, 20), (5, 7), stride=(2, 3)), q=60, kv=60), True),
     "not document": (causal & ~document(IDS), False),
 }
 every_long_mask = pytest.mark.parametrize("name", LONG)
@@ -178,6 +192,12 @@ def test_tight_long_tables_take_as_full_what_create_block_mask_does(name: str) -
 def test_a_neighborhood_on_a_grid_skips_most_blocks() -> None:
     found = neighborhood((64, 64), (7, 7)).block_mask(4096, 4096)
     assert len(listed(found)) < 0.2 * (4096 / 128) ** 2
+
+
+def test_a_window_of_video_lists_few_blocks() -> None:
+    mask = neighborhood((16, 24, 32), (4, 8, 8), stride=(2, 4, 4))
+    found = mask.block_mask(12_288, 12_288)
+    assert len(listed(found)) < 0.13 * 96**2  # runs of whole lines are 27 % of all blocks
 
 
 # -- the tables themselves ------------------------------------------------------------------------------------------

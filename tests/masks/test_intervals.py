@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparse_compile.masks.intervals import INF, Bounds, Intervals, normalize
+from sparse_compile.masks.bounds import Bounds
+from sparse_compile.masks.intervals import INF, Intervals, normalize
 
 Pairs = list[tuple[int, int]]
 

@@ -202,8 +202,8 @@ def test_captured_tensors_have_the_dtype_asked_for(make: Callable[[], Mask], rul
             "explicit covers queries 3 to 18, but the attention has queries 2 to 5",
         ),
         (
-            lambda: explicit(CHOSEN, kv_start=1).dense(4, 4, batch=2, heads=2),
-            "explicit covers keys 1 to 16, but the attention has keys 0 to 3",
+            lambda: explicit(CHOSEN, kv_start=1).dense(4, 18, batch=2, heads=2),
+            "explicit covers keys 1 to 16, but the attention has keys 0 to 17",
         ),
     ],
 )

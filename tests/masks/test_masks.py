@@ -26,7 +26,8 @@ from sparse_compile.masks import (
     sliding_window,
     strided,
 )
-from support.masks.catalog import ROWS, Row
+from support.masks.catalog import ROWS
+from support.masks.row import Row
 from support.oracles.masks import pairs
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

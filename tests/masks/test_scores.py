@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 import sparse_compile.masks
-from sparse_compile.masks import Captured, ScoreMod, alibi, bias, causal, log_weight, sink_logits, softcap
+from sparse_compile.masks import Captured, ScoreMod, alibi, bias, causal, clamped, log_weight, scaled, sink_logits, softcap
 
 NAMES = {name: getattr(sparse_compile.masks, name) for name in sparse_compile.masks.__all__}
 SLOPES = [0.5, 0.25]
@@ -26,6 +26,11 @@ EXAMPLES = [
     bias(TABLE),
     bias(TABLE[:1, :, :1], q_start=3, kv_start=2),
     bias(TABLE, q_start=[3], kv_start=torch.tensor([2])),
+    scaled(-0.5),
+    scaled([[[[2.0]], [[0.5]]]]),
+    scaled(TABLE, q_start=[3], kv_start=2),
+    clamped(-50.0, 50.0),
+    clamped(-math.inf, 50.0) >> scaled(2.0),
     sink_logits([1.0, -1.0]),
     softcap(30.0) >> alibi(SLOPES),
     alibi(SLOPES) >> log_weight(WEIGHT) >> sink_logits([1.0, -1.0]),
@@ -72,6 +77,34 @@ def test_one_row_of_weights_serves_every_batch() -> None:
 
 def test_bias_is_added() -> None:
     torch.testing.assert_close(scores(bias(TABLE), start=1.0), TABLE + 1)
+
+
+def test_scaled_multiplies() -> None:
+    torch.testing.assert_close(scores(scaled(-2.0), start=3.0), torch.full((2, 2, 3, 4), -6.0))
+    torch.testing.assert_close(scores(scaled(TABLE), start=3.0), TABLE * 3)
+    by_head = scores(scaled([[[[2.0]], [[0.5]]]]), start=3.0)
+    torch.testing.assert_close(by_head, by_pair(lambda b, h, i, j: [6.0, 1.5][h]))
+
+
+def test_clamped_cuts_off() -> None:
+    torch.testing.assert_close(scores(bias(TABLE) >> clamped(3.0, 9.0)), TABLE.clamp(3, 9))
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (2.0, 1.0), (math.nan, 1.0)])
+def test_clamped_ends_are_in_order(low: float, high: float) -> None:
+    with pytest.raises(ValueError, match=f"clamped needs a low end below the high end, got {low} and {high}: swap the two"):
+        clamped(low, high)
+
+
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_a_factor_is_finite(factor: float) -> None:
+    with pytest.raises(ValueError, match=f"scaled needs a finite factor, got {factor}: hide keys with a mask"):
+        scaled(factor)
+
+
+def test_a_table_of_factors_has_four_axes() -> None:
+    with pytest.raises(ValueError, match=r"scaled needs factor of shape \[batch, heads, queries, keys\], got \[2\]"):
+        scaled([1.0, 2.0])
 
 
 @pytest.mark.parametrize("axis", range(4))

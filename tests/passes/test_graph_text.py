@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import Graph
 
-from sparse_compile.masks import Captured, alibi, bias, causal, document, page_topk, sink_logits, sliding_window, softcap
+from sparse_compile.masks import (
+    Captured,
+    alibi,
+    bias,
+    causal,
+    clamped,
+    document,
+    page_topk,
+    scaled,
+    sink_logits,
+    sliding_window,
+    softcap,
+)
 from sparse_compile.passes.ops.attention_stats import Look, Watch
 from sparse_compile.passes.ops.flex_attention import Spec
 from sparse_compile.passes.ops.structured import StructuredOp
@@ -42,6 +54,7 @@ VALUES = [
     causal & sliding_window(3),
     softcap(30.0) >> alibi([0.5, 0.25]) >> sink_logits(torch.tensor([0.1, 0.7])),
     bias(Captured.symbol("b"), Captured.symbol("q_start"), 0),
+    scaled(Captured.symbol("f"), Captured.symbol("q_start"), 0) >> clamped(-torch.inf, 5.0),
     Spec(causal, 4, 0.125, softcap(2.0), (128, 64), (("BACKEND", "TRITON"), ("SPLIT_KV", 4)), 4, (3, 0)),
     Watch(Look(period=7), causal, None, 0.5),
     PLAN,

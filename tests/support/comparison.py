@@ -89,7 +89,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 
 def words(text: str) -> str:
     """A mask or score mod as text without the names of tensors: ``padding`` for ``padding(l_valid_)``."""
-    return re.sub(r"(explicit|padding|document|prefix|bias|sink_logits)\([A-Za-z_][^()]*\)", r"\1", text)
+    return re.sub(r"(explicit|padding|documents?|prefix|bias|scaled|sink_logits)\([A-Za-z_][^()]*\)", r"\1", text)
 
 
 def qkv(

@@ -36,7 +36,7 @@ LEFT: dict[str, tuple[Attention, str]] = {
     ),
     "a negative scale after a mask": (
         lambda q, k, v, m: ((q @ k.mT + additive(m, -1e9)) * -1.0).softmax(-1) @ v,
-        "scaled by a tensor or a negative number",
+        "scores are scaled, capped or clamped after keys were hidden",
     ),
     "scores broadcast by a mask": (
         lambda q, k, v, m: (q[:1] @ k[:1].mT + torch.zeros(B, 1, N, N)).softmax(-1) @ v,

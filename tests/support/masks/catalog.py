@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 
 from sparse_compile.masks import (
-    Mask,
     causal,
     chunked,
     dilated,
@@ -23,54 +19,9 @@ from sparse_compile.masks import (
     sliding_window,
     strided,
 )
-
-Oracle = Callable[[int, int, int, int], bool]  # (b, h, i, j): is the pair visible?
-
-
-@dataclass(frozen=True)
-class Row:
-    """A mask, its meaning, and an attention that it fits: ``q_len`` queries that start at 0 to 3, and ``kv_len`` keys.
-
-    ``tight`` claims that block tables list no block without a visible pair, and list every fully visible block as full.
-    ``drawing`` is what ``draw`` prints for as many queries and keys as it has lines and columns.
-    """
-
-    name: str
-    mask: Mask
-    oracle: Oracle
-    batch: int = 1
-    heads: int = 1
-    tight: bool = False
-    drawing: str = ""
-    q_len: int = 12
-    kv_len: int = 14
-
-
-def near(x: int, y: int, size: int, kernel: int, dilation: int = 1, causal: bool = False) -> bool:
-    """Return whether ``x`` sees ``y`` on an axis of NATTEN. The window keeps the remainder and moves inward at the borders."""
-    line = range(x % dilation, size, dilation)
-    at = line.index(x)
-    first = at - kernel + 1 if causal else min(max(at - kernel // 2, 0), len(line) - kernel)
-    stop = at + 1 if causal else first + kernel
-    return y in line[max(first, 0) : stop]
-
-
-def near_on_grid(
-    i: int,
-    j: int,
-    grid: tuple[int, ...],
-    kernel: tuple[int, ...],
-    dilation: tuple[int, ...] | None = None,
-    causal: tuple[bool, ...] | None = None,
-) -> bool:
-    """Return whether ``i`` sees ``j`` on a NATTEN grid that is numbered row by row. Tokens beyond the grid see nothing."""
-    dilation, causal = dilation or (1,) * len(grid), causal or (False,) * len(grid)
-    for axis in reversed(range(len(grid))):
-        (i, x), (j, y) = divmod(i, grid[axis]), divmod(j, grid[axis])
-        if not near(x, y, grid[axis], kernel[axis], dilation[axis], causal[axis]):
-            return False
-    return i == 0 and j == 0
-
+from support.masks.combined import COMBINED
+from support.masks.grids import near, near_on_grid
+from support.masks.row import Row
 
 RUNS = [[0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 4, 4], [7, 7, 7, 7, 7, 7, 7, 7, 5, 5, 5, 5, 9, 9, 9, 9]]
 SCATTERED = [[0, 1, 0, 2, 1, 1, 0, 3, 3, 0, 2, 2, 4, 0, 1, 1]]
@@ -100,14 +51,21 @@ ROWS = [
     Row("sliding_window of one", sliding_window(1), lambda b, h, i, j: j >= i, tight=True, drawing="███\n·██\n··█"),
     Row("chunked", chunked(4), lambda b, h, i, j: i // 4 == j // 4, tight=True, drawing="████·\n████·\n████·\n████·\n····█"),
     Row("chunked by one", chunked(1), lambda b, h, i, j: i == j, tight=True, drawing="█··\n·█·\n··█"),
-    Row("strided", strided(3), lambda b, h, i, j: j % 3 == 0, drawing="█··█·\n█··█·"),
-    Row("strided from an offset", strided(3, offset=5), lambda b, h, i, j: (j - 5) % 3 == 0, drawing="··█··█\n··█··█"),
+    Row("strided", strided(3), lambda b, h, i, j: j % 3 == 0, drawing="█··█·\n█··█·", tight=True),
+    Row(
+        "strided from an offset",
+        strided(3, offset=5),
+        lambda b, h, i, j: (j - 5) % 3 == 0,
+        drawing="··█··█\n··█··█",
+        tight=True,
+    ),
     Row("strided by one", strided(1), lambda b, h, i, j: True, tight=True, drawing="██\n██"),
     Row(
         "dilated",
         dilated(2, 3),
         lambda b, h, i, j: (i - j) % 3 == 0 and abs(i - j) < 6,
         drawing="█··█··\n·█··█·\n··█··█\n█··█··",
+        tight=True,
     ),
     Row("dilated by one", dilated(2, 1), lambda b, h, i, j: abs(i - j) < 2, tight=True, drawing="██·\n███\n·██"),
     Row("prefix", prefix(5), lambda b, h, i, j: j < 5, tight=True, drawing="█████·\n█████·"),
@@ -150,19 +108,29 @@ ROWS = [
     Row(
         "neighborhood, causal", neighborhood(16, 5, causal=True), lambda b, h, i, j: near(i, j, 16, 5, causal=True), tight=True
     ),
-    Row("neighborhood, dilated", neighborhood(16, 3, dilation=4), lambda b, h, i, j: near(i, j, 16, 3, 4)),
-    Row("neighborhood, dilated unevenly", neighborhood(16, 2, dilation=5), lambda b, h, i, j: near(i, j, 16, 2, 5)),
+    Row(
+        "neighborhood, even kernel and stride",
+        neighborhood(16, 4, stride=2),
+        lambda b, h, i, j: near(i, j, 16, 4, stride=2),
+        tight=True,
+        drawing="████··\n████··\n·████·\n·████·",
+    ),
+    Row(
+        "neighborhood, causal with a stride",
+        neighborhood(16, 4, causal=True, stride=3),
+        lambda b, h, i, j: near(i, j, 16, 4, 1, True, 3),
+        tight=True,
+        drawing="█····\n██···\n███··\n··██·\n··███",
+    ),
+    Row("neighborhood, dilated", neighborhood(16, 3, dilation=4), lambda b, h, i, j: near(i, j, 16, 3, 4), tight=True),
+    Row("neighborhood, dilated unevenly", neighborhood(16, 2, dilation=5), lambda b, h, i, j: near(i, j, 16, 2, 5), tight=True),
     Row(
         "neighborhood, dilated and causal",
         neighborhood(16, 4, dilation=3, causal=True),
         lambda b, h, i, j: near(i, j, 16, 4, 3, True),
+        tight=True,
     ),
-    Row(
-        "neighborhood of the whole grid",
-        neighborhood((4, 4), 4),
-        lambda b, h, i, j: True,
-        drawing="███\n███",
-    ),
+    Row("neighborhood of the whole grid", neighborhood((4, 4), 4), lambda b, h, i, j: True, drawing="███\n███", tight=True),
     Row(
         "neighborhood smaller than the lengths",
         neighborhood(10, 3),
@@ -173,32 +141,44 @@ ROWS = [
         "neighborhood of a grid smaller than the lengths",
         neighborhood((3, 3), 3, causal=(True, False)),
         lambda b, h, i, j: near_on_grid(i, j, (3, 3), (3, 3), causal=(True, False)),
+        tight=True,
     ),
     Row(
         "neighborhood, 2-D",
         neighborhood((4, 5), (3, 2)),
         lambda b, h, i, j: near_on_grid(i, j, (4, 5), (3, 2)),
         drawing="██···██···\n██···██···\n·██···██··",
+        tight=True,
     ),
     Row(
         "neighborhood, 2-D, dilated and causal on one axis",
         neighborhood((8, 2), (3, 2), dilation=(2, 1), causal=(True, False)),
         lambda b, h, i, j: near_on_grid(i, j, (8, 2), (3, 2), (2, 1), (True, False)),
+        tight=True,
     ),
     Row(
         "neighborhood, 2-D, dilated on both axes",
         neighborhood((4, 5), (2, 2), dilation=2),
         lambda b, h, i, j: near_on_grid(i, j, (4, 5), (2, 2), (2, 2)),
+        tight=True,
     ),
     Row(
         "neighborhood, 3-D",
         neighborhood((3, 2, 3), (2, 1, 3)),
         lambda b, h, i, j: near_on_grid(i, j, (3, 2, 3), (2, 1, 3)),
+        tight=True,
+    ),
+    Row(
+        "neighborhood, 3-D, with strides",
+        neighborhood((2, 3, 4), (2, 3, 3), stride=(1, 2, 3)),
+        lambda b, h, i, j: near_on_grid(i, j, (2, 3, 4), (2, 3, 3), stride=(1, 2, 3)),
+        tight=True,
     ),
     Row(
         "neighborhood, 3-D, dilated and causal",
         neighborhood((4, 2, 2), (2, 2, 1), dilation=(2, 1, 2), causal=(True, False, True)),
         lambda b, h, i, j: near_on_grid(i, j, (4, 2, 2), (2, 2, 1), (2, 1, 2), (True, False, True)),
+        tight=True,
     ),
     Row(
         "per_head, one per query head",
@@ -234,14 +214,16 @@ ROWS = [
         lambda b, h, i, j: [j <= i, CHOSEN[b][h][i][j]][h],
         batch=2,
         heads=2,
+        tight=True,
     ),
-    Row("explicit", explicit(CHOSEN), lambda b, h, i, j: CHOSEN[b][h][i][j], batch=2, heads=2),
+    Row("explicit", explicit(CHOSEN), lambda b, h, i, j: CHOSEN[b][h][i][j], batch=2, heads=2, tight=True),
     Row(
         "explicit, the same for all queries",
         explicit(torch.tensor(CHOSEN)[:1, :, :1]),
         lambda b, h, i, j: CHOSEN[0][h][0][j],
         batch=2,
         heads=2,
+        tight=True,
     ),
     Row(
         "explicit, the same for all keys",
@@ -249,6 +231,7 @@ ROWS = [
         lambda b, h, i, j: CHOSEN[b][0][i][0],
         batch=2,
         heads=2,
+        tight=True,
     ),
     Row("streaming", STREAMING, lambda b, h, i, j: (j < 2 and j <= i) or i - 3 < j <= i, tight=True),
     Row(
@@ -266,4 +249,5 @@ ROWS = [
         drawing="·····\n·····\n·····\n·····\n█····",
     ),
 ]
+ROWS += COMBINED
 TIGHT = [row for row in ROWS if row.tight]

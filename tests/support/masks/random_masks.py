@@ -13,17 +13,24 @@ from sparse_compile.masks import (
     Mask,
     causal,
     chunked,
+    coarse,
     dilated,
     document,
+    documents,
     explicit,
     full,
     neighborhood,
+    of_queries,
     padding,
     per_head,
+    periodic,
     prefix,
+    repeated,
+    shifted,
     sink,
     sliding_window,
     strided,
+    within,
 )
 
 POSITIONS, BATCH, HEADS = 16, 2, 4
@@ -58,29 +65,8 @@ def _neighborhoods(draw: st.DrawFn) -> Mask:
     dilation = tuple(draw(st.integers(1, min(size, 4))) for size in grid)
     kernel = tuple(draw(st.integers(1, size // step)) for size, step in zip(grid, dilation, strict=True))
     back = tuple(draw(st.booleans()) for _ in grid)
-    return neighborhood(grid, kernel, dilation, back)
-
-
-_batch, _one = st.sampled_from([1, BATCH]), st.just(1)
-_positions = st.just(POSITIONS)
-_runs = _tensors(4, _batch, _positions).map(lambda steps: steps.eq(0).cumsum(1))
-_left = _tensors(POSITIONS + 1, _batch, _one).map(lambda first: torch.arange(POSITIONS) >= first)
-patterns: SearchStrategy[Mask] = st.one_of(
-    st.sampled_from([causal, full, ~full]),
-    st.builds(sink, small),
-    st.builds(sliding_window, small),
-    st.builds(chunked, small),
-    st.builds(strided, small, offset=st.integers(0, 3)),
-    st.builds(dilated, st.integers(1, 4), st.integers(1, 4)),
-    st.builds(prefix, st.one_of(st.integers(0, 9), _tensors(10, _batch))),
-    st.builds(document, st.one_of(_runs, _tensors(3, _batch, _positions))),
-    st.builds(padding, st.one_of(_left, _tensors(2, _batch, _positions).map(torch.Tensor.bool))),
-    _neighborhoods(),
-)
-_all_or = {size: st.sampled_from([1, size]) for size in (HEADS, POSITIONS)}
-explicits: SearchStrategy[Mask] = st.builds(
-    explicit, _tensors(2, _batch, _all_or[HEADS], _all_or[POSITIONS], _all_or[POSITIONS]).map(torch.Tensor.bool)
-)
+    stride = tuple(draw(st.integers(1, width)) for width in kernel)
+    return neighborhood(grid, kernel, dilation, back, stride)
 
 
 @st.composite
@@ -96,6 +82,40 @@ def trees(draw: st.DrawFn, depth: int, leaves: SearchStrategy[Mask]) -> Mask:
             return ~draw(trees(depth - 1, leaves))
         case _:
             return draw(leaves)
+
+
+_batch, _one = st.sampled_from([1, BATCH]), st.just(1)
+_positions = st.just(POSITIONS)
+_runs = _tensors(4, _batch, _positions).map(lambda steps: steps.eq(0).cumsum(1))
+_left = _tensors(POSITIONS + 1, _batch, _one).map(lambda first: torch.arange(POSITIONS) >= first)
+_plain: SearchStrategy[Mask] = st.one_of(
+    st.sampled_from([causal, full, ~full]),
+    st.builds(sink, small),
+    st.builds(sliding_window, small),
+    st.builds(chunked, small),
+    st.builds(strided, small, offset=st.integers(0, 3)),
+    st.builds(dilated, st.integers(1, 4), st.integers(1, 4)),
+    st.builds(prefix, st.one_of(st.integers(0, 9), _tensors(10, _batch))),
+    st.builds(document, st.one_of(_runs, _tensors(3, _batch, _positions))),
+    st.builds(padding, st.one_of(_left, _tensors(2, _batch, _positions).map(torch.Tensor.bool))),
+    _neighborhoods(),
+)
+_inside = trees(1, _plain)
+_starts = _runs.map(lambda ids: torch.searchsorted(ids, ids))
+patterns: SearchStrategy[Mask] = st.one_of(
+    *[_plain] * 3,
+    st.builds(coarse, _inside, q=small, kv=small),
+    st.builds(shifted, _inside, q=small, kv=small),
+    st.builds(of_queries, _inside),
+    st.builds(periodic, _inside, small),
+    st.builds(repeated, _inside, small),
+    st.builds(within, _inside, st.one_of(small, _starts)),
+    st.builds(documents, _tensors(3, _batch, _positions), _tensors(3, _batch, _positions)),
+)
+_all_or = {size: st.sampled_from([1, size]) for size in (HEADS, POSITIONS)}
+explicits: SearchStrategy[Mask] = st.builds(
+    explicit, _tensors(2, _batch, _all_or[HEADS], _all_or[POSITIONS], _all_or[POSITIONS]).map(torch.Tensor.bool)
+)
 
 
 _lists = st.sampled_from([1, 2, HEADS]).flatmap(lambda n: st.lists(trees(2, patterns), min_size=n, max_size=n))

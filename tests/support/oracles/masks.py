@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from support.masks.catalog import Row
+from support.masks.row import Row
 
 Block = tuple[int, int, int, int]  # (b, h, query block, key block)
 
