@@ -87,7 +87,7 @@ def test_the_readme_runs() -> None:
 
 def test_the_readme_is_short_and_starts_with_an_example() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    assert len(lines) < 200
+    assert len(lines) < 250
     assert "backend=sparse_compile.backend" in "\n".join(lines[:10])
 
 
