@@ -1,0 +1,144 @@
+"""Plan which KV heads of each layer become one attention layer of vLLM, from the policy and the sizes of the model."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from sparse_compile.masks import causal, sliding_window
+from sparse_compile.masks.analysis import Past
+from sparse_compile.masks.mask import Mask
+from sparse_compile.policy import Policy
+from sparse_compile.vllm.kinds import Kind, kind_of
+
+MOST_GROUPS = 16  # every KV cache group has block tables and metadata of its own, which the host prepares for each step
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a whole model: all ranks together. ``windows`` has the model's own sliding window of each layer, or None."""
+
+    heads: int
+    kv_heads: int
+    windows: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """KV heads of one layer and one rank that vLLM serves as one attention layer. ``kv_heads`` counts from 0 on each rank."""
+
+    name: str
+    kind: Kind
+    kv_heads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kinds of all KV heads, ``[layers][KV heads]``, and how many heads every part has.
+
+    All parts have equally many heads. Their blocks are then equally large, so that vLLM neither pads nor rescales any of them,
+    and layers may have different numbers of heads of a kind.
+    """
+
+    kinds: tuple[tuple[Kind, ...], ...]
+    ranks: int
+    unit: int
+
+    def parts(self, layer: int, rank: int) -> tuple[Part, ...]:
+        """The parts of one layer on one rank. Every rank gives its parts the same names."""
+        heads: dict[Kind, list[int]] = {}
+        for head, kind in enumerate(of_rank(self.kinds[layer], rank, self.ranks)):
+            heads.setdefault(kind, []).append(head)
+        parts = []
+        for kind, members in sorted(heads.items(), key=lambda item: _text(item[0])):
+            label = hashlib.sha256(_text(kind).encode()).hexdigest()[:8]
+            for number, first in enumerate(range(0, len(members), self.unit)):
+                parts.append(Part(f"{kind.name}_{label}_{number}", kind, tuple(members[first : first + self.unit])))
+        return tuple(parts)
+
+    def groups(self) -> int:
+        """The number of KV cache groups that vLLM will make of the parts."""
+        stored: Counter[Past | None] = Counter()
+        for layer in range(len(self.kinds)):
+            stored.update(part.kind.stored for part in self.parts(layer, 0))
+        return count_groups(stored.values())
+
+
+def plan_model(policy: Policy, shape: Shape, *, max_length: int, ranks: int = 1, one_head: bool = False) -> Plan:
+    """Plan the parts of a model of this shape whose KV heads are dealt to ``ranks`` in order.
+
+    ``one_head`` asks for parts of one KV head if there is more than one kind of head, as platforms need whose kernels and
+    FlexAttention order the heads in a block differently.
+
+    Raises ``ValueError`` for a policy that does not fit the model or that vLLM cannot serve, for ranks with different kinds of
+    heads, and for too many KV cache groups.
+    """
+    policy.check(len(shape.windows), shape.heads, shape.kv_heads)
+    if policy.names_modules():
+        raise ValueError("vLLM names modules in its own way, but the policy names modules: use layer indices or ranges")
+    kinds = tuple(
+        tuple(_kinds_of_layer(policy, layer, causal if window is None else causal & sliding_window(window), shape, max_length))
+        for layer, window in enumerate(shape.windows)
+    )
+    _check_ranks(kinds, ranks)
+    counts = {count for layer in kinds for count in Counter(of_rank(layer, 0, ranks)).values()}
+    distinct = {kind for layer in kinds for kind in layer}
+    plan = Plan(kinds, ranks, 1 if one_head and len(distinct) > 1 else math.gcd(*counts))
+    if plan.groups() > MOST_GROUPS:
+        raise ValueError(
+            f"the policy makes {plan.groups()} KV cache groups of vLLM, and at most {MOST_GROUPS} are served: give the kinds "
+            "of heads more equal numbers in the whole model, as half of the heads full and half of them streaming"
+        )
+    return plan
+
+
+def of_rank(heads: Sequence[Kind], rank: int, ranks: int) -> Sequence[Kind]:
+    """The KV heads of one layer that a rank has. If there are more ranks than heads, several ranks have the same head."""
+    own = max(1, len(heads) // ranks)
+    first = rank * len(heads) // ranks
+    return heads[first : first + own]
+
+
+def count_groups(layers: Iterable[int]) -> int:
+    """The number of groups that vLLM makes of equally large layers, given how many are stored in each way.
+
+    It takes the smallest number as the size of a group, or the largest if they are close, and splits the others.
+
+        >>> count_groups([16, 16]), count_groups([2, 30]), count_groups([12, 13])
+        (2, 16, 2)
+    """
+    counts = list(layers)
+    size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+    return sum(-(-count // size) for count in counts)
+
+
+def _kinds_of_layer(policy: Policy, layer: int, model: Mask, shape: Shape, max_length: int) -> Iterable[Kind]:
+    group = shape.heads // shape.kv_heads
+    masks = tuple(policy.mask_for("", layer, phase) for phase in ("prefill", "decode"))
+    for first in range(0, shape.heads, group):
+        prefill, decode = (
+            [model if mask is None else model & mask.for_head(head, shape.heads) for head in range(first, first + group)]
+            for mask in masks
+        )
+        yield kind_of(layer, model, prefill, decode, max_length)
+
+
+def _check_ranks(kinds: tuple[tuple[Kind, ...], ...], ranks: int) -> None:
+    for layer, heads in enumerate(kinds):
+        counts = [Counter(kind.name for kind in of_rank(heads, rank, ranks)) for rank in range(ranks)]
+        exact = [Counter(of_rank(heads, rank, ranks)) for rank in range(ranks)]
+        if any(count != exact[0] for count in exact):
+            written = "; ".join(
+                f"rank {rank}: {', '.join(f'{n} {name}' for name, n in sorted(c.items()))}" for rank, c in enumerate(counts)
+            )
+            raise ValueError(
+                f"tensor parallelism needs equally many heads of a kind on every rank, but layer {layer} has {written}: set "
+                '"balance": true beside the policy, or use --tensor-parallel-size 1'
+            )
+
+
+def _text(kind: Kind) -> str:
+    return " ".join(map(str, kind.masks))
