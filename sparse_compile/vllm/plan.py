@@ -9,11 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sparse_compile.masks import causal, sliding_window
-from sparse_compile.masks.analysis import Past
-from sparse_compile.masks.mask import Mask
 from sparse_compile.policy import Policy
 from sparse_compile.vllm.kinds import Kind, kind_of
 
+MOST_MASKS = 4  # vLLM compiles its kernel three or four times for each mask, and gives up after 16 times
 MOST_GROUPS = 16  # every KV cache group has block tables and metadata of its own, which the host prepares for each step
 
 
@@ -60,18 +59,22 @@ class Plan:
         return tuple(parts)
 
     def groups(self) -> int:
-        """The number of KV cache groups that vLLM will make of the parts."""
-        stored: Counter[Past | None] = Counter()
-        for layer in range(len(self.kinds)):
-            stored.update(part.kind.stored for part in self.parts(layer, 0))
-        return count_groups(stored.values())
+        """The number of KV cache groups that vLLM will make of the parts and of their page summaries."""
+        kinds = [part.kind for layer in range(len(self.kinds)) for part in self.parts(layer, 0)]
+        stored = Counter(kind.past for kind in kinds)
+        if stored.keys() == {None}:
+            return 1  # vLLM serves layers that store every key in one group, also where blocks differ in size
+        summaries = sum(kind.selector is not None for kind in kinds)
+        return count_groups([*stored.values(), *([summaries] if summaries else [])])
 
 
-def plan_model(policy: Policy, shape: Shape, *, max_length: int, ranks: int = 1, one_head: bool = False) -> Plan:
+def plan_model(
+    policy: Policy, shape: Shape, *, max_length: int, block_size: int, ranks: int = 1, one_head: bool = False
+) -> Plan:
     """Plan the parts of a model of this shape whose KV heads are dealt to ``ranks`` in order.
 
-    ``one_head`` asks for parts of one KV head if there is more than one kind of head, as platforms need whose kernels and
-    FlexAttention order the heads in a block differently.
+    Texts have up to ``max_length`` tokens, in blocks of ``block_size``. ``one_head`` asks for parts of one KV head if there is
+    more than one kind of head, as platforms need whose kernels and FlexAttention order the heads in a block differently.
 
     Raises ``ValueError`` for a policy that does not fit the model or that vLLM cannot serve, for ranks with different kinds of
     heads, and for too many KV cache groups.
@@ -79,13 +82,17 @@ def plan_model(policy: Policy, shape: Shape, *, max_length: int, ranks: int = 1,
     policy.check(len(shape.windows), shape.heads, shape.kv_heads)
     if policy.names_modules():
         raise ValueError("vLLM names modules in its own way, but the policy names modules: use layer indices or ranges")
-    kinds = tuple(
-        tuple(_kinds_of_layer(policy, layer, causal if window is None else causal & sliding_window(window), shape, max_length))
-        for layer, window in enumerate(shape.windows)
-    )
+    lengths = {"max_length": max_length, "block_size": block_size}
+    kinds = tuple(tuple(_kinds_of_layer(policy, layer, shape, lengths)) for layer in range(len(shape.windows)))
     _check_ranks(kinds, ranks)
     counts = {count for layer in kinds for count in Counter(of_rank(layer, 0, ranks)).values()}
     distinct = {kind for layer in kinds for kind in layer}
+    masked = {kind.masks for kind in distinct if not kind.stock and kind.selector is None}
+    if len(masked) > MOST_MASKS:
+        raise ValueError(
+            f"the policy has {len(masked)} different masks that are no plain windows, and vLLM serves at most {MOST_MASKS}: "
+            "use fewer, such as one sink and window for all streaming heads"
+        )
     plan = Plan(kinds, ranks, 1 if one_head and len(distinct) > 1 else math.gcd(*counts))
     if plan.groups() > MOST_GROUPS:
         raise ValueError(
@@ -115,15 +122,16 @@ def count_groups(layers: Iterable[int]) -> int:
     return sum(-(-count // size) for count in counts)
 
 
-def _kinds_of_layer(policy: Policy, layer: int, model: Mask, shape: Shape, max_length: int) -> Iterable[Kind]:
-    group = shape.heads // shape.kv_heads
+def _kinds_of_layer(policy: Policy, layer: int, shape: Shape, lengths: dict[str, int]) -> Iterable[Kind]:
+    group, window = shape.heads // shape.kv_heads, shape.windows[layer]
+    model = causal if window is None else causal & sliding_window(window)
     masks = tuple(policy.mask_for("", layer, phase) for phase in ("prefill", "decode"))
     for first in range(0, shape.heads, group):
         prefill, decode = (
             [model if mask is None else model & mask.for_head(head, shape.heads) for head in range(first, first + group)]
             for mask in masks
         )
-        yield kind_of(layer, model, prefill, decode, max_length)
+        yield kind_of(layer, model, prefill, decode, **lengths)
 
 
 def _check_ranks(kinds: tuple[tuple[Kind, ...], ...], ranks: int) -> None:
