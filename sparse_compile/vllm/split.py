@@ -112,7 +112,11 @@ def _attention(layer: Attention, part: Part, masks: Masks, vllm_config: Any) -> 
 
 
 def _selected(sizes: tuple[Any, ...], masks: tuple[Mask, ...], selector: PageTopK, same: dict[str, Any]) -> Attention:
-    raise ValueError(f"{selector} inside vLLM is not served: use static masks")
+    if not current_platform.is_cpu():
+        raise ValueError(f"{selector} inside vLLM runs on the CPU only, so far: use static masks on this platform")
+    from sparse_compile.vllm.selected import SelectedAttention  # it imports the kernels of the CPU
+
+    return SelectedAttention(*sizes, masks=masks, selector=selector, **same)
 
 
 def _check_layer(name: str, layer: Any) -> None:

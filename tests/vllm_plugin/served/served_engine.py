@@ -21,7 +21,7 @@ def main(given: Path, result: Path) -> None:
     for _ in range(job["rounds"]):
         inputs = [{"prompt_token_ids": ids} for ids in job["prompts"]]
         rounds.append([text_of(out) for out in llm.generate(inputs, greedy, use_tqdm=False)])
-    result.write_text(json.dumps({"rounds": rounds, "groups": groups, "blocks": blocks, "read": {}}))
+    result.write_text(json.dumps({"rounds": rounds, "groups": groups, "blocks": blocks, "read": pages_of(core)}))
 
 
 def text_of(output: Any) -> dict[str, Any]:
@@ -42,6 +42,13 @@ def groups_of(core: Any) -> list[dict[str, Any]]:
         }
         for group in core.scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
     ]
+
+
+def pages_of(core: Any) -> dict[str, int]:
+    """How many pages decode steps have read in all layers that select some, and how many there were."""
+    context = {} if core is None else core.vllm_config.compilation_config.static_forward_context
+    pages = [layer.pages for layer in context.values() if hasattr(layer, "selector")]
+    return {"read": sum(one.read for one in pages), "held": sum(one.held for one in pages)}
 
 
 def watch(core: Any) -> list[int]:
