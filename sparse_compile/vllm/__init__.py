@@ -8,13 +8,15 @@ def register() -> None:
 
         vllm serve MODEL --additional-config '{"sparse_compile": {"policy": "streaming_llm", "sink": 4, "recent": 1020}}'
 
-    Without ``sparse_compile`` in ``additional_config``, vLLM does what it does without the plug-in.
+    ``sparse_compile.vllm.settings.read_settings`` says what the policy may be. Without one, vLLM does what it does without the
+    plug-in. With one, anything that cannot be served is a ``ValueError`` when vLLM loads the model, and a version of vLLM that
+    is too old is an ``ImportError``. The policies, and what they save, are those of ``SparseCache``.
     """
-    from sparse_compile.masks.optional_packages import needed
+    from sparse_compile.vllm.loader import register_loaders
 
-    with needed("sparse_compile inside vLLM", "vllm"):
-        from sparse_compile.vllm.loader import register_loaders
-        from sparse_compile.vllm.streaming import register_streaming
-
-    register_streaming()
     register_loaders()
+    try:
+        from sparse_compile.vllm.streaming import register_streaming
+    except ImportError:  # an older vLLM, which goes on without us; the loaders name the versions if there is a policy
+        return
+    register_streaming()

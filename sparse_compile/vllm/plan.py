@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from sparse_compile.masks import causal, sliding_window
 from sparse_compile.policy import Policy
+from sparse_compile.vllm.balance import balanced_order
 from sparse_compile.vllm.kinds import Kind, kind_of
 
 MOST_MASKS = 4  # vLLM compiles its kernel three or four times for each mask, and gives up after 16 times
@@ -36,7 +37,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """The kinds of all KV heads, ``[layers][KV heads]``, and how many heads every part has.
+    """The kinds of all KV heads, ``[layers][KV heads]``, in their places, and how many heads every part has.
+
+    ``orders`` says which head of the model takes each place, if heads change places to balance ranks.
 
     All parts have equally many heads. Their blocks are then equally large, so that vLLM neither pads nor rescales any of them,
     and layers may have different numbers of heads of a kind.
@@ -45,6 +48,7 @@ class Plan:
     kinds: tuple[tuple[Kind, ...], ...]
     ranks: int
     unit: int
+    orders: tuple[tuple[int, ...], ...] | None = None
 
     def parts(self, layer: int, rank: int) -> tuple[Part, ...]:
         """The parts of one layer on one rank. Every rank gives its parts the same names."""
@@ -69,12 +73,20 @@ class Plan:
 
 
 def plan_model(
-    policy: Policy, shape: Shape, *, max_length: int, block_size: int, ranks: int = 1, one_head: bool = False
+    policy: Policy,
+    shape: Shape,
+    *,
+    max_length: int,
+    block_size: int,
+    ranks: int = 1,
+    one_head: bool = False,
+    balance: bool = False,
 ) -> Plan:
     """Plan the parts of a model of this shape whose KV heads are dealt to ``ranks`` in order.
 
     Texts have up to ``max_length`` tokens, in blocks of ``block_size``. ``one_head`` asks for parts of one KV head if there is
-    more than one kind of head, as platforms need whose kernels and FlexAttention order the heads in a block differently.
+    more than one kind of head, as platforms need whose kernels and FlexAttention order the heads in a block differently. With
+    ``balance``, heads change places so that all ranks have equally many of each kind.
 
     Raises ``ValueError`` for a policy that does not fit the model or that vLLM cannot serve, for ranks with different kinds of
     heads, and for too many KV cache groups.
@@ -84,6 +96,13 @@ def plan_model(
         raise ValueError("vLLM names modules in its own way, but the policy names modules: use layer indices or ranges")
     lengths = {"max_length": max_length, "block_size": block_size}
     kinds = tuple(tuple(_kinds_of_layer(policy, layer, shape, lengths)) for layer in range(len(shape.windows)))
+    orders = None
+    if balance and ranks > 1:
+        orders = tuple(
+            tuple(range(len(heads))) if _are_even(heads, ranks) else balanced_order(layer, heads, ranks)
+            for layer, heads in enumerate(kinds)
+        )
+        kinds = tuple(tuple(heads[head] for head in order) for heads, order in zip(kinds, orders, strict=True))
     _check_ranks(kinds, ranks)
     counts = {count for layer in kinds for count in Counter(of_rank(layer, 0, ranks)).values()}
     distinct = {kind for layer in kinds for kind in layer}
@@ -93,7 +112,7 @@ def plan_model(
             f"the policy has {len(masked)} different masks that are no plain windows, and vLLM serves at most {MOST_MASKS}: "
             "use fewer, such as one sink and window for all streaming heads"
         )
-    plan = Plan(kinds, ranks, 1 if one_head and len(distinct) > 1 else math.gcd(*counts))
+    plan = Plan(kinds, ranks, 1 if one_head and len(distinct) > 1 else math.gcd(*counts), orders)
     if plan.groups() > MOST_GROUPS:
         raise ValueError(
             f"the policy makes {plan.groups()} KV cache groups of vLLM, and at most {MOST_GROUPS} are served: give the kinds "
@@ -136,9 +155,8 @@ def _kinds_of_layer(policy: Policy, layer: int, shape: Shape, lengths: dict[str,
 
 def _check_ranks(kinds: tuple[tuple[Kind, ...], ...], ranks: int) -> None:
     for layer, heads in enumerate(kinds):
-        counts = [Counter(kind.name for kind in of_rank(heads, rank, ranks)) for rank in range(ranks)]
-        exact = [Counter(of_rank(heads, rank, ranks)) for rank in range(ranks)]
-        if any(count != exact[0] for count in exact):
+        if not _are_even(heads, ranks):
+            counts = [Counter(kind.name for kind in of_rank(heads, rank, ranks)) for rank in range(ranks)]
             written = "; ".join(
                 f"rank {rank}: {', '.join(f'{n} {name}' for name, n in sorted(c.items()))}" for rank, c in enumerate(counts)
             )
@@ -146,6 +164,12 @@ def _check_ranks(kinds: tuple[tuple[Kind, ...], ...], ranks: int) -> None:
                 f"tensor parallelism needs equally many heads of a kind on every rank, but layer {layer} has {written}: set "
                 '"balance": true beside the policy, or use --tensor-parallel-size 1'
             )
+
+
+def _are_even(heads: Sequence[Kind], ranks: int) -> bool:
+    """Whether all ranks have equally many heads of every kind."""
+    counts = [Counter(of_rank(heads, rank, ranks)) for rank in range(ranks)]
+    return all(count == counts[0] for count in counts)
 
 
 def _text(kind: Kind) -> str:

@@ -45,7 +45,7 @@ class SplitAttention(nn.Module):
         return torch.cat(outs, dim=1)[:, self.order].flatten(1)
 
 
-def split_model(model: nn.Module, vllm_config: Any, policy: Policy) -> Plan:
+def split_model(model: nn.Module, vllm_config: Any, policy: Policy, *, balance: bool) -> Plan:
     """Split the attention layers of a model that has no weights yet, and return the plan.
 
     Raises ``ValueError`` for layers that are no plain attention, and for policies that the model or vLLM cannot follow.
@@ -73,6 +73,7 @@ def split_model(model: nn.Module, vllm_config: Any, policy: Policy) -> Plan:
         block_size=vllm_config.cache_config.block_size,
         ranks=get_tensor_model_parallel_world_size(),
         one_head=current_platform.is_cpu(),
+        balance=balance,
     )
     masks: Masks = {}
     homes = {id(child): (parent, name) for parent in model.modules() for name, child in parent.named_children()}

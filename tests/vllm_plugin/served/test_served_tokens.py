@@ -62,6 +62,13 @@ def test_tokens_are_equal_in_other_ways_of_serving(name: str, options: dict[str,
     assert_equal(served.rounds[0], reference(POLICIES[name], texts))
 
 
+def test_balance_shares_the_heads_of_a_kind_between_ranks(tmp_path: Path) -> None:
+    uneven = sc.Policy(per_head([causal, causal, STREAMING, STREAMING]), layers={1: per_head([STREAMING, causal] * 2)})
+    options, settings = {"tensor_parallel_size": 2}, {"balance": True}
+    served = serve(uneven, prompts(), tmp_path, options=options, settings=settings)
+    assert_equal(served.rounds[0], reference(uneven, prompts()))
+
+
 def test_without_a_policy_nothing_changes(tmp_path: Path) -> None:
     served = serve(None, prompts(), tmp_path)
     assert [(group["spec"], len(group["layers"])) for group in served.groups] == [("FullAttentionSpec", 2)]
