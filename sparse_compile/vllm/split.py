@@ -18,6 +18,7 @@ from sparse_compile.masks.selection.page_topk import PageTopK
 from sparse_compile.policy import Policy
 from sparse_compile.vllm.masked import LayerMask, MaskedAttention
 from sparse_compile.vllm.plan import Part, Plan, Shape, plan_model
+from sparse_compile.vllm.refusals import PLAIN_CACHES
 
 Masks = dict[tuple[Mask, ...], LayerMask]
 
@@ -55,10 +56,11 @@ def split_model(model: nn.Module, vllm_config: Any, policy: Policy, *, balance: 
     for name, layer in layers.items():
         _check_layer(name, layer)
     by_index = {extract_layer_index(name): layer for name, layer in layers.items()}
-    if sorted(by_index) != list(range(len(layers))):
+    sizes = {(layer.num_heads, layer.num_kv_heads, layer.head_size) for layer in layers.values()}
+    if sorted(by_index) != list(range(len(layers))) or len(sizes) != 1:
         raise ValueError(
-            f"a policy of sparse_compile inside vLLM needs one attention layer for each index, got {', '.join(layers)}: leave "
-            "sparse_compile out of additional_config for this model"
+            "a policy of sparse_compile inside vLLM needs one attention layer for each index, all of one size, but the model "
+            f"has {', '.join(layers)} of {len(sizes)} sizes: leave sparse_compile out of additional_config for this model"
         )
     config = vllm_config.model_config
     shape = Shape(
@@ -126,6 +128,8 @@ def _check_layer(name: str, layer: Any) -> None:
         wrong = f"is a {type(layer).__name__}"
     elif layer.attn_type != AttentionType.DECODER:
         wrong = f"is of type {layer.attn_type}"
+    elif layer.kv_cache_dtype not in PLAIN_CACHES:  # a quantized checkpoint may set this while it builds the layer
+        wrong = f"stores keys and values as {layer.kv_cache_dtype}"
     elif layer.kv_sharing_target_layer_name is not None:
         wrong = f"reads the cache of {layer.kv_sharing_target_layer_name}"
     elif layer.head_size != layer.head_size_v:

@@ -14,14 +14,15 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import sparse_compile as sc
 from sparse_compile.masks import Mask
 
 ROOT = Path(__file__).parents[2]
 ENGINE = ROOT / "tests" / "vllm_plugin" / "served" / "served_engine.py"
-BLOCK, LENGTH, NEW = 32, 512, 24  # tokens of a block, of the longest text, and generated
+BLOCK, LENGTH, NEW = 32, 768, 24  # tokens of a block, of the longest text, and generated
 PROMPTS = (300, 150, 37)  # the lengths of a ragged batch
 CLOSE = 1e-4  # log probabilities in fp32, for two kernels that sum in different orders
 ENVIRONMENT = {
@@ -56,12 +57,15 @@ class Served:
 
 @cache
 def model_folder() -> Path:
-    """Save a tiny Llama of 8 query heads, 4 KV heads and 2 layers whose heads differ clearly."""
+    """Save a tiny Llama of 8 query heads, 4 KV heads and 2 layers whose heads differ clearly, with a tokenizer."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32}
     heads: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "initializer_range": 0.15}
     folder = Path(mkdtemp(prefix="sparse_compile_vllm_"))
     LlamaForCausalLM(LlamaConfig(**sizes, **heads, vocab_size=256, max_position_embeddings=1024)).save_pretrained(folder)
+    words = models.WordLevel({f"w{number}": number for number in range(256)}, unk_token="w0")
+    tokenizer: Any = PreTrainedTokenizerFast
+    tokenizer(tokenizer_object=Tokenizer(words), unk_token="w0").save_pretrained(folder)
     return folder
 
 
