@@ -62,6 +62,18 @@ def test_tokens_are_equal_in_other_ways_of_serving(name: str, options: dict[str,
     assert_equal(served.rounds[0], reference(POLICIES[name], texts))
 
 
+@pytest.mark.parametrize("caching", [True, False])
+def test_tokens_are_equal_where_requests_wait_for_blocks(caching: bool, tmp_path: Path) -> None:
+    """The pool has room for two texts and one block of it is never used, so cached blocks are taken while few are free."""
+    texts, pool = prompts([300, 310, 290, 150]), 38
+    options = {"num_gpu_blocks_override": pool, "max_num_batched_tokens": 96, "enable_prefix_caching": caching}
+    served = serve(DUO, texts, tmp_path, rounds=2, options=options)
+    expected = reference(DUO, texts)
+    assert max(served.blocks) + 300 // BLOCK > pool - 1  # a third text has to wait
+    for found in served.rounds:
+        assert_equal(found, expected)
+
+
 def test_balance_shares_the_heads_of_a_kind_between_ranks(tmp_path: Path) -> None:
     uneven = sc.Policy(per_head([causal, causal, STREAMING, STREAMING]), layers={1: per_head([STREAMING, causal] * 2)})
     options, settings = {"tensor_parallel_size": 2}, {"balance": True}
