@@ -53,7 +53,8 @@ def following_policies(loader: type[BaseModelLoader]) -> type[BaseModelLoader]:
                 plan = split_model(model, vllm_config, settings.policy, balance=settings.balance)
                 if plan.orders is not None:
                     model.head_orders = _head_orders(plan.orders, loader, vllm_config)
-                logger.info("sparse_compile: %d KV cache groups, parts of layer 0: %s", plan.groups(), plan.parts(0, 0))
+                names = ", ".join(part.name for part in plan.parts(0, 0))
+                logger.info("sparse_compile: %d KV cache groups; layer 0 has the parts %s", plan.groups(), names)
             return model
 
     class MovingLoader(PolicyLoader):

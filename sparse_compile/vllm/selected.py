@@ -18,7 +18,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from sparse_compile.masks import Mask
 from sparse_compile.masks.selection.page_topk import PageTopK
-from sparse_compile.vllm.selection import choose_pages, one_head_tables, update_summaries
+from sparse_compile.vllm.selection import Step, choose_pages, decode_steps, one_head_tables, update_summaries
 
 
 @dataclass
@@ -74,23 +74,23 @@ class SelectedImpl(CPUAttentionBackendImpl):
             sizes = torch.tensor([0, *(starts[row + 1] - starts[row] for row in rows)]).cumsum(0)
             tables, lengths = attn_metadata.block_table[rows], attn_metadata.seq_lens[rows]
             output[tokens] = self._attend(layer, query[tokens], kv_cache, tables, lengths, sizes)
-        steps = torch.tensor([starts[row] for row in attn_metadata.decodes])
-        output[steps] = self._decode(layer, query[steps], kv_cache, attn_metadata)
+        steps = decode_steps(attn_metadata.decodes, starts, attn_metadata.seq_lens.tolist())
+        tokens = torch.tensor([step.token for step in steps])
+        output[tokens] = self._decode(layer, query[tokens], kv_cache, attn_metadata.block_table, steps)
         return output
 
-    def _decode(self, layer: Any, q: Tensor, kv_cache: Tensor, metadata: Any) -> Tensor:
-        """Attend the decode steps of a batch ``[requests, heads, D]`` in one launch, each KV head as a request of its own."""
+    def _decode(self, layer: Any, q: Tensor, kv_cache: Tensor, block_table: Tensor, steps: list[Step]) -> Tensor:
+        """Attend decode steps ``[steps, heads, D]`` in one launch, each KV head as a request of its own."""
         blocks, heads, size, _ = kv_cache.shape
         described = get_forward_context().attn_metadata[layer.summaries.layer_name].block_table
-        by_head = q.unflatten(1, (heads, -1))  # [requests, KV heads, query heads of each, D]
+        by_head = q.unflatten(1, (heads, -1))  # [steps, KV heads, query heads of each, D]
         tables, lengths = [], []
-        for number, row in enumerate(metadata.decodes):
-            length = int(metadata.seq_lens[row])
-            per_block = layer.summaries.kv_cache.shape[2]
-            own = described[row, : -(-length // (per_block * layer.selector.page))].long()
+        for number, step in enumerate(steps):
+            length, per_block = step.length, layer.summaries.kv_cache.shape[2]
+            own = described[step.row, : -(-length // (per_block * layer.selector.page))].long()
             summaries = layer.summaries.kv_cache[own].transpose(0, 1).flatten(1, 2)  # [KV heads, logical pages, 2 * D]
             counts, chosen = choose_pages(by_head[number], summaries, layer.masks, layer.selector, length, size)
-            tables.append(one_head_tables(metadata.block_table[row, : chosen.shape[1]], counts, chosen))
+            tables.append(one_head_tables(block_table[step.row, : chosen.shape[1]], counts, chosen))
             lengths.append((counts - 1) * size + (length - 1) % size + 1)  # the newest page is the last one
             layer.pages.read += int(counts.sum())
             layer.pages.held += heads * chosen.shape[1]
@@ -160,7 +160,10 @@ class SelectedBackend(CPUAttentionBackend):
 
 
 class SelectedAttention(Attention):
-    """An attention layer whose decode steps read the pages that score best. Page summaries are a cache layer beside it."""
+    """An attention layer whose decode steps read the pages that score best. Page summaries are a cache layer beside it.
+
+    vLLM repeats the text of a preempted request as a prompt, and prompts read all pages.
+    """
 
     def __init__(self, *args: Any, masks: tuple[Mask, ...], selector: PageTopK, prefix: str, **kwargs: Any) -> None:
         super().__init__(*args, prefix=prefix, attn_backend=SelectedBackend, **kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,28 @@ from sparse_compile.masks import Mask
 from sparse_compile.masks.operators import union
 from sparse_compile.masks.selection.page_scoring import HIDDEN, KEPT, OFFERED, alive, choose, pool, score_summaries
 from sparse_compile.masks.selection.page_topk import PageTopK, offered, static_part
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decode step: the row of its request, the index of its token in the batch, and the length of the text up to it."""
+
+    row: int
+    token: int
+    length: int
+
+
+def decode_steps(rows: list[int], starts: list[int], lengths: list[int]) -> list[Step]:
+    """Return the decode steps of the requests ``rows``. One that was preempted may repeat several steps at once.
+
+    The tokens of request ``n`` are ``starts[n]`` to ``starts[n + 1]`` of the batch, and its text ends with them after
+    ``lengths[n]`` tokens.
+
+        >>> decode_steps([1], [0, 3, 5], [40, 12])
+        [Step(row=1, token=3, length=11), Step(row=1, token=4, length=12)]
+    """
+    counts = [(row, starts[row + 1] - starts[row]) for row in rows]
+    return [Step(row, starts[row] + n, lengths[row] - count + n + 1) for row, count in counts for n in range(count)]
 
 
 def update_summaries(summaries: Tensor, keys: Tensor, slots: Tensor, page: int) -> None:

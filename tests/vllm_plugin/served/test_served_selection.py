@@ -9,7 +9,7 @@ import pytest
 
 import sparse_compile as sc
 from sparse_compile.masks import causal, page_topk, per_head, sink, sliding_window
-from support.serving import BLOCK, assert_equal, prompts, reference, serve
+from support.serving import BLOCK, NEW, assert_equal, prompts, reference, serve
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
@@ -51,6 +51,19 @@ def test_beside_streaming_heads_a_prefix_is_cached_in_blocks_of_summaries(tmp_pa
 def test_tokens_are_equal_in_other_ways_of_serving(options: dict[str, Any], tmp_path: Path) -> None:
     texts = prompts()
     assert_equal(serve(TOPK, texts, tmp_path, options=options).rounds[0], reference(TOPK, texts))
+
+
+def test_a_preempted_request_goes_on(tmp_path: Path) -> None:
+    """Five texts fill the pool, and each needs one more block after ten tokens. vLLM then repeats a text as a prompt.
+
+    A prompt reads all pages, so tokens are compared up to there. Texts that were not preempted are equal to the end.
+    """
+    texts = prompts([150, 151, 149, 148, 147])
+    served = serve(TOPK, texts, tmp_path, options={"num_gpu_blocks_override": 26, "max_num_seqs": 8})
+    pairs = list(zip(served.rounds[0], reference(TOPK, texts), strict=True))
+    assert max(served.blocks) == 25
+    assert all(found.tokens[:9] == expected.tokens[:9] and len(found.tokens) == NEW for found, expected in pairs)
+    assert sum(found.tokens == expected.tokens for found, expected in pairs) >= 3
 
 
 def test_decode_steps_read_the_budget(tmp_path: Path) -> None:
