@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 unexport PYTHONPATH PYTHONHOME
 .NOTPARALLEL:
-.PHONY: test slow demo lint format pytest wheel fuzz suites clean
+.PHONY: test slow demo lint format pytest wheel fuzz suites test-vllm clean
 
 test: lint pytest wheel
 
@@ -54,8 +54,12 @@ FAMILIES ?= gpt2 phi3 gpt_neox mixtral qwen2 qwen2_vl llava gemma3
 suites: $(INSTALLED)
 	PYTHONPATH=.:tests $(BIN)/python -m suites $(if $(TESTS),--tests $(TESTS)) $(FAMILIES)
 
+# The plug-in inside vLLM on a CPU, which pins other versions than .venv has. VLLM_VERSIONS="0.32.0" runs one of the two.
+test-vllm:
+	PYTHON=$(PYTHON) TORCH_CPU_INDEX=$(TORCH_CPU_INDEX) tests/vllm_plugin/served/run
+
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # torch is installed first, because a package that depends on it would install the CUDA build.

@@ -199,13 +199,14 @@ def _combine(
     flat = [part for mask in masks for part in (mask.masks if isinstance(mask, node) else (mask,))]
     if absorbing in flat:
         return absorbing
-    kept = [part for part in flat if part != ~absorbing] or [~absorbing]
-    for at in reversed(range(len(kept))):
-        others = kept[:at] + kept[at + 1 :]
-        if others and dropped_by(kept[at], joined(others)):
-            kept = others
-    whole = joined(kept)
-    if any(isinstance(part, Not) and dropped_by(part.mask, whole) for part in kept):
+    kept = dict(enumerate([part for part in flat if part != ~absorbing] or [~absorbing]))
+    # Of masks that imply each other, the largest tree goes first, so that the order of operands does not matter.
+    for at, part in sorted(kept.items(), key=lambda item: (sum(1 for _ in item[1].walk()), item[0]), reverse=True):
+        others = [other for place, other in kept.items() if place != at]
+        if others and dropped_by(part, joined(others)):
+            del kept[at]
+    whole = joined(list(kept.values()))
+    if any(isinstance(part, Not) and dropped_by(part.mask, whole) for part in kept.values()):
         return absorbing  # for a & ~a and a | ~a
     return whole
 

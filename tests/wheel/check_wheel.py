@@ -29,6 +29,9 @@ assert streaming.draw(4, 4).split() == ["█···", "██··", "███·"
 assert entry_point.load() is sparse_compile.backend
 assert "sparse_compile" in torch._dynamo.list_backends()
 
+(plug_in,) = entry_points(group="vllm.general_plugins", name="sparse_compile")
+assert callable(plug_in.load())  # importing it needs no vLLM
+
 
 class SelfAttention(torch.nn.Module):
     def __init__(self, mask: torch.Tensor | None = None) -> None:
