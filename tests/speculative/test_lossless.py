@@ -114,7 +114,7 @@ class _Sees(StoppingCriteria):
 
 
 def test_stopping_criteria_and_processors_are_called_once_for_each_token(fast: Any) -> None:
-    stop = int(generated(llama(), prompt(batch=1))[0, -3])
+    stop = int(generated(llama(), prompt())[0, -3])
     seen, calls = [_Sees(stop), _Sees(stop)], [list[int](), list[int]()]
 
     def options(run: int) -> dict[str, Any]:
@@ -124,8 +124,8 @@ def test_stopping_criteria_and_processors_are_called_once_for_each_token(fast: A
 
         return {"stopping_criteria": StoppingCriteriaList([seen[run]]), "logits_processor": LogitsProcessorList([counts])}
 
-    wanted = generated(llama(), prompt(batch=1), **options(0))
-    got = generated(fast, prompt(batch=1), **options(1), custom_generate=sc.lossless(DRAFTS["streaming"], ahead=3))
+    wanted = generated(llama(), prompt(), **options(0))
+    got = generated(fast, prompt(), **options(1), custom_generate=sc.lossless(DRAFTS["streaming"], ahead=3))
     assert torch.equal(got, wanted)
     assert seen[0].lengths == seen[1].lengths and calls[0] == calls[1]
 
@@ -162,11 +162,11 @@ def test_scores_and_hidden_states_are_those_of_each_token(fast: Any) -> None:
 @pytest.mark.parametrize(("draft", "kv"), [("pages", None), ("streaming", "int8")])
 def test_the_cache_is_as_after_plain_steps(draft: str, kv: str | None, fast: Any) -> None:
     """Drafts leave no trace: the cache holds what a cache holds that was given the text alone, and decodes on alike."""
-    model, method, inputs = fast, sc.lossless(DRAFTS[draft], ahead=3), prompt(batch=1)
-    cache = model.sparse_cache(max_length=128, kv=kv, **method.cache_options)
+    model, method, inputs = fast, sc.lossless(DRAFTS[draft], ahead=3), prompt()
+    cache = model.sparse_cache(max_length=128, max_batch=2, kv=kv, **method.cache_options)
     out = generated(model, inputs, past_key_values=cache, custom_generate=method)
     assert cache.host_state.columns == out.shape[1] - 1
-    alone = model.sparse_cache(max_length=128, kv=kv, **method.cache_options)
+    alone = model.sparse_cache(max_length=128, max_batch=2, kv=kv, **method.cache_options)
     with torch.no_grad():
         model(input_ids=inputs["input_ids"], past_key_values=alone)
         with alone.verifying():
@@ -174,7 +174,7 @@ def test_the_cache_is_as_after_plain_steps(draft: str, kv: str | None, fast: Any
                 model(input_ids=out[:, column : column + 1], past_key_values=alone)
         # One more token, after which the summary of the newest page is that of its keys.
         nexts = [model(input_ids=out[:, -1:], past_key_values=each).logits for each in (cache, alone)]
-        ours, theirs = cache.parts(1), alone.parts(1)
+        ours, theirs = cache.parts(2), alone.parts(2)
     torch.testing.assert_close(*nexts, atol=1e-5 if kv is None else 0.05, rtol=0)
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -183,14 +183,14 @@ def test_the_cache_is_as_after_plain_steps(draft: str, kv: str | None, fast: Any
 
 
 def test_several_turns_share_a_cache(fast: Any) -> None:
-    model, method = fast, sc.lossless(DRAFTS["pages"], ahead=3)
-    cache = model.sparse_cache(max_length=256, **method.cache_options)
-    text, plain = prompt(batch=1)["input_ids"], llama()
+    method, text, plain = sc.lossless(DRAFTS["pages"], ahead=3), prompt()["input_ids"], llama()
+    cache = fast.sparse_cache(max_length=128, max_batch=2, **method.cache_options)
     for turn in range(2):
-        wanted = generated(plain, {"input_ids": text})
-        got = generated(model, {"input_ids": text}, past_key_values=cache, custom_generate=method)
+        inputs = {"input_ids": text, "attention_mask": torch.ones_like(text)}
+        wanted = generated(plain, inputs)
+        got = generated(fast, inputs, past_key_values=cache, custom_generate=method)
         assert torch.equal(got, wanted)
-        text = torch.cat((got, torch.full((1, 5), 7 + turn)), dim=1)
+        text = torch.cat((got, torch.full((2, 5), 7 + turn)), dim=1)
 
 
 @pytest.mark.parametrize("pad", [0, PAD])
@@ -235,20 +235,20 @@ def test_drafts_that_do_not_pay_are_left_out_with_one_warning(fast: Any) -> None
 
 
 def test_an_error_in_a_call_leaves_a_usable_cache(fast: Any) -> None:
-    model, method, text = fast, sc.lossless(DRAFTS["pages"], ahead=3), prompt(batch=1)
-    cache = model.sparse_cache(max_length=128, **method.cache_options)
+    model, method, text = fast, sc.lossless(DRAFTS["pages"], ahead=3), prompt()
+    cache = model.sparse_cache(max_length=128, max_batch=2, **method.cache_options)
 
     class Stops(StoppingCriteria):
         def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
             if input_ids.shape[1] == 66:
                 raise KeyboardInterrupt
-            return torch.zeros(1, dtype=torch.bool)
+            return torch.zeros(2, dtype=torch.bool)
 
     with pytest.raises(KeyboardInterrupt):
         generated(model, text, past_key_values=cache, custom_generate=method, stopping_criteria=[Stops()])
     wanted = generated(llama(), text)
     assert cache.host_state.columns == 65
-    rest = {"input_ids": wanted[:, :66], "attention_mask": torch.ones(1, 66)}
+    rest = {"input_ids": wanted[:, :66], "attention_mask": torch.ones(2, 66)}
     got = generated(model, rest, max_new_tokens=10, past_key_values=cache, custom_generate=method)
     assert torch.equal(got, wanted)
 
