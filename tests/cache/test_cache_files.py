@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,18 @@ SHORT, LONG = 16, 64
 
 
 @pytest.mark.parametrize("policy", [STREAMING, DUO, NO_RETRIEVAL_BELOW, WIDE], ids=["rings", "both", "layers", "wide"])
-@pytest.mark.parametrize("lengths", [(SHORT, LONG), (LONG, SHORT), (24, 40), (40, 24)], ids=str)
-@pytest.mark.parametrize("held", [5, 14])
+@pytest.mark.parametrize(
+    ("lengths", "held"),
+    [
+        ((SHORT, LONG), 5),
+        ((LONG, SHORT), 14),
+        *(
+            pytest.param(lengths, held, marks=pytest.mark.slow)
+            for lengths, held in [((SHORT, LONG), 14), ((LONG, SHORT), 5), *product([(24, 40), (40, 24)], [5, 14])]
+        ),
+    ],
+    ids=str,
+)
 def test_a_file_is_read_into_a_cache_of_another_max_length(
     policy: sc.Policy | Mask, lengths: tuple[int, int], held: int, tmp_path: Path
 ) -> None:

@@ -42,7 +42,7 @@ def with_itself(visible: Tensor) -> Mask:
     ],
     ids=["document", "ring", "padding", "explicit", "by KV head"],
 )
-@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("page_size", [pytest.param(1, marks=pytest.mark.slow), 16])
 def test_a_tensor_of_exactly_max_length_positions_is_enough(mask: Mask, page_size: int) -> None:
     ids = random_tokens(24)
     session = Session(mask, max_length=24, page_size=page_size)
