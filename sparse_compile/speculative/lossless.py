@@ -134,7 +134,7 @@ class Lossless:
             )
         if not isinstance(cache, SparseCache):
             raise ValueError(
-                f"lossless needs a SparseCache, got {type(cache).__name__}: leave out past_key_values and "
+                f"lossless needs a SparseCache, got {_named(cache)}: leave out past_key_values and "
                 "cache_implementation. If the model cannot have one, the notes of its report say why"
             )
         if cache.policy != self.policy or cache.rollback < self.room:
@@ -163,6 +163,10 @@ class Lossless:
 
     def __repr__(self) -> str:
         return f"lossless({self.policy.decode}, ahead={self.ahead!r})"
+
+
+def _named(cache: Any) -> str:
+    return "no cache" if cache is None else type(cache).__name__
 
 
 def _observed(criteria: Any, speculation: Speculation) -> Any:
