@@ -45,6 +45,11 @@ class Geometry:
                 "a SparseCache needs a config with num_hidden_layers and num_attention_heads, got "
                 f"{type(config).__name__}: pass model.config"
             )
+        if getattr(config, "alibi", False):
+            raise ValueError(
+                f"a SparseCache needs a model without alibi, got {type(config).__name__}(alibi=True), whose code makes "
+                "biases for the tokens of its mask and not for all columns of a cache: use a DynamicCache"
+            )
         layers -= getattr(config, "num_kv_shared_layers", 0) or 0
         if _caches_latents(config):
             return Geometry(heads, 1, config.kv_lora_rank, config.qk_rope_head_dim, _masks(config, layers), is_latent=True)

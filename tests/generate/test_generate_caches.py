@@ -26,6 +26,7 @@ import sparse_compile as sc
 from sparse_compile.generation import rounded
 from sparse_compile.masks import causal, sink, sliding_window
 from support.generating import PAD, STREAMING, llama, new_tokens, prompt, tokenizer
+from support.models import DECODERS
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -62,6 +63,16 @@ def test_the_caller_keeps_the_cache_that_generate_returns() -> None:
     longer = torch.cat([out.sequences, prompt(5)["input_ids"]], dim=1)
     again = model.generate(longer, past_key_values=out.past_key_values, max_new_tokens=4, do_sample=False)
     assert torch.equal(again, llama().generate(longer, max_new_tokens=4, do_sample=False))
+
+
+def test_a_model_whose_biases_do_not_fit_gets_a_cache_of_transformers() -> None:
+    falcon = next(decoder for decoder in DECODERS if decoder.name == "falcon alibi")
+    wanted = new_tokens(falcon.build(), prompt())
+    model = sc.compile(falcon.build(), inner="eager")
+    assert torch.equal(new_tokens(model, prompt()), wanted)
+    assert any("without alibi, got FalconConfig(alibi=True)" in note for note in model.sparse_compile_report.notes)
+    with pytest.raises(ValueError, match=r"a SparseCache needs a model without alibi.*: use a DynamicCache"):
+        model.sparse_cache(max_length=64)
 
 
 def test_another_text_over_a_full_cache_is_refused() -> None:
