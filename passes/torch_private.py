@@ -273,11 +273,9 @@ def keep_sizes(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def compiled_call(model: nn.Module) -> Callable[..., Any]:
-    """Return the function that the model calls since ``model.compile()``."""
-    run = model._compiled_call_impl
-    assert run is not None
-    return run
+def compiled_call(model: nn.Module) -> Callable[..., Any] | None:
+    """Return the function that the model calls since ``model.compile()``; None without that."""
+    return model._compiled_call_impl
 
 
 def set_compiled_call(model: nn.Module, run: Callable[..., Any]) -> None:

@@ -82,8 +82,9 @@ def compile(
         )
     for module in {model, inner or model}:
         module.compile(backend=chosen, mode=mode, dynamic=dynamic, **options)
-        run = CompiledCall(torch_private.compiled_call(module), module, chosen, prefill_chunk_size)
-        torch_private.set_compiled_call(module, run)
+        run = torch_private.compiled_call(module)
+        assert run is not None
+        torch_private.set_compiled_call(module, CompiledCall(run, module, chosen, prefill_chunk_size))
     if chosen.inner == "inductor" and any(weight.device.type == "cuda" for weight in model.parameters()):
         torch_private.start_compile_workers()
     if inner is not None:

@@ -42,8 +42,13 @@ class _Kept:
 
     cache: Any = None
     length: int = 0
-    options: tuple[str, ...] = ()
-    method: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    method: Lossless | None = None
+
+    @property
+    def room(self) -> int:
+        """The number of tokens that a cache needs beside those of the text."""
+        return 0 if self.method is None else self.method.room
 
 
 _in_use: ContextVar[_Kept | None] = ContextVar("sparse_compile_generate", default=None)  # by this call of ``generate``
@@ -114,21 +119,19 @@ class Generation:
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, length: int, *rest: Any
     ) -> Any:
         """Supply a ``SparseCache`` where transformers would make a ``DynamicCache``."""
-        given, used = model_kwargs.get("past_key_values"), _in_use.get()
-        if used is not None:
-            used.length = length
+        given, used = model_kwargs.get("past_key_values"), _in_use.get() or _Kept()
+        used.length = length
         if given is not None:
             self._check_text(given, model_kwargs)
             if getattr(given, "made_by_generate", False):
-                given.reserve(rounded(length + (used.method.room if used is not None and used.method is not None else 0)))
+                given.reserve(rounded(length + used.room))
         elif self._supplies(generation_config):
             rows = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) * batch
             assisted = getattr(mode, "value", "") == "assisted_generation"
-            options, method = dict(generation_config.cache_config or {}), used.method if used is not None else None
-            if method is not None:
-                options |= method.cache_options
-                length += method.room
-            cache = self._supply(rows, length, assisted, options)
+            options = dict(generation_config.cache_config or {})
+            if used.method is not None:
+                options |= used.method.cache_options
+            cache = self._supply(rows, length + used.room, assisted, options)
             if cache is not None:
                 model_kwargs["past_key_values"] = cache
                 return None
@@ -185,10 +188,9 @@ class Generation:
         if assisted:
             options.setdefault("rollback", ROLLBACK)
             length += ROLLBACK
-        key = tuple(f"{name}={value!r}" for name, value in sorted(options.items()))
         with _lock:
             spare, self._spare = self._spare, _Kept()
-        cache = spare.cache if spare.options == key and self._fits(spare.cache, rows, length) else None
+        cache = spare.cache if spare.options == options and self._fits(spare.cache, rows, length) else None
         if cache is None:
             spare.cache = None  # before the next one is allocated
             try:
@@ -202,7 +204,7 @@ class Generation:
         cache.made_by_generate = True  # its length was not chosen by anyone, so it may grow
         used = _in_use.get()
         if used is not None:
-            used.cache, used.options = cache, key
+            used.cache, used.options = cache, options
         return cache
 
     def _fits(self, cache: Any, rows: int, length: int) -> bool:

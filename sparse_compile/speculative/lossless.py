@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -48,8 +47,9 @@ def lossless(draft: Policy | Mask, *, ahead: int | Literal["auto"] = "auto") -> 
     for ``drafts.room`` more tokens than the text has.
 
     Raises ``ValueError`` or ``TypeError`` for a wrong policy or number; in ``generate``, ``ValueError`` for a model that
-    ``sparse_compile.compile`` has not compiled or that has a policy of its own, for beams, and for a cache that was built for
-    another policy or is too small. The method is that of MagicDec (https://arxiv.org/abs/2408.11049), without a second cache.
+    ``sparse_compile.compile`` has not compiled or that has a policy of its own, for beams, for ``inputs_embeds``, and for a
+    cache that was built for another policy or is too small. The method is that of MagicDec
+    (https://arxiv.org/abs/2408.11049), without a second cache.
     """
     return Lossless(draft, ahead=ahead)
 
@@ -97,6 +97,8 @@ class Lossless:
         **kwargs: Any,
     ) -> Any:
         """Decode. ``generate`` calls this with what it has prepared, and returns the result."""
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError("lossless drafts tokens after input_ids, got inputs_embeds: pass input_ids")
         cache = self._cache_for(model, generation_config, kwargs.get("past_key_values"))
         drafter = Drafter(logits_processor, samples=bool(generation_config.do_sample))
         speculation = Speculation(cache, input_ids, self._pace(), drafter, generation_config.max_length, self._give_up)
@@ -113,14 +115,15 @@ class Lossless:
         finally:
             self.statistics = speculation.statistics
             speculation.statistics.read(speculation.pace)
-        return _with_statistics(result, speculation.statistics)
+        if not isinstance(result, Tensor):
+            result.lossless = speculation.statistics
+        return result
 
     def _cache_for(self, model: Any, generation_config: Any, cache: Any) -> SparseCache:
         """The cache of this call. Raises ``ValueError`` if it does not serve this method."""
         from sparse_compile.cache.sparse_cache import SparseCache
 
-        report = getattr(model, "sparse_compile_report", None)
-        backend = getattr(torch_private.compiled_call(model), "backend", None) if report is not None else None
+        backend = getattr(torch_private.compiled_call(model), "backend", None)
         if backend is None:
             raise ValueError(f"lossless needs a compiled model, got {type(model).__name__}: call sparse_compile.compile(model)")
         if backend.policy is not None:
@@ -180,20 +183,3 @@ def _observed(criteria: Any, speculation: Speculation) -> Any:
             return ended
 
     return Observed(criteria)
-
-
-def _with_statistics(result: Any, statistics: Statistics) -> Any:
-    """The result of ``generate``; where it is an object, with the statistics as a field."""
-    if isinstance(result, Tensor):
-        return result
-    return _output_type(type(result))(**result, lossless=statistics)
-
-
-def _output_type(base: type) -> type:
-    @dataclass
-    class LosslessOutput(base):  # type: ignore[misc]  # a class of transformers
-        """The output of ``generate``, and what speculative decoding did (``lossless``)."""
-
-        lossless: Statistics | None = None
-
-    return LosslessOutput

@@ -25,7 +25,7 @@ from transformers import (
 import sparse_compile as sc
 from sparse_compile.generation import rounded
 from sparse_compile.masks import causal, sink, sliding_window
-from support.generating import PAD, STREAMING, llama, new_tokens, prompt, tokenizer
+from support.generating import PAD, STREAMING, Wrapper, llama, new_tokens, prompt, tokenizer
 from support.models import DECODERS
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -180,20 +180,6 @@ def test_a_pipeline_uses_the_cache_of_the_policy() -> None:
     (out,) = run(text, max_new_tokens=5, do_sample=False, return_full_text=False)
     assert out["generated_text"].split() == words.decode(new_tokens(model, words(text, return_tensors="pt"), 5)[0]).split()
     assert model.generate.__self__._spare.cache is not None
-
-
-class Wrapper(nn.Module):
-    """A model around another one, as PEFT makes it."""
-
-    def __init__(self, base: Any) -> None:
-        super().__init__()
-        self.base = base
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base.forward(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base.generate(*args, **kwargs)
 
 
 def test_a_wrapper_generates_under_the_policy() -> None:

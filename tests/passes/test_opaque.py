@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import create_op_support
@@ -19,21 +19,11 @@ from sparse_compile.passes.ops.block_tables import BLOCK, BlockTables, Cut, bloc
 from sparse_compile.passes.ops.flex_attention import Spec
 from sparse_compile.passes.ops.opaque_attention import attention_op, module_of
 from sparse_compile.passes.storage.graph_text import to_text
+from support.attention import Attention
 
 STREAMING = causal & (sink(4) | sliding_window(20))
 
 pytestmark = pytest.mark.usefixtures("fresh")
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (2, 16)).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))
-        y: Tensor = self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return y
 
 
 def test_a_spec_survives_its_text() -> None:

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 import sparse_compile as sc
-from sparse_compile.masks import Mask, causal, page_topk, per_head, sink, sliding_window
-from support.generating import PAD, SMALL, llama, new_tokens, prompt
+from sparse_compile.masks import Mask, causal, explicit, page_topk, per_head, sink, sliding_window
+from support.generating import PAD, SMALL, Wrapper, llama, new_tokens, prompt
 from support.models import DECODERS, Decoder
 
 DRAFTS: dict[str, sc.Policy | Mask] = {
@@ -69,6 +69,22 @@ def test_sampled_tokens_are_those_of_plain_generate(pad: int, fast: Any) -> None
             assert torch.equal(generated(fast, inputs, do_sample=True, custom_generate=method, **choice), wanted)
             assert torch.equal(torch.get_rng_state(), state)
         assert method.statistics.accepted == 11 and method.statistics.verifications == 4  # drafts use the same random numbers
+
+
+def test_a_model_inside_a_wrapper_decodes_alike() -> None:
+    model: Any = sc.compile(Wrapper(llama()), inner="eager")
+    method = sc.lossless(DRAFTS["streaming"], ahead=3)
+    for inputs in (prompt(), prompt(pad=PAD)):
+        assert torch.equal(generated(model, inputs, custom_generate=method), generated(llama(), inputs))
+        assert method.statistics.drafted
+
+
+def test_policies_that_print_alike_have_caches_of_their_own(fast: Any) -> None:
+    inputs, wanted = prompt(), generated(llama(), prompt())
+    for seed in range(2):  # a tensor prints as its shape
+        visible = torch.rand(1, 1, 128, 128, generator=torch.Generator().manual_seed(seed)) < 0.8
+        method = sc.lossless(causal & explicit(visible | torch.eye(128, dtype=torch.bool)), ahead=3)
+        assert torch.equal(generated(fast, inputs, custom_generate=method), wanted)
 
 
 @pytest.mark.parametrize("length", [1, 2])
@@ -283,6 +299,9 @@ def test_what_cannot_be_verified_is_refused() -> None:
     model = compiled()
     with pytest.raises(ValueError, match="got num_beams=2: leave num_beams out"):
         generated(model, inputs, custom_generate=method, num_beams=2)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises(ValueError, match="drafts tokens after input_ids, got inputs_embeds: pass input_ids"):
+        model.generate(inputs_embeds=embeds, max_new_tokens=4, custom_generate=method)
     with pytest.raises(ValueError, match="needs a SparseCache, got DynamicCache: leave out past_key_values"):
         generated(model, inputs, custom_generate=method, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match=r"needs a cache with its own policy and rollback=4, got policy=None"):

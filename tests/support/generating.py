@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import sparse_compile as sc
@@ -60,3 +60,17 @@ def new_tokens(model: Any, inputs: dict[str, Tensor], count: int = 12, **options
     out = model.generate(**inputs, max_new_tokens=count, do_sample=False, **options)
     tokens: Tensor = out[:, inputs["input_ids"].shape[1] :]
     return tokens
+
+
+class Wrapper(nn.Module):
+    """A model around another one, as PEFT makes it."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base.forward(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base.generate(*args, **kwargs)

@@ -50,7 +50,7 @@ def _attend(chunk: ChunkAttention[Tensor]) -> Tensor:
 
 
 def _held(columns: Tensor) -> int:
-    """The number of earlier tokens. The host knows it, so that nothing waits for the device."""
+    """The number of earlier tokens, from the host state, so that nothing waits for the device."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a CUDA graph cannot record a chunk of a prompt, whose work depends on how much the cache holds")
     state: Any = getattr(columns, "sparse_cache_host_state", None)

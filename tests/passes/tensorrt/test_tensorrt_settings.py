@@ -15,22 +15,12 @@ import sparse_compile as sc
 from sparse_compile.dynamo import Hooks
 from sparse_compile.masks import causal, sink, sliding_window
 from sparse_compile.passes.tensorrt import prepare_inputs
+from support.attention import Attention
 from support.tensorrt import DRY, stand_in
 
 STREAMING = causal & (sink(4) | sliding_window(20))
 
 pytestmark = pytest.mark.usefixtures("fresh")
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (2, 16)).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))
-        y: Tensor = self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return y
 
 
 def run(model: Any, *args: Any, mode: str | None = None, options: dict[str, Any] | None = None, **settings: Any) -> Any:
